@@ -1,0 +1,55 @@
+"""Where the bytes of the KV cache lie. Pure arithmetic; with the kernels, the only place that knows of the `2`.
+
+A pool is `kv[layers, num_blocks, kv_heads, 2, block_size, head_dim]`: a block of one layer is contiguous (one
+descriptor), a range of its heads is contiguous too, and neighbouring block ids of a layer are neighbours in memory.
+"""
+
+import msgspec
+
+from disaggd.model.spec import DTYPE_BYTES, Dtype, ModelSpec
+
+
+class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that store their keys and values alike."""
+
+    layers: int
+    kv_heads: int
+    head_bytes: int
+    """Bytes of one head's K and V in one block of one layer: `2 · block_size · head_dim · itemsize`."""
+    window: int | None = None
+    replicated: bool = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer: the unit that a transfer descriptor names."""
+        return self.kv_heads * self.head_bytes
+
+
+class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The geometry of a node's pool; two nodes can hand KV over if theirs agree."""
+
+    dtype: Dtype
+    block_size: int
+    """Tokens per block."""
+    head_dim: int
+    groups: tuple[KVGroup, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return sum(group.layers for group in self.groups)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers."""
+        return sum(group.layers * group.block_bytes for group in self.groups)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+def kv_spec(model: ModelSpec, block_size: int) -> KVSpec:
+    """The pool geometry of `model` with blocks of `block_size` tokens, KV in the model's own dtype."""
+    head_bytes = 2 * block_size * model.head_dim * DTYPE_BYTES[model.dtype]
+    group = KVGroup(layers=model.num_layers, kv_heads=model.num_kv_heads, head_bytes=head_bytes, window=model.sliding_window)
+    return KVSpec(dtype=model.dtype, block_size=block_size, head_dim=model.head_dim, groups=(group,))

@@ -1,0 +1,418 @@
+"""Every frame that crosses a link between a router and an engine node, and nothing else.
+
+A link is one WebSocket; each message is one msgpack frame: a tagged, array-like struct. Frames about a sequence carry
+`(seq, attempt)`: the receiver drops those of an older attempt. Token ids travel as little-endian u32 bytes.
+
+```
+router ──► decode                         decode ──► router
+  Generate                                  Decided, NeedPrefill(+grant), Refused
+  RequestGrant                              Granted, NoRoom
+  PrefillLost                               Landed, Released
+  Progress, Quiesced (forwarded from P)     Cancel (forwarded to P), Tokens, Room
+router ──► prefill                        prefill ──► router
+  Prefill, Abort, Cancel                    Prefilled, Pushed, PrefillRefused, Progress, Quiesced, Credit
+both ways: Ping, Pong; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost
+```
+"""
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.sampling import SamplingParams, TokenLogprob
+from disaggd.transfer.layout import KVSpec
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=False, array_like=True, tag=True):
+    """The base of every frame."""
+
+
+def pack_tokens(tokens: Iterable[int]) -> bytes:
+    """Token ids as little-endian u32 bytes."""
+    words = array("I", tokens)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+def unpack_tokens(raw: bytes) -> list[int]:
+    """The inverse of `pack_tokens`. Raises ValueError when `raw` is not whole u32 words."""
+    words = array("I")
+    words.frombytes(raw)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tolist()
+
+
+# ── hello ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RouterHello(Frame):
+    """The first frame on a link, from the router that dialled."""
+
+    version: int
+    router: NodeName
+    incarnation: Incarnation
+    model_id: str
+    """What the router serves: `H(config, weights' names and sizes, tokenizer)`; a node with another refuses."""
+
+
+class NodeHello(Frame):
+    """The engine node's answer, or `HelloRejected`."""
+
+    version: int
+    name: NodeName
+    role: Literal["prefill", "decode"]
+    incarnation: Incarnation
+    model_id: str
+    kv: KVSpec
+    num_blocks: int
+    max_model_len: int
+    links: int
+    """Routers linked to the node now, this one included: a prefill node's credit is shared among them."""
+
+
+class HelloRejected(Frame):
+    """The peer cannot be worked with: `field` differs."""
+
+    field: str
+    ours: str
+    theirs: str
+
+
+class Ping(Frame):
+    """A heartbeat: sent every second by both ends; three missed close the link."""
+
+
+# ── pairing: a prefill node's agent meets a decode node's ────────────────────────────────────────────────────────────
+
+
+class OpenPair(Frame):
+    """Router → decode: have an agent for prefill node `peer`; answer `PairAgent`.
+
+    Idempotent for the same peer incarnation. A new incarnation fences the agent that served the old one.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+
+
+class PairAgent(Frame):
+    """Decode → router → prefill (as `ConnectPair`): the decode node's agent for `peer`, and where its pool lies.
+
+    Also sent unasked when the agent was rebuilt after a fence.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    """NIXL's own agent metadata."""
+    base_address: int
+    num_blocks: int
+
+
+class ConnectPair(Frame):
+    """Router → prefill: connect to decode node `peer`'s agent, and probe it with a notification of its own id."""
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    base_address: int
+    num_blocks: int
+
+
+class PairReady(Frame):
+    """Decode → router → prefill: that very agent received its own id; writes may begin.
+
+    Decode names the prefill node as `peer`; towards prefill the router names the decode node.
+    """
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class PairLost(Frame):
+    """Prefill → router: the agent of decode node `peer` is out of reach; nothing is pushed there until a `ConnectPair`."""
+
+    peer: NodeName
+    agent_id: AgentId
+    reason: str
+
+
+# ── a sequence ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks of a decode node that one prefill may write, until the lease runs out."""
+
+    token: GrantToken
+    decode: NodeName
+    prefill: NodeName
+    agent_id: AgentId
+    """The decode node's agent for this pair: a push to any other is refused."""
+    first_token_index: int
+    """Tokens before this one are cached at decode and left out."""
+    block_ids: tuple[int, ...]
+    lease_s: float
+
+
+class Generate(Frame):
+    """Router → decode: generate what follows `tokens`."""
+
+    seq: SeqId
+    attempt: int
+    tokens: bytes
+    """Prompt and what earlier attempts already delivered (`pack_tokens`)."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    policy: Literal["auto", "local", "remote"]
+    """`local` and `remote` override the node's own decision; `remote` still needs a live prefill node."""
+    prefill_nodes: int
+    """Prefill nodes that could take the job."""
+    queue_depth: int
+    """Jobs waiting in the prefill queue."""
+    grant_for: NodeName | None
+    """A prefill node with a free credit and an empty queue: a grant for it may ride on `NeedPrefill`."""
+
+
+class Decided(Frame):
+    """Decode → router: the sequence is prefilled here."""
+
+    seq: SeqId
+    attempt: int
+    reason: str
+    num_cached: int
+
+
+class NeedPrefill(Frame):
+    """Decode → router: another node should prefill. No blocks are reserved unless `grant` is set."""
+
+    seq: SeqId
+    attempt: int
+    reason: str
+    num_cached: int
+    grant: Grant | None
+
+
+class Refused(Frame):
+    """Engine node → router: the sequence cannot be served here at all. `code` is an OpenAI error code."""
+
+    seq: SeqId
+    attempt: int
+    code: str
+    message: str
+
+
+class RequestGrant(Frame):
+    """Router → decode: reserve blocks for a prefill by `prefill`; answered `Granted` or `NoRoom`."""
+
+    seq: SeqId
+    attempt: int
+    prefill: NodeName
+
+
+class Granted(Frame):
+    """Decode → router: the blocks are reserved."""
+
+    seq: SeqId
+    attempt: int
+    grant: Grant
+
+
+class NoRoom(Frame):
+    """Decode → router: no blocks now; `Room` follows when there are."""
+
+    seq: SeqId
+    attempt: int
+
+
+class Prefill(Frame):
+    """Router → prefill: compute `tokens`, sample one more, push the KV into `grant` (None: nothing is to be pushed)."""
+
+    seq: SeqId
+    attempt: int
+    tokens: bytes
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    grant: Grant | None
+
+
+class Prefilled(Frame):
+    """Prefill → router: the first token, at once; the push may still be under way."""
+
+    seq: SeqId
+    attempt: int
+    start: int
+    """Output index of the token: `len(tokens) − num_prompt_tokens` of the job."""
+    token: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    """Set when this token ends the sequence: nothing more is pushed."""
+    num_cached: int
+    prefill_ms: float
+    reported_ms: float
+    """When this was reported, on the prefill node's clock, since the job came in."""
+
+
+class Pushed(Frame):
+    """Prefill → router: the job is over, the push's last handle has ended. Returns the job's credit."""
+
+    seq: SeqId
+    attempt: int
+    token: GrantToken
+    clean: bool
+    """Every handle ended DONE."""
+    kv_bytes: int
+    """Sum of the descriptor lengths of the handles that ended DONE."""
+    first_post_ms: float
+    last_done_ms: float
+    """When the first handle was posted and the last one ended, on the prefill node's clock, since the job came in."""
+
+
+class PrefillRefused(Frame):
+    """Prefill → router: the job cannot be done here (unknown pair, revoked grant, no pool for it)."""
+
+    seq: SeqId
+    attempt: int
+    reason: str
+
+
+class Progress(Frame):
+    """Prefill → router → decode: the jobs of these grants are alive; renews their leases."""
+
+    tokens: tuple[GrantToken, ...]
+
+
+class Abort(Frame):
+    """Router → engine node: nobody waits for this sequence any more."""
+
+    seq: SeqId
+    attempt: int
+
+
+class Cancel(Frame):
+    """Decode → router → prefill: stop pushing into this grant, poll out, answer `Quiesced`."""
+
+    token: GrantToken
+    prefill: NodeName
+    decode: NodeName
+
+
+class Quiesced(Frame):
+    """Prefill → router → decode: nothing more will be written for this grant. `clean`: every handle ended DONE."""
+
+    token: GrantToken
+    decode: NodeName
+    clean: bool
+
+
+class PrefillLost(Frame):
+    """Router → decode, the arbiter: the prefill is lost or failed; answered `Landed` (keep) or `Released` (retry)."""
+
+    seq: SeqId
+    attempt: int
+
+
+class Landed(Frame):
+    """Decode → router: the whole grant is in; the sequence runs here."""
+
+    seq: SeqId
+    attempt: int
+    wait_ms: float
+    """From the grant to its landing, on the decode node's clock."""
+
+
+class Released(Frame):
+    """Decode → router: the grant is given up and the sequence forgotten: place it again. Also sent unasked."""
+
+    seq: SeqId
+    attempt: int
+    reason: str
+
+
+class TokenRun(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one sequence."""
+
+    seq: SeqId
+    attempt: int
+    start: int
+    """Index of the first token here among the request's output tokens."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+
+
+class Tokens(Frame):
+    """Decode → router: one per step, with the new tokens of all its sequences."""
+
+    runs: tuple[TokenRun, ...]
+
+
+class Room(Frame):
+    """Decode → router: blocks came free after a `NoRoom`."""
+
+    free_blocks: int
+
+
+class Credit(Frame):
+    """Prefill → router: tokens of jobs that this router may have at this node at once."""
+
+    limit_tokens: int
+
+
+class Gauges(Frame):
+    """Engine node → router, a few times a second and when they change: what the node holds."""
+
+    waiting: int
+    running: int
+    queued: int
+    """Sequences that wait for a prefill elsewhere."""
+    blocks_free: int
+    blocks_cached: int
+    blocks_used: int
+    blocks_granted: int
+    blocks_held: int
+    blocks_quarantined: int
+
+
+ToNode = (
+    RouterHello | Ping | OpenPair | ConnectPair | PairReady | Generate | RequestGrant | Prefill | Progress | Abort | Cancel | Quiesced | PrefillLost
+)
+"""What a router may send."""
+
+ToRouter = (
+    NodeHello
+    | HelloRejected
+    | Ping
+    | PairAgent
+    | PairReady
+    | PairLost
+    | Decided
+    | NeedPrefill
+    | Refused
+    | Granted
+    | NoRoom
+    | Prefilled
+    | Pushed
+    | PrefillRefused
+    | Progress
+    | Cancel
+    | Quiesced
+    | Landed
+    | Released
+    | Tokens
+    | Room
+    | Credit
+    | Gauges
+)
+"""What an engine node may send."""

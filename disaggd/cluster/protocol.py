@@ -10,7 +10,7 @@ router ──► decode                         decode ──► router
   PrefillLost                               Landed, Released
   Progress, Quiesced (forwarded from P)     Cancel (forwarded to P), Tokens, Room
 router ──► prefill                        prefill ──► router
-  Prefill, Abort, Cancel                    Prefilled, Pushed, PrefillRefused, Progress, Quiesced, Credit
+  Prefill, Abort, Cancel                    Prefilled, JobEnded, Progress, Quiesced, Credit
 both ways: Ping, Pong; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost
 ```
 """
@@ -31,7 +31,7 @@ PROTOCOL_VERSION = 1
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Frame(msgspec.Struct, frozen=True, kw_only=False, array_like=True, tag=True):
+class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The base of every frame."""
 
 
@@ -55,7 +55,7 @@ def unpack_tokens(raw: bytes) -> list[int]:
 # ── hello ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class RouterHello(Frame):
+class RouterHello(Frame, frozen=True):
     """The first frame on a link, from the router that dialled."""
 
     version: int
@@ -65,7 +65,7 @@ class RouterHello(Frame):
     """What the router serves: `H(config, weights' names and sizes, tokenizer)`; a node with another refuses."""
 
 
-class NodeHello(Frame):
+class NodeHello(Frame, frozen=True):
     """The engine node's answer, or `HelloRejected`."""
 
     version: int
@@ -80,7 +80,7 @@ class NodeHello(Frame):
     """Routers linked to the node now, this one included: a prefill node's credit is shared among them."""
 
 
-class HelloRejected(Frame):
+class HelloRejected(Frame, frozen=True):
     """The peer cannot be worked with: `field` differs."""
 
     field: str
@@ -88,14 +88,14 @@ class HelloRejected(Frame):
     theirs: str
 
 
-class Ping(Frame):
+class Ping(Frame, frozen=True):
     """A heartbeat: sent every second by both ends; three missed close the link."""
 
 
 # ── pairing: a prefill node's agent meets a decode node's ────────────────────────────────────────────────────────────
 
 
-class OpenPair(Frame):
+class OpenPair(Frame, frozen=True):
     """Router → decode: have an agent for prefill node `peer`; answer `PairAgent`.
 
     Idempotent for the same peer incarnation. A new incarnation fences the agent that served the old one.
@@ -105,7 +105,7 @@ class OpenPair(Frame):
     peer_incarnation: Incarnation
 
 
-class PairAgent(Frame):
+class PairAgent(Frame, frozen=True):
     """Decode → router → prefill (as `ConnectPair`): the decode node's agent for `peer`, and where its pool lies.
 
     Also sent unasked when the agent was rebuilt after a fence.
@@ -120,7 +120,7 @@ class PairAgent(Frame):
     num_blocks: int
 
 
-class ConnectPair(Frame):
+class ConnectPair(Frame, frozen=True):
     """Router → prefill: connect to decode node `peer`'s agent, and probe it with a notification of its own id."""
 
     peer: NodeName
@@ -131,7 +131,7 @@ class ConnectPair(Frame):
     num_blocks: int
 
 
-class PairReady(Frame):
+class PairReady(Frame, frozen=True):
     """Decode → router → prefill: that very agent received its own id; writes may begin.
 
     Decode names the prefill node as `peer`; towards prefill the router names the decode node.
@@ -141,7 +141,7 @@ class PairReady(Frame):
     agent_id: AgentId
 
 
-class PairLost(Frame):
+class PairLost(Frame, frozen=True):
     """Prefill → router: the agent of decode node `peer` is out of reach; nothing is pushed there until a `ConnectPair`."""
 
     peer: NodeName
@@ -166,7 +166,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     lease_s: float
 
 
-class Generate(Frame):
+class Generate(Frame, frozen=True):
     """Router → decode: generate what follows `tokens`."""
 
     seq: SeqId
@@ -185,7 +185,7 @@ class Generate(Frame):
     """A prefill node with a free credit and an empty queue: a grant for it may ride on `NeedPrefill`."""
 
 
-class Decided(Frame):
+class Decided(Frame, frozen=True):
     """Decode → router: the sequence is prefilled here."""
 
     seq: SeqId
@@ -194,7 +194,7 @@ class Decided(Frame):
     num_cached: int
 
 
-class NeedPrefill(Frame):
+class NeedPrefill(Frame, frozen=True):
     """Decode → router: another node should prefill. No blocks are reserved unless `grant` is set."""
 
     seq: SeqId
@@ -204,7 +204,7 @@ class NeedPrefill(Frame):
     grant: Grant | None
 
 
-class Refused(Frame):
+class Refused(Frame, frozen=True):
     """Engine node → router: the sequence cannot be served here at all. `code` is an OpenAI error code."""
 
     seq: SeqId
@@ -213,7 +213,7 @@ class Refused(Frame):
     message: str
 
 
-class RequestGrant(Frame):
+class RequestGrant(Frame, frozen=True):
     """Router → decode: reserve blocks for a prefill by `prefill`; answered `Granted` or `NoRoom`."""
 
     seq: SeqId
@@ -221,7 +221,7 @@ class RequestGrant(Frame):
     prefill: NodeName
 
 
-class Granted(Frame):
+class Granted(Frame, frozen=True):
     """Decode → router: the blocks are reserved."""
 
     seq: SeqId
@@ -229,14 +229,14 @@ class Granted(Frame):
     grant: Grant
 
 
-class NoRoom(Frame):
+class NoRoom(Frame, frozen=True):
     """Decode → router: no blocks now; `Room` follows when there are."""
 
     seq: SeqId
     attempt: int
 
 
-class Prefill(Frame):
+class Prefill(Frame, frozen=True):
     """Router → prefill: compute `tokens`, sample one more, push the KV into `grant` (None: nothing is to be pushed)."""
 
     seq: SeqId
@@ -247,7 +247,7 @@ class Prefill(Frame):
     grant: Grant | None
 
 
-class Prefilled(Frame):
+class Prefilled(Frame, frozen=True):
     """Prefill → router: the first token, at once; the push may still be under way."""
 
     seq: SeqId
@@ -264,14 +264,15 @@ class Prefilled(Frame):
     """When this was reported, on the prefill node's clock, since the job came in."""
 
 
-class Pushed(Frame):
-    """Prefill → router: the job is over, the push's last handle has ended. Returns the job's credit."""
+class JobEnded(Frame, frozen=True):
+    """Prefill → router, once per `Prefill`: the job is over and its push's last handle has ended. Returns the credit."""
 
     seq: SeqId
     attempt: int
-    token: GrantToken
     clean: bool
-    """Every handle ended DONE."""
+    """The first token was sampled and every handle ended DONE."""
+    reason: str
+    """Why not clean; else empty."""
     kv_bytes: int
     """Sum of the descriptor lengths of the handles that ended DONE."""
     first_post_ms: float
@@ -279,28 +280,20 @@ class Pushed(Frame):
     """When the first handle was posted and the last one ended, on the prefill node's clock, since the job came in."""
 
 
-class PrefillRefused(Frame):
-    """Prefill → router: the job cannot be done here (unknown pair, revoked grant, no pool for it)."""
-
-    seq: SeqId
-    attempt: int
-    reason: str
-
-
-class Progress(Frame):
+class Progress(Frame, frozen=True):
     """Prefill → router → decode: the jobs of these grants are alive; renews their leases."""
 
     tokens: tuple[GrantToken, ...]
 
 
-class Abort(Frame):
+class Abort(Frame, frozen=True):
     """Router → engine node: nobody waits for this sequence any more."""
 
     seq: SeqId
     attempt: int
 
 
-class Cancel(Frame):
+class Cancel(Frame, frozen=True):
     """Decode → router → prefill: stop pushing into this grant, poll out, answer `Quiesced`."""
 
     token: GrantToken
@@ -308,7 +301,7 @@ class Cancel(Frame):
     decode: NodeName
 
 
-class Quiesced(Frame):
+class Quiesced(Frame, frozen=True):
     """Prefill → router → decode: nothing more will be written for this grant. `clean`: every handle ended DONE."""
 
     token: GrantToken
@@ -316,14 +309,14 @@ class Quiesced(Frame):
     clean: bool
 
 
-class PrefillLost(Frame):
+class PrefillLost(Frame, frozen=True):
     """Router → decode, the arbiter: the prefill is lost or failed; answered `Landed` (keep) or `Released` (retry)."""
 
     seq: SeqId
     attempt: int
 
 
-class Landed(Frame):
+class Landed(Frame, frozen=True):
     """Decode → router: the whole grant is in; the sequence runs here."""
 
     seq: SeqId
@@ -332,7 +325,7 @@ class Landed(Frame):
     """From the grant to its landing, on the decode node's clock."""
 
 
-class Released(Frame):
+class Released(Frame, frozen=True):
     """Decode → router: the grant is given up and the sequence forgotten: place it again. Also sent unasked."""
 
     seq: SeqId
@@ -352,25 +345,25 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None
 
 
-class Tokens(Frame):
+class Tokens(Frame, frozen=True):
     """Decode → router: one per step, with the new tokens of all its sequences."""
 
     runs: tuple[TokenRun, ...]
 
 
-class Room(Frame):
+class Room(Frame, frozen=True):
     """Decode → router: blocks came free after a `NoRoom`."""
 
     free_blocks: int
 
 
-class Credit(Frame):
+class Credit(Frame, frozen=True):
     """Prefill → router: tokens of jobs that this router may have at this node at once."""
 
     limit_tokens: int
 
 
-class Gauges(Frame):
+class Gauges(Frame, frozen=True):
     """Engine node → router, a few times a second and when they change: what the node holds."""
 
     waiting: int
@@ -386,7 +379,19 @@ class Gauges(Frame):
 
 
 ToNode = (
-    RouterHello | Ping | OpenPair | ConnectPair | PairReady | Generate | RequestGrant | Prefill | Progress | Abort | Cancel | Quiesced | PrefillLost
+    RouterHello
+    | Ping
+    | OpenPair
+    | ConnectPair
+    | PairReady
+    | Generate
+    | RequestGrant
+    | Prefill
+    | Progress
+    | Abort
+    | Cancel
+    | Quiesced
+    | PrefillLost
 )
 """What a router may send."""
 
@@ -403,8 +408,7 @@ ToRouter = (
     | Granted
     | NoRoom
     | Prefilled
-    | Pushed
-    | PrefillRefused
+    | JobEnded
     | Progress
     | Cancel
     | Quiesced

@@ -1,0 +1,48 @@
+"""Local or remote: where a prompt is prefilled. Pure functions; the decode node decides, because it knows its own cache.
+
+Knows no node, no link and no clock.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Policy = Literal["threshold", "always", "never"]
+Override = Literal["auto", "local", "remote"]
+
+
+class DecisionRule(msgspec.Struct, frozen=True, kw_only=True):
+    """What the configuration says."""
+
+    policy: Policy = "threshold"
+    max_local_prefill_tokens: int = 512
+    max_prefill_queue: int = 16
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """The verdict, and the sentence that explains it in the receipt."""
+
+    remote: bool
+    reason: str
+
+
+def decide(rule: DecisionRule, num_uncached: int, *, prefill_nodes: int, queue_depth: int, override: Override = "auto") -> Decision:
+    """Remote iff more than `max_local_prefill_tokens` tokens are uncached and the prefill queue is shorter than its limit.
+
+    `prefill_nodes` counts those that this decode node can receive from now; with none of them every policy is local.
+    """
+    if override == "local":
+        return Decision(False, "the request asks for local prefill")
+    if rule.policy == "never" and override != "remote":
+        return Decision(False, "policy is never")
+    if prefill_nodes == 0:
+        return Decision(False, "no prefill node is reachable")
+    if override == "remote":
+        return Decision(True, "the request asks for remote prefill")
+    if rule.policy == "always":
+        return Decision(True, "policy is always")
+    if num_uncached <= rule.max_local_prefill_tokens:
+        return Decision(False, f"{num_uncached} uncached tokens ≤ {rule.max_local_prefill_tokens}")
+    if queue_depth >= rule.max_prefill_queue:
+        return Decision(False, f"prefill queue is full ({queue_depth} ≥ {rule.max_prefill_queue})")
+    return Decision(True, f"{num_uncached} uncached tokens > {rule.max_local_prefill_tokens}")

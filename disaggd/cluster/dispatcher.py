@@ -1,0 +1,514 @@
+"""The router's brain: which node works on which sequence, and what happens when one is lost.
+
+Runs on the router's loop and never awaits: a frame, a link event, a submit or a tick comes in, frames go out through
+each peer's `send`, tokens through each sequence's `Sink`. Knows nothing of HTTP, text, sockets or torch.
+
+    submit → decode decides → [queue → grant → prefill → push] → tokens → finished
+
+Whatever is lost on the way, a token that was delivered is never sampled again: another attempt starts from the prompt
+and everything sent.
+"""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import singledispatchmethod
+from typing import Protocol
+
+from disaggd.cluster.decision import Override
+from disaggd.cluster.grant_relay import GrantRelay
+from disaggd.cluster.pairing import PairBook
+from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.prefill_queue import PrefillQueue
+from disaggd.cluster.protocol import (
+    Abort,
+    Cancel,
+    Credit,
+    Decided,
+    FinishReason,
+    Gauges,
+    Generate,
+    Grant,
+    Granted,
+    JobEnded,
+    Landed,
+    NeedPrefill,
+    NoRoom,
+    PairAgent,
+    PairLost,
+    PairReady,
+    Prefill,
+    Prefilled,
+    PrefillLost,
+    Progress,
+    Quiesced,
+    Refused,
+    Released,
+    RequestGrant,
+    Room,
+    TokenRun,
+    Tokens,
+    ToRouter,
+    pack_tokens,
+)
+from disaggd.cluster.request import Phase, RoutedSequence, Sink, Timeline
+from disaggd.errors import InvalidRequest, RequestError, RequestFailed, Unavailable
+from disaggd.ids import Incarnation, NodeName, SeqId
+from disaggd.sampling import SamplingParams, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+
+class Addressed(Protocol):
+    """A frame, or a part of one, that names a sequence and an attempt."""
+
+    @property
+    def seq(self) -> SeqId: ...
+    @property
+    def attempt(self) -> int: ...
+
+
+class Dispatcher:
+    """Follows every sequence from `submit` to its last token.
+
+    `on_update` is called with a sequence when it is done, and again if its prefill node reports the push after that.
+    `clock` is monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        *,
+        max_retries: int,
+        grant_patience_s: float,
+        request_timeout_s: float,
+        clock: Callable[[], float],
+        on_update: Callable[[RoutedSequence], None],
+    ) -> None:
+        self.prefills: dict[NodeName, PrefillPeer] = {}
+        self.decodes: dict[NodeName, DecodePeer] = {}
+        self.pairs = PairBook(self.prefills, self.decodes)
+        self.grants = GrantRelay(self.prefills, self.decodes)
+        self.queue = PrefillQueue()
+        self.sequences: dict[SeqId, RoutedSequence] = {}
+        self.dropped_frames: Counter[str] = Counter()
+        """Frames of older attempts or of sequences that are over, by type."""
+        self._incarnation = incarnation
+        self._counter = itertools.count(1)
+        self._max_retries = max_retries
+        self._grant_patience_s = grant_patience_s
+        self._request_timeout_s = request_timeout_s
+        self._clock = clock
+        self._on_update = on_update
+        self._ended: dict[tuple[SeqId, int], RoutedSequence] = {}
+        """Done sequences whose prefill node still holds credit: its report completes their receipts."""
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, override: Override, sink: Sink) -> SeqId:
+        """Place a new sequence. Raises `Unavailable` when no decode node is up."""
+        now = self._clock()
+        seq = SeqId(f"{self._incarnation}-{next(self._counter)}")
+        deadline = now + self._request_timeout_s
+        record = RoutedSequence(seq, request_id, prompt, sampling, override, sink, deadline, Timeline(arrived=now))
+        if not self.decodes:
+            raise Unavailable("no decode node is up")
+        self.sequences[seq] = record
+        self._place(record)
+        return seq
+
+    def abort(self, seq: SeqId) -> None:
+        """The client has gone. Harmless for a sequence that is over."""
+        record = self.sequences.get(seq)
+        if record is not None:
+            self._finish(record, "abort")
+
+    def tick(self) -> None:
+        """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take."""
+        now = self._clock()
+        self.pairs.tick(now)
+        for record in [r for r in self.sequences.values() if now > r.deadline]:
+            self._fail(record, RequestFailed(f"not finished within {self._request_timeout_s:g} s", code="timeout"))
+        self._dispatch()
+
+    # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prefill_up(self, peer: PrefillPeer) -> None:
+        self.prefills[peer.name] = peer
+        self.pairs.prefill_up(peer, self._clock())
+
+    def decode_up(self, peer: DecodePeer) -> None:
+        self.decodes[peer.name] = peer
+        self.pairs.decode_up(peer, self._clock())
+
+    def node_down(self, name: NodeName) -> None:
+        """Its link is lost: everything it worked on goes elsewhere, or is asked for at the arbiter."""
+        self.pairs.node_down(name)
+        prefill, decode = self.prefills.pop(name, None), self.decodes.pop(name, None)
+        for record in list(self.sequences.values()):
+            if decode is not None and record.decode == name:
+                self._decode_lost(record)
+            elif prefill is not None and record.prefill == name:
+                self._prefill_lost(record)
+        if prefill is not None:
+            self._ended = {job: record for job, record in self._ended.items() if job not in prefill.jobs}
+        if decode is not None:
+            self.grants.decode_down(name)
+        self._dispatch()
+
+    def on_frame(self, name: NodeName, frame: ToRouter) -> None:
+        """One frame from a node whose link is up."""
+        if (prefill := self.prefills.get(name)) is not None:
+            self._from_prefill(frame, prefill)
+        elif (decode := self.decodes.get(name)) is not None:
+            self._from_decode(frame, decode)
+
+    # ── frames of decode nodes ───────────────────────────────────────────────────────────────────────────────────────
+
+    @singledispatchmethod
+    def _from_decode(self, frame: object, peer: DecodePeer) -> None:
+        self._drop(frame)
+
+    @_from_decode.register
+    def _(self, frame: Decided, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None or record.phase is not Phase.PLACED:
+            return self._drop(frame)
+        self._return_credit(record)
+        record.move(Phase.DECODING)
+        record.was_remote, record.reason, record.cached_at_decode = False, frame.reason, frame.num_cached
+        return None
+
+    @_from_decode.register
+    def _(self, frame: NeedPrefill, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None or record.phase is not Phase.PLACED:
+            return self._drop(frame)
+        record.was_remote, record.reason, record.cached_at_decode = True, frame.reason, frame.num_cached
+        record.timeline.queued = self._clock()
+        if frame.grant is not None and (prefill := self.prefills.get(frame.grant.prefill)) is not None:
+            return self._forward(record, prefill, frame.grant)
+        self._return_credit(record)
+        record.move(Phase.QUEUED)
+        self.queue.push(record.seq)
+        return self._dispatch()
+
+    @_from_decode.register
+    def _(self, frame: Refused, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None:
+            return self._drop(frame)
+        return self._fail(record, InvalidRequest(frame.message, param="prompt", code=frame.code))
+
+    @_from_decode.register
+    def _(self, frame: Granted, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None or record.phase is not Phase.GRANTING:
+            return self._drop(frame)  # its sequence was aborted there: decode cancels the grant, and we answer for it
+        prefill = self.prefills.get(frame.grant.prefill)
+        return self._arbitrate(record) if prefill is None else self._forward(record, prefill, frame.grant)
+
+    @_from_decode.register
+    def _(self, frame: NoRoom, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None or record.phase is not Phase.GRANTING:
+            return self._drop(frame)
+        peer.is_full = True
+        self._return_credit(record)
+        record.move(Phase.QUEUED)
+        self.queue.push_front(record.seq)
+        return self._dispatch()
+
+    @_from_decode.register
+    def _(self, frame: Room, peer: DecodePeer) -> None:
+        peer.is_full = False
+        self._dispatch()
+
+    @_from_decode.register
+    def _(self, frame: Landed, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None or record.phase not in (Phase.PREFILLING, Phase.ARBITRATION):
+            return self._drop(frame)
+        return self._landed(record)
+
+    @_from_decode.register
+    def _(self, frame: Released, peer: DecodePeer) -> None:
+        record = self._current(frame)
+        if record is None:
+            return self._drop(frame)
+        log.warning("%s: prefill on %s came to nothing: %s", record.request_id, record.prefill, frame.reason)
+        return self._retry(record)
+
+    @_from_decode.register
+    def _(self, frame: Tokens, peer: DecodePeer) -> None:
+        for run in frame.runs:
+            self._run(run)
+
+    @_from_decode.register
+    def _(self, frame: Cancel, peer: DecodePeer) -> None:
+        self.grants.on_cancel(peer, frame)
+
+    @_from_decode.register
+    def _(self, frame: Gauges, peer: DecodePeer) -> None:
+        peer.gauges = frame
+
+    @_from_decode.register
+    def _(self, frame: PairAgent, peer: DecodePeer) -> None:
+        self.pairs.on_agent(peer, frame, self._clock())
+
+    @_from_decode.register
+    def _(self, frame: PairReady, peer: DecodePeer) -> None:
+        if self.pairs.on_ready(peer, frame):
+            self._dispatch()
+
+    # ── frames of prefill nodes ──────────────────────────────────────────────────────────────────────────────────────
+
+    @singledispatchmethod
+    def _from_prefill(self, frame: object, peer: PrefillPeer) -> None:
+        self._drop(frame)
+
+    @_from_prefill.register
+    def _(self, frame: Prefilled, peer: PrefillPeer) -> None:
+        record = self._current(frame)
+        if record is None:
+            return self._drop(frame)
+        record.timeline.prefill_ms = frame.prefill_ms
+        record.timeline.first_token_reported_ms = frame.reported_ms
+        record.cached_at_prefill = frame.num_cached
+        logprobs = None if frame.logprob is None else (frame.logprob,)
+        return self._deliver(record, frame.start, (frame.token,), logprobs, frame.finish_reason)
+
+    @_from_prefill.register
+    def _(self, frame: JobEnded, peer: PrefillPeer) -> None:
+        job = (frame.seq, frame.attempt)
+        peer.jobs.pop(job, None)
+        record = self._current(frame) or self._ended.pop(job, None)
+        if record is not None:
+            record.kv_bytes += frame.kv_bytes
+            if record.attempt == frame.attempt:
+                record.timeline.first_post_ms, record.timeline.last_done_ms = frame.first_post_ms, frame.last_done_ms
+            if record.phase is Phase.DONE:
+                self._on_update(record)
+            elif not frame.clean and record.phase is Phase.PREFILLING:
+                log.warning("%s: %s failed: %s", record.request_id, peer.name, frame.reason)
+                self._arbitrate(record)
+        self._dispatch()
+
+    @_from_prefill.register
+    def _(self, frame: Progress, peer: PrefillPeer) -> None:
+        self.grants.on_progress(frame)
+
+    @_from_prefill.register
+    def _(self, frame: Quiesced, peer: PrefillPeer) -> None:
+        self.grants.on_quiesced(frame)
+
+    @_from_prefill.register
+    def _(self, frame: PairLost, peer: PrefillPeer) -> None:
+        self.pairs.on_lost(peer, frame, self._clock())
+
+    @_from_prefill.register
+    def _(self, frame: Credit, peer: PrefillPeer) -> None:
+        peer.credit_tokens = frame.limit_tokens
+        self._dispatch()
+
+    @_from_prefill.register
+    def _(self, frame: Gauges, peer: PrefillPeer) -> None:
+        peer.gauges = frame
+
+    # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _place(self, record: RoutedSequence, override: Override | None = None) -> None:
+        """Give the sequence to the least loaded decode node, with a first prefill node in view if nobody waits."""
+        decode = min(self.decodes.values(), key=lambda peer: (peer.load_tokens, peer.name))
+        reachable = self.pairs.reachable(decode.name)
+        record.decode, record.prefill, record.placed_tokens = decode.name, None, record.num_tokens
+        decode.load_tokens += record.placed_tokens
+        grant_for = None
+        if not self.queue and record.num_remaining > 1 and (candidate := self._with_credit(reachable, record)) is not None:
+            record.prefill = grant_for = candidate.name
+            candidate.jobs[record.job] = record.num_tokens
+        decode.send(
+            Generate(
+                record.seq,
+                record.attempt,
+                pack_tokens(record.tokens),
+                len(record.prompt),
+                record.sampling,
+                override or record.override,
+                len(reachable),
+                len(self.queue),
+                grant_for,
+            )
+        )
+
+    def _dispatch(self) -> None:
+        """Give each waiting job, in order, to a prefill node that has credit and can reach the job's decode node."""
+        for seq in self.queue:
+            record = self.sequences[seq]
+            assert record.decode is not None
+            decode = self.decodes[record.decode]
+            reachable = self.pairs.reachable(decode.name)
+            if not reachable and self._patience_is_over(record):
+                self.queue.discard(seq)
+                self._again(record, "local")
+            elif not decode.is_full and (prefill := self._with_credit(reachable, record)) is not None:
+                self.queue.discard(seq)
+                self._start_job(record, prefill, decode)
+
+    def _start_job(self, record: RoutedSequence, prefill: PrefillPeer, decode: DecodePeer) -> None:
+        record.prefill = prefill.name
+        prefill.jobs[record.job] = record.num_tokens
+        if record.num_remaining > 1:
+            record.move(Phase.GRANTING)
+            decode.send(RequestGrant(record.seq, record.attempt, prefill.name))
+        else:  # the prefill node samples the only token: nothing is to be pushed
+            self._forward(record, prefill, None)
+
+    def _patience_is_over(self, record: RoutedSequence) -> bool:
+        """At once when no prefill node is up at all; after a while when one is but cannot reach the decode node."""
+        assert record.timeline.queued is not None
+        return not self.prefills or self._clock() - record.timeline.queued > self._grant_patience_s
+
+    def _forward(self, record: RoutedSequence, prefill: PrefillPeer, grant: Grant | None) -> None:
+        """The blocks are reserved (None: none are needed): the job goes to the prefill node."""
+        record.move(Phase.PREFILLING)
+        record.timeline.dispatched = self._clock()
+        if grant is not None:
+            self.grants.forwarded(grant)
+        prefill.jobs[record.job] = record.num_tokens
+        record.prefill = prefill.name
+        record.grant = grant
+        prefill.send(Prefill(record.seq, record.attempt, pack_tokens(record.tokens), len(record.prompt), record.sampling, grant))
+
+    def _landed(self, record: RoutedSequence) -> None:
+        """The KV is at decode: the grant is over."""
+        if record.phase in (Phase.PREFILLING, Phase.ARBITRATION):
+            record.move(Phase.DECODING)
+            record.timeline.landed = self._clock()
+            if record.grant is not None:
+                self.grants.landed(record.grant)
+
+    def _run(self, run: TokenRun) -> None:
+        record = self._current(run)
+        if record is None:
+            return self._drop(run)
+        self._landed(record)
+        return self._deliver(record, run.start, run.tokens, run.logprobs, run.finish_reason)
+
+    def _deliver(
+        self,
+        record: RoutedSequence,
+        start: int,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        finish: FinishReason | None,
+    ) -> None:
+        """Pass on what the client does not have yet: prefill and decode both report the first token."""
+        known = len(record.sent) - start
+        if known < 0:
+            log.error("%s: tokens from index %d, but only %d were seen", record.request_id, start, len(record.sent))
+            return self._retry(record)
+        fresh = tokens[known:]
+        if fresh:
+            if record.timeline.first_token is None:
+                record.timeline.first_token = self._clock()
+            record.sent.extend(fresh)
+            record.sink.deliver(fresh, None if logprobs is None else logprobs[known:], finish)
+        elif finish is not None:
+            record.sink.deliver((), None, finish)
+        if finish is not None:
+            self._finish(record, finish)
+        return None
+
+    # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _finish(self, record: RoutedSequence, reason: FinishReason) -> None:
+        """Over for the client; tell every node that still has it."""
+        decoded_to_the_end = record.phase is Phase.DECODING and reason in ("stop", "length")
+        self._leave_nodes(record, decode_has_it=not decoded_to_the_end)
+        record.move(Phase.DONE)
+        record.finish_reason = reason
+        record.timeline.finished = self._clock()
+        del self.sequences[record.seq]
+        self._await_report(record)
+        self._on_update(record)
+        self._dispatch()
+
+    def _fail(self, record: RoutedSequence, error: RequestError) -> None:
+        record.sink.fail(error)
+        self._finish(record, "error")
+
+    def _retry(self, record: RoutedSequence) -> None:
+        """Another attempt, from the prompt and everything sent; after `max_retries` the decode node prefills by itself."""
+        record.retries += 1
+        self._again(record, "local" if record.retries > self._max_retries else None)
+
+    def _again(self, record: RoutedSequence, override: Override | None) -> None:
+        self._leave_nodes(record, decode_has_it=True)
+        record.move(Phase.PLACED)
+        self._await_report(record)
+        record.attempt += 1
+        if not self.decodes:
+            return self._fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
+        return self._place(record, override)
+
+    def _leave_nodes(self, record: RoutedSequence, *, decode_has_it: bool) -> None:
+        """Tell the nodes that work on this attempt that it is over, and take it out of the queue."""
+        self.queue.discard(record.seq)
+        decode = self.decodes.get(record.decode) if record.decode is not None else None
+        if decode is not None:
+            decode.load_tokens -= record.placed_tokens
+            if decode_has_it:
+                decode.send(Abort(record.seq, record.attempt))
+        prefill = self.prefills.get(record.prefill) if record.prefill is not None else None
+        if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
+            self._return_credit(record)
+        elif prefill is not None and record.job in prefill.jobs:
+            prefill.send(Abort(record.seq, record.attempt))
+
+    # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _decode_lost(self, record: RoutedSequence) -> None:
+        log.warning("%s: decode node %s is lost after %d tokens", record.request_id, record.decode, len(record.sent))
+        self._retry(record)
+
+    def _prefill_lost(self, record: RoutedSequence) -> None:
+        if record.phase in (Phase.GRANTING, Phase.PREFILLING):
+            self._arbitrate(record)
+        elif record.phase is Phase.PLACED:
+            record.prefill = None
+
+    def _arbitrate(self, record: RoutedSequence) -> None:
+        """Decode knows whether the KV landed; only what it released is placed again."""
+        if record.num_remaining == 1:  # it had no grant
+            return self._retry(record)
+        record.move(Phase.ARBITRATION)
+        assert record.decode is not None
+        return self.decodes[record.decode].send(PrefillLost(record.seq, record.attempt))
+
+    # ── bookkeeping ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _current(self, frame: Addressed) -> RoutedSequence | None:
+        record = self.sequences.get(frame.seq)
+        return record if record is not None and record.attempt == frame.attempt else None
+
+    def _with_credit(self, candidates: list[PrefillPeer], record: RoutedSequence) -> PrefillPeer | None:
+        """The candidate with the fewest tokens in hand that has credit for the job."""
+        able = [peer for peer in candidates if peer.has_credit(record.num_tokens)]
+        return min(able, key=lambda peer: sum(peer.jobs.values()), default=None)
+
+    def _return_credit(self, record: RoutedSequence) -> None:
+        """For a job that its prefill node has not seen."""
+        if record.prefill is not None and (prefill := self.prefills.get(record.prefill)) is not None:
+            prefill.jobs.pop(record.job, None)
+        record.prefill = None
+
+    def _await_report(self, record: RoutedSequence) -> None:
+        """The prefill node still has this attempt: keep the record until it says what became of it."""
+        prefill = self.prefills.get(record.prefill) if record.prefill is not None else None
+        if prefill is not None and record.job in prefill.jobs:
+            self._ended[record.job] = record
+
+    def _drop(self, frame: object) -> None:
+        self.dropped_frames[type(frame).__name__] += 1

@@ -1,0 +1,133 @@
+"""One request's sequence as the router follows it, from its prompt to its last token. Runs on the router's loop.
+
+```
+PLACED ─► QUEUED ─► GRANTING ─► PREFILLING ─► DECODING ─► DONE
+   │         ▲          │ no room    │ failed      ▲
+   │         └──────────┘            ▼             │ landed
+   │  prefilled locally         ARBITRATION ───────┤
+   └───────────────────────────────────────────────┘
+every phase ─► PLACED (another attempt) ─► …       every phase ─► DONE (finished, aborted, failed)
+```
+"""
+
+import enum
+from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from disaggd.cluster.decision import Override
+from disaggd.cluster.protocol import FinishReason, Grant
+from disaggd.errors import RequestError
+from disaggd.ids import NodeName, SeqId
+from disaggd.sampling import SamplingParams, TokenLogprob
+
+
+class Phase(enum.Enum):
+    """Who has the sequence now."""
+
+    PLACED = "placed"
+    """With a decode node, which decides where to prefill."""
+    QUEUED = "queued"
+    """In the prefill queue."""
+    GRANTING = "granting"
+    """A prefill node's credit is held; the decode node is asked for blocks."""
+    PREFILLING = "prefilling"
+    """With the prefill node."""
+    ARBITRATION = "arbitration"
+    """The prefill failed or was lost; the decode node is asked whether the KV landed all the same."""
+    DECODING = "decoding"
+    """The decode node computes it, prompt included if it was prefilled locally."""
+    DONE = "done"
+
+
+_ANY_TIME = {Phase.PLACED, Phase.DONE}
+LEGAL_MOVES: dict[Phase, set[Phase]] = {
+    Phase.PLACED: {Phase.QUEUED, Phase.PREFILLING, Phase.DECODING} | _ANY_TIME,
+    Phase.QUEUED: {Phase.GRANTING, Phase.PREFILLING} | _ANY_TIME,
+    Phase.GRANTING: {Phase.PREFILLING, Phase.QUEUED, Phase.ARBITRATION} | _ANY_TIME,
+    Phase.PREFILLING: {Phase.ARBITRATION, Phase.DECODING} | _ANY_TIME,
+    Phase.ARBITRATION: {Phase.DECODING} | _ANY_TIME,
+    Phase.DECODING: _ANY_TIME,
+    Phase.DONE: set(),
+}
+
+
+class Sink(Protocol):
+    """Where a sequence's tokens go: the HTTP handler that waits for them."""
+
+    def deliver(self, tokens: ReadOnlySequence[int], logprobs: ReadOnlySequence[TokenLogprob] | None, finish: FinishReason | None) -> None:
+        """New tokens, each exactly once and in order; `finish` comes with the last ones."""
+
+    def fail(self, error: RequestError) -> None:
+        """The sequence ends without being finished."""
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When things happened, in seconds on the router's monotonic clock; and what the nodes measured on theirs."""
+
+    arrived: float
+    queued: float | None = None
+    dispatched: float | None = None
+    first_token: float | None = None
+    landed: float | None = None
+    finished: float | None = None
+    prefill_ms: float = 0.0
+    first_token_reported_ms: float | None = None
+    """On the prefill node's clock, since its job came in; so are the next two."""
+    first_post_ms: float | None = None
+    last_done_ms: float | None = None
+
+
+@dataclass(slots=True)
+class RoutedSequence:
+    """The router's record of one sequence; `Dispatcher` is its only writer."""
+
+    seq: SeqId
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    override: Override
+    sink: Sink
+    deadline: float
+    timeline: Timeline
+    phase: Phase = Phase.PLACED
+    attempt: int = 0
+    retries: int = 0
+    sent: list[int] = field(default_factory=list)
+    """Tokens the client has: never sampled again."""
+    decode: NodeName | None = None
+    prefill: NodeName | None = None
+    grant: Grant | None = None
+    placed_tokens: int = 0
+    """What this attempt adds to its decode node's load."""
+    was_remote: bool = False
+    reason: str = ""
+    cached_at_decode: int = 0
+    cached_at_prefill: int = 0
+    kv_bytes: int = 0
+    finish_reason: FinishReason | None = None
+
+    def move(self, phase: Phase) -> None:
+        """Enter `phase`; asserts that the move is legal."""
+        assert phase in LEGAL_MOVES[self.phase], f"{self.seq}: {self.phase} → {phase}"
+        self.phase = phase
+
+    @property
+    def tokens(self) -> list[int]:
+        """What a node needs to continue: the prompt and everything sent."""
+        return [*self.prompt, *self.sent]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.sent)
+
+    @property
+    def num_remaining(self) -> int:
+        """Output tokens still wanted."""
+        return self.sampling.max_tokens - len(self.sent)
+
+    @property
+    def job(self) -> tuple[SeqId, int]:
+        """What a prefill node's credit is held under."""
+        return (self.seq, self.attempt)

@@ -118,11 +118,11 @@ class Dispatcher:
         self._place(record)
         return seq
 
-    def abort(self, seq: SeqId) -> None:
-        """The client has gone. Harmless for a sequence that is over."""
+    def end(self, seq: SeqId, reason: FinishReason) -> None:
+        """The client has gone (`abort`), or has all it wants (`stop`). Harmless for a sequence that is over."""
         record = self.sequences.get(seq)
         if record is not None:
-            self._finish(record, "abort")
+            self._finish(record, reason)
 
     def tick(self) -> None:
         """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take."""
@@ -425,8 +425,7 @@ class Dispatcher:
 
     def _finish(self, record: RoutedSequence, reason: FinishReason) -> None:
         """Over for the client; tell every node that still has it."""
-        decoded_to_the_end = record.phase is Phase.DECODING and reason in ("stop", "length")
-        self._leave_nodes(record, decode_has_it=not decoded_to_the_end)
+        self._leave_nodes(record)
         record.move(Phase.DONE)
         record.finish_reason = reason
         record.timeline.finished = self._clock()
@@ -445,7 +444,7 @@ class Dispatcher:
         self._again(record, "local" if record.retries > self._max_retries else None)
 
     def _again(self, record: RoutedSequence, override: Override | None) -> None:
-        self._leave_nodes(record, decode_has_it=True)
+        self._leave_nodes(record)
         record.move(Phase.PLACED)
         self._await_report(record)
         record.attempt += 1
@@ -453,14 +452,13 @@ class Dispatcher:
             return self._fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
         return self._place(record, override)
 
-    def _leave_nodes(self, record: RoutedSequence, *, decode_has_it: bool) -> None:
+    def _leave_nodes(self, record: RoutedSequence) -> None:
         """Tell the nodes that work on this attempt that it is over, and take it out of the queue."""
         self.queue.discard(record.seq)
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         if decode is not None:
             decode.load_tokens -= record.placed_tokens
-            if decode_has_it:
-                decode.send(Abort(record.seq, record.attempt))
+            decode.send(Abort(record.seq, record.attempt))  # harmless if it ended there by itself
         prefill = self.prefills.get(record.prefill) if record.prefill is not None else None
         if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
             self._return_credit(record)

@@ -23,12 +23,10 @@ from typing import Literal
 import msgspec
 
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
-from disaggd.sampling import SamplingParams, TokenLogprob
+from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 from disaggd.transfer.layout import KVSpec
 
 PROTOCOL_VERSION = 1
-
-FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -76,8 +74,6 @@ class NodeHello(Frame, frozen=True):
     kv: KVSpec
     num_blocks: int
     max_model_len: int
-    links: int
-    """Routers linked to the node now, this one included: a prefill node's credit is shared among them."""
 
 
 class HelloRejected(Frame, frozen=True):
@@ -275,8 +271,8 @@ class JobEnded(Frame, frozen=True):
     """Why not clean; else empty."""
     kv_bytes: int
     """Sum of the descriptor lengths of the handles that ended DONE."""
-    first_post_ms: float
-    last_done_ms: float
+    first_post_ms: float | None
+    last_done_ms: float | None
     """When the first handle was posted and the last one ended, on the prefill node's clock, since the job came in."""
 
 

@@ -1,0 +1,433 @@
+"""A link: one WebSocket between a router and an engine node. Frames in order, a hello, heartbeats, reconnects.
+
+Runs on the asyncio thread. Knows what a frame looks like, not what it means: `on_up`, `on_frame` and `on_down` are
+called on the same thread, in order, with exactly one `on_down` for each `on_up`; none of them may block.
+
+```
+router: dial()                                 engine node: serve_links()
+   │  ── HTTP upgrade, Authorization: secret ──►  │   401 if the secret is wrong
+   │  ── RouterHello ──────────────────────────►  │   HelloRejected if we cannot work together
+   │  ◄──────────────────────────── NodeHello ──  │
+   │  ◄═══════════ frames, and a Ping every ═══►  │   `missed_heartbeats` silent intervals close the link
+   │               `heartbeat_s` from each end    │
+```
+"""
+
+import asyncio
+import hmac
+import http
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Never, TypeVar
+
+import msgspec
+from websockets.asyncio.client import connect
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Request, Response
+
+from disaggd.cluster.protocol import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello, ToNode, ToRouter
+from disaggd.config import Address, ClusterConfig, NodeConfig
+from disaggd.errors import HelloRefused, ResourceError
+from disaggd.ids import NodeName
+
+log = logging.getLogger(__name__)
+
+LINK_PATH = "/link"
+HEALTH_PATH = "/health"
+
+_MAX_CLOSE_REASON_BYTES = 120  # a WebSocket close frame has room for 123
+
+# The library logs a traceback for every port scan and health probe; what matters of it is logged here instead.
+_websockets_log = logging.getLogger(f"{__name__}.websockets")
+_websockets_log.setLevel(logging.CRITICAL)
+
+_encode = msgspec.msgpack.Encoder().encode
+_from_router: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
+_from_node: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+
+Out = TypeVar("Out", bound=Frame)
+In = TypeVar("In", bound=Frame)
+Hello = TypeVar("Hello", RouterHello, NodeHello)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """How a link behaves. Both ends of a cluster share one file, so they agree."""
+
+    heartbeat_s: float = 1.0
+    missed_heartbeats: int = 3
+    reconnect_min_s: float = 0.05
+    """The first pause before another attempt; doubled up to `reconnect_max_s`."""
+    reconnect_max_s: float = 1.0
+    refused_s: float = 5.0
+    """The pause after a hello or a secret was refused: only an operator can mend that."""
+    hello_timeout_s: float = 5.0
+    max_buffered_bytes: int = 256 * 2**20
+    """Frames that wait for a slow peer; more closes the link."""
+    max_frame_bytes: int = 64 * 2**20
+    secret: str | None = None
+
+
+def link_settings(cluster: ClusterConfig) -> LinkSettings:
+    return LinkSettings(
+        heartbeat_s=cluster.heartbeat_s,
+        missed_heartbeats=cluster.missed_heartbeats,
+        reconnect_max_s=cluster.reconnect_max_s,
+        refused_s=max(5.0, cluster.reconnect_max_s),
+        secret=cluster.secret,
+    )
+
+
+class LinkClosed(Exception):
+    """Ends a link's tasks; the message says why."""
+
+
+class Link(Generic[Out, In, Hello]):
+    """One end of a link that is up."""
+
+    def __init__(self, socket: Connection, name: NodeName, peer: Hello, decode: Callable[[bytes], In], settings: LinkSettings) -> None:
+        self.name = name
+        """The other end's."""
+        self.peer: Hello = peer
+        """What the other end said of itself."""
+        self._socket = socket
+        self._decode = decode
+        self._settings = settings
+        self._outgoing: deque[bytes] = deque()
+        self._buffered_bytes = 0
+        self._wake_writer = asyncio.Event()
+        self._close_reason: str | None = None
+        self._silent_heartbeats = 0
+
+    def send(self, frame: Out | Ping) -> None:
+        """Queues one frame; never blocks. On a closed link it is dropped: `on_down` is the notice."""
+        if self._close_reason is not None:
+            return
+        message = _encode(frame)
+        self._outgoing.append(message)
+        self._buffered_bytes += len(message)
+        self._wake_writer.set()
+        if self._buffered_bytes > self._settings.max_buffered_bytes:
+            self._cut(f"the peer reads too slowly: {self._buffered_bytes} bytes wait for it")
+
+    def close(self, reason: str) -> None:
+        """Ends the link once what was sent before is on its way. Idempotent."""
+        if self._close_reason is None:
+            self._close_reason = reason
+            self._wake_writer.set()
+
+    def _cut(self, reason: str) -> None:
+        """Ends the link now: nothing more goes out."""
+        if self._close_reason is None:
+            self._close_reason = reason
+        self._socket.transport.abort()
+
+    async def carry(
+        self, on_up: Callable[["Link[Out, In, Hello]"], None], on_frame: Callable[[Any, In], None], on_down: Callable[[Any, str], None]
+    ) -> None:
+        """Runs the link to its end. Cancelling it closes the link; `on_down` is called in any case."""
+        log.info("link to %s is up", self.name)
+        on_up(self)
+        reason = "this node is stopping"
+        try:
+            reason = await self._run(on_frame)
+        finally:
+            self._close_reason = self._close_reason or reason
+            log.warning("link to %s is down: %s", self.name, reason)
+            on_down(self, reason)
+            await self._socket.close(reason=reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
+
+    async def _run(self, on_frame: Callable[[Any, In], None]) -> str:
+        reason = ""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read(on_frame))
+                tasks.create_task(self._write())
+                tasks.create_task(self._beat())
+        except* LinkClosed as closed:
+            reason = self._close_reason or str(closed.exceptions[0])
+        except* Exception as faults:  # a callback's bug must not take the other links down
+            log.exception("link to %s: a frame could not be handled", self.name, exc_info=faults)
+            reason = "a frame could not be handled"
+        return reason
+
+    async def _read(self, on_frame: Callable[[Any, In], None]) -> None:
+        while True:
+            frame = await self._receive()
+            self._silent_heartbeats = 0
+            if not isinstance(frame, Ping):
+                on_frame(self, frame)
+
+    async def _receive(self) -> In:
+        try:
+            return self._decode(await _recv_bytes(self._socket))
+        except ConnectionClosed as error:
+            raise LinkClosed(_why(error)) from error
+        except msgspec.MsgspecError as error:
+            raise LinkClosed(f"undecodable frame: {error}") from error
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake_writer.wait()
+            self._wake_writer.clear()
+            while self._outgoing:
+                message = self._outgoing.popleft()
+                self._buffered_bytes -= len(message)
+                await self._put(message)
+            if self._close_reason is not None:
+                raise LinkClosed(self._close_reason)
+
+    async def _put(self, message: bytes) -> None:
+        try:
+            await self._socket.send(message)
+        except ConnectionClosed as error:
+            raise LinkClosed(_why(error)) from error
+
+    async def _beat(self) -> None:
+        """Counts intervals instead of reading a clock: a loop that stalled for seconds itself accuses nobody."""
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s)
+            if self._silent_heartbeats >= self._settings.missed_heartbeats:
+                self._cut(f"silent for {self._silent_heartbeats} heartbeats")
+            self._silent_heartbeats += 1
+            self.send(Ping())
+
+
+RouterLink = Link[ToNode, ToRouter, NodeHello]
+"""The router's end."""
+NodeLink = Link[ToRouter, ToNode, RouterHello]
+"""The engine node's end."""
+
+
+# ── the engine node's side ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LinkServer:
+    """The listener of an engine node: a link per router, and `GET /health`."""
+
+    def __init__(
+        self,
+        hello: Callable[[RouterHello], NodeHello | HelloRejected],
+        on_up: Callable[[NodeLink], None],
+        on_frame: Callable[[NodeLink, ToNode], None],
+        on_down: Callable[[NodeLink, str], None],
+        settings: LinkSettings,
+    ) -> None:
+        self._hello = hello
+        self._callbacks = (on_up, on_frame, on_down)
+        self._settings = settings
+        self._refusals = _Repeated()
+        self._server: Server | None = None
+
+    async def listen(self, address: Address) -> None:
+        """Raises ResourceError if the port is taken."""
+        try:
+            self._server = await serve(
+                self._serve_one,
+                address.host,
+                address.port,
+                process_request=self._admit,
+                max_size=self._settings.max_frame_bytes,
+                **_SOCKET_OPTIONS,
+            )
+        except OSError as error:
+            raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
+
+    async def close(self) -> None:
+        """Stops listening and closes every link; returns when each `on_down` has been called."""
+        if self._server is not None:
+            self._server.close(reason="the node is stopping")
+            await self._server.wait_closed()
+
+    def _admit(self, socket: ServerConnection, request: Request) -> Response | None:
+        if request.path == HEALTH_PATH:
+            return socket.respond(http.HTTPStatus.OK, "ok\n")
+        if request.path != LINK_PATH:
+            return socket.respond(http.HTTPStatus.NOT_FOUND, f"nothing here but {HEALTH_PATH} and {LINK_PATH}\n")
+        if not _is_authorized(request.headers.get_all("Authorization"), self._settings.secret):
+            self._refusals.warn(f"refused a link from {_remote(socket)}: wrong cluster secret")
+            return socket.respond(http.HTTPStatus.UNAUTHORIZED, "wrong cluster secret\n")
+        return None
+
+    async def _serve_one(self, socket: ServerConnection) -> None:
+        try:
+            hello = await self._greet(socket)
+            if hello is not None:
+                await Link(socket, hello.router, hello, _from_router.decode, self._settings).carry(*self._callbacks)
+        except Exception:
+            log.exception("a link's callback failed")  # the library would log it where nobody looks
+            raise
+
+    async def _greet(self, socket: ServerConnection) -> RouterHello | None:
+        """The router's hello, answered; None if it was refused or never came."""
+        try:
+            async with asyncio.timeout(self._settings.hello_timeout_s):
+                theirs = _from_router.decode(await _recv_bytes(socket))
+                if not isinstance(theirs, RouterHello):
+                    raise LinkClosed(f"{type(theirs).__name__} before the hello")
+                reply = self._answer(theirs)
+                await socket.send(_encode(reply))
+        except (TimeoutError, ConnectionClosed, msgspec.MsgspecError, LinkClosed) as error:
+            self._refusals.warn(f"no hello from {_remote(socket)}: {_why(error)}")
+            return None
+        if isinstance(reply, HelloRejected):
+            self._refusals.warn(f"refused router {theirs.router}: {reply.field} differs (ours {reply.ours}, theirs {reply.theirs})")
+            return None
+        return theirs
+
+    def _answer(self, theirs: RouterHello) -> NodeHello | HelloRejected:
+        if theirs.version != PROTOCOL_VERSION:
+            return HelloRejected("version", str(PROTOCOL_VERSION), str(theirs.version))
+        reply = self._hello(theirs)
+        if isinstance(reply, NodeHello) and reply.model_id != theirs.model_id:
+            return HelloRejected("model_id", reply.model_id, theirs.model_id)
+        return reply
+
+
+async def serve_links(
+    listen: Address,
+    *,
+    hello: Callable[[RouterHello], NodeHello | HelloRejected],
+    on_up: Callable[[NodeLink], None],
+    on_frame: Callable[[NodeLink, ToNode], None],
+    on_down: Callable[[NodeLink, str], None],
+    settings: LinkSettings,
+) -> LinkServer:
+    """Listens for routers at `listen` until the server is closed. `hello` answers a router whose version is ours.
+
+    Raises ResourceError if the port is taken.
+    """
+    server = LinkServer(hello, on_up, on_frame, on_down, settings)
+    await server.listen(listen)
+    return server
+
+
+# ── the router's side ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def dial(
+    node: NodeConfig,
+    hello: RouterHello,
+    *,
+    on_up: Callable[[RouterLink], None],
+    on_frame: Callable[[RouterLink, ToRouter], None],
+    on_down: Callable[[RouterLink, str], None],
+    settings: LinkSettings,
+    accept: Callable[[NodeHello], None] = lambda _: None,
+) -> Never:
+    """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello.
+
+    A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
+    Each standing trouble is logged once.
+    """
+    troubles = _Repeated()
+    pause_s = settings.reconnect_min_s
+    while True:
+        try:
+            link = await _connect(node, hello, accept, settings)
+        except HelloRefused as error:
+            troubles.warn(f"no link to {node.name} at {node.listen}: {error}")
+            pause_s = settings.refused_s
+        except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError) as error:
+            troubles.warn(f"no link to {node.name} at {node.listen}, trying again: {_why(error)}")
+            pause_s = min(2 * pause_s, settings.reconnect_max_s)
+        else:
+            troubles.forget()
+            pause_s = settings.reconnect_min_s
+            await link.carry(on_up, on_frame, on_down)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+
+async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeHello], None], settings: LinkSettings) -> RouterLink:
+    headers = {"Authorization": f"Bearer {settings.secret}"} if settings.secret is not None else {}
+    async with asyncio.timeout(settings.hello_timeout_s):
+        try:
+            socket = await connect(
+                f"ws://{node.listen}{LINK_PATH}",
+                additional_headers=headers,
+                proxy=None,
+                max_size=settings.max_frame_bytes,
+                **_SOCKET_OPTIONS,
+            )
+        except InvalidStatus as error:
+            if error.response.status_code == http.HTTPStatus.UNAUTHORIZED:
+                raise HelloRefused("cluster.secret", "(hidden)", "(hidden)") from error
+            raise
+        try:
+            await socket.send(_encode(hello))
+            theirs = _check_hello(node, hello, _from_node.decode(await _recv_bytes(socket)))
+            accept(theirs)
+        except BaseException:  # also cancellation and the timeout: no socket is left behind
+            socket.transport.abort()
+            raise
+    return Link(socket, node.name, theirs, _from_node.decode, settings)
+
+
+def _check_hello(node: NodeConfig, ours: RouterHello, theirs: ToRouter) -> NodeHello:
+    """Raises HelloRefused naming the field in which the two ends differ."""
+    if isinstance(theirs, HelloRejected):
+        raise HelloRefused(theirs.field, theirs.theirs, theirs.ours)
+    if not isinstance(theirs, NodeHello):
+        raise HelloRefused("hello", "NodeHello", type(theirs).__name__)
+    expected = {"version": ours.version, "model_id": ours.model_id, "name": node.name, "role": node.role}
+    for field, value in expected.items():
+        if getattr(theirs, field) != value:
+            raise HelloRefused(field, value, getattr(theirs, field))
+    return theirs
+
+
+# ── both sides ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SOCKET_OPTIONS: dict[str, Any] = {
+    "compression": None,  # token ids barely compress; deflate would only cost the loop time
+    "ping_interval": None,  # heartbeats are frames of our own
+    "close_timeout": 1.0,
+    "max_queue": 64,
+    "write_limit": 2**20,
+    "logger": _websockets_log,
+}
+
+
+class _Repeated:
+    """Logs a trouble that repeats itself once, and again when it changes."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def warn(self, message: str) -> None:
+        if message != self._last:
+            log.warning("%s", message)
+        self._last = message
+
+    def forget(self) -> None:
+        self._last = None
+
+
+async def _recv_bytes(socket: Connection) -> bytes:
+    message = await socket.recv(decode=False)
+    assert isinstance(message, bytes)
+    return message
+
+
+def _is_authorized(given: list[str], secret: str | None) -> bool:
+    if secret is None:
+        return True
+    return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Bearer {secret}".encode())
+
+
+def _remote(socket: Connection) -> str:
+    address = socket.remote_address
+    return str(address[0]) if address else "a peer that left"
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, ConnectionClosed):
+        return f"closed by the peer: {error.rcvd.reason or error.rcvd.code}" if error.rcvd else "connection lost"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,369 @@
+"""The TOML file: what a cluster is. Read once by every process, checked as a whole, never written.
+
+`load_config` gives frozen structs or a `ConfigError` that names the file, the path in it, and what would be valid.
+Knows nothing of roles' code, torch or asyncio.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import msgspec
+
+from disaggd.errors import ConfigError
+from disaggd.ids import NodeName
+
+Role = Literal["router", "prefill", "decode"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+CONFIG_VARIABLE = "DISAGGD_CONFIG"
+DEFAULT_PATH = Path("config.toml")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+class Size(int):
+    """Bytes: an integer, or a string such as "256MiB"."""
+
+    @classmethod
+    def parse(cls, raw: object) -> Self:
+        if isinstance(raw, bool) or not isinstance(raw, int | str):
+            raise ValueError('expected a size: bytes, or a string such as "256MiB"')
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", str(raw))
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f'{raw!r} is not a size: bytes, or a string such as "256MiB"')
+        size = cls(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else cls(int(match[1]) * _UNITS[match[2]])
+        if size < 1:
+            raise ValueError("a size must be at least 1 byte")
+        return size
+
+
+class Address(str):
+    """`host:port`, or `[host]:port` for IPv6."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, raw: object) -> Self:
+        host, _, port = raw.rpartition(":") if isinstance(raw, str) else ("", "", "")
+        if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise ValueError(f'{raw!r} is not an address: expected "host:port"')
+        return cls(raw)
+
+    @property
+    def host(self) -> str:
+        return self.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+    @property
+    def port(self) -> int:
+        return int(self.rpartition(":")[2])
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False  # a name may resolve to anything
+
+    @property
+    def is_wildcard(self) -> bool:
+        return self.host in ("0.0.0.0", "::")
+
+    def clashes_with(self, other: "Address") -> bool:
+        """Whether one host could not listen on both."""
+        if self.port != other.port:
+            return False
+        if self.is_wildcard or other.is_wildcard:
+            return all(address.is_wildcard or address.is_loopback for address in (self, other))
+        return self.host == other.host or {self.host, other.host} == {"localhost", "127.0.0.1"}
+
+
+class PortRange(tuple[int, int]):
+    """First and last port, from "18500-18999"; both are in the range."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, raw: object) -> Self:
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", raw) if isinstance(raw, str) else None
+        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
+            raise ValueError(f'{raw!r} is not a port range: expected "first-last", such as "18500-18999"')
+        return cls((int(match[1]), int(match[2])))
+
+    def __str__(self) -> str:
+        return f"{self[0]}-{self[1]}"
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[model]`: what the cluster serves. The same on every node."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1)] = "builtin:tiny"
+    """A Hugging Face directory, or the model that ships with disaggd."""
+    name: str | None = None
+    """What clients call it; None takes the last part of `path`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, activations and KV; auto is the checkpoint's own."""
+    max_model_len: Positive | None = None
+    """Prompt and output together, in tokens; None is the model's own limit."""
+
+    @property
+    def served_name(self) -> str:
+        return self.name or re.split(r"[:/]", self.path.rstrip("/"))[-1] or self.path
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[router]`: the HTTP side."""
+
+    max_body_bytes: Size = Size(4 * 2**20)
+    """A larger request body is refused with 413."""
+    request_timeout_s: Seconds = 600.0
+    """A request that takes longer is ended."""
+    max_requests: Positive = 256
+    """In flight at once; one more is refused with 429."""
+    receipts: Positive = 1000
+    """The last so many receipts can be read at `/v1/requests/{id}`."""
+
+
+class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[disaggregation]`: which prompts are prefilled elsewhere."""
+
+    policy: Literal["threshold", "always", "never"] = "threshold"
+    max_local_prefill_tokens: Count = 512
+    """`threshold`: up to so many uncached prompt tokens are prefilled by the decode node itself."""
+    max_prefill_queue: Positive = 16
+    """Jobs that may wait for a prefill node; from here on decode nodes prefill locally."""
+    max_retries: Count = 2
+    """So often a lost prefill is tried again elsewhere; then the decode node does it."""
+    grant_patience_s: Seconds = 2.0
+    """A job that waited so long for room at its decode node gets the blocks that come free there."""
+
+
+class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[transfer]`: how KV moves. NIXL has no authentication: keep devices and ports behind a firewall."""
+
+    transports: Annotated[str, msgspec.Meta(min_length=1)] = "tcp"
+    """UCX transports, comma-separated."""
+    devices: Annotated[str, msgspec.Meta(min_length=1)] = "lo"
+    """Network interfaces that KV may use, comma-separated; there is no "any"."""
+    port_range: PortRange = PortRange((18500, 18999))
+    """NIXL listens here: at least four ports for each pair of nodes that has an end on this host."""
+    lease_s: Seconds = 5.0
+    """A grant of blocks that shows no progress for so long is taken back."""
+    quiesce_s: Seconds = 10.0
+    """A prefill node that does not confirm within this that it stopped writing is fenced off."""
+    user_timeout_s: Seconds = 5.0
+    """TCP gives a silent peer up after this."""
+    layer_group: Positive = 4
+    """Layers per push: fewer overlap better, more cost less."""
+    receive_segment: Size = Size(2**20)
+    """UCX_TCP_RX_SEG_SIZE."""
+    send_segment: Size = Size(256 * 2**10)
+    """UCX_TCP_TX_SEG_SIZE."""
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[cluster]`: the links between routers and engine nodes."""
+
+    heartbeat_s: Seconds = 1.0
+    missed_heartbeats: Positive = 3
+    """So many silent heartbeats and a link counts as lost."""
+    reconnect_max_s: Seconds = 1.0
+    """The longest pause between two attempts to reach a node."""
+    secret: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$")] | None = None
+    """Shared by all nodes; required once any node listens beyond loopback."""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[[node]]`: one process of the cluster."""
+
+    name: Annotated[NodeName, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    role: Role
+    listen: Address
+    """Where a router serves HTTP; where routers reach an engine node."""
+    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
+    kv_cache: Size = Size(256 * 2**20)
+    """Bytes of the KV pool."""
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
+    """Tokens per block; the same on all nodes."""
+    threads: Positive = 1
+    """Compute threads (CPU)."""
+    cpus: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
+    """Pin the process to these processors."""
+    max_step_tokens: Positive = 1024
+    """Tokens computed per step, over all sequences."""
+    max_sequences: Positive = 64
+    """Sequences that run at once."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file."""
+
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    disaggregation: DisaggregationConfig = DisaggregationConfig()
+    transfer: TransferConfig = TransferConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    nodes: tuple[NodeConfig, ...] = msgspec.field(name="node", default=())
+
+    def node(self, name: str) -> NodeConfig:
+        """The node called `name`; ConfigError naming the others if there is none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise ConfigError(f"no node {name!r}; the file has {_listed(node.name for node in self.nodes)}")
+
+    def nodes_of(self, *roles: Role) -> tuple[NodeConfig, ...]:
+        return tuple(node for node in self.nodes if node.role in roles)
+
+    def choose(self, role: Role | None, name: str | None) -> NodeConfig:
+        """The node that `--role` and `--name` ask for: by name, or the only one of its role."""
+        if name is not None:
+            node = self.node(name)
+            if role not in (None, node.role):
+                raise ConfigError(f"node {name!r} is a {node.role} node, not {role}")
+            return node
+        if role is None:
+            raise ConfigError("which node? give --role or --name")
+        nodes = self.nodes_of(role)
+        if len(nodes) == 1:
+            return nodes[0]
+        if not nodes:
+            raise ConfigError(f"the file has no {role} node")
+        raise ConfigError(f"{len(nodes)} nodes have the role {role}: choose one with --name ({_listed(node.name for node in nodes)})")
+
+
+def find_config(option: str | Path | None) -> Path:
+    """Where the file is: the option, else $DISAGGD_CONFIG, else ./config.toml."""
+    return Path(option or os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks the file at `path`. Raises ConfigError."""
+    try:
+        return parse_config(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file (name one with --config or ${CONFIG_VARIABLE})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_config(text: str) -> Config:
+    """The cluster that `text` describes. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}") from error
+    _refuse_unknown_keys(raw, Config, "")
+    try:
+        config = msgspec.convert(raw, Config, dec_hook=_parse_value)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_located(str(error))) from error
+    for check in _CHECKS:
+        check(config)
+    return config
+
+
+def _parse_value(kind: type, raw: object) -> object:
+    if kind in (Size, Address, PortRange):
+        return kind.parse(raw)
+    raise NotImplementedError(kind)
+
+
+def _located(message: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.node[1].threads`" as "node[1].threads: expected int, got str"."""
+    what, _, where = message.partition(" - at ")
+    path = where.strip("`").removeprefix("$").removeprefix(".")
+    what = (what[:1].lower() + what[1:]).replace("`", "").replace("object", "table")
+    return f"{path}: {what}" if path else what
+
+
+def _refuse_unknown_keys(raw: object, table: type[msgspec.Struct], path: str) -> None:
+    """Walks the tables that `raw` has against those that it may have; wrong types are left to the conversion."""
+    if not isinstance(raw, dict):
+        return
+    known = {field.encode_name: field.type for field in msgspec.structs.fields(table)}
+    for key, value in raw.items():
+        where = f"{path}.{key}" if path else key
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{where}: unknown key ({nearest[0]}?)" if nearest else f"{where}: unknown key (known: {', '.join(known)})")
+        _descend(value, known[key], where)
+
+
+def _descend(value: object, kind: Any, where: str) -> None:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        _refuse_unknown_keys(value, kind, where)
+    elif kind == tuple[NodeConfig, ...] and isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unknown_keys(item, NodeConfig, f"{where}[{index}]")
+
+
+# ── what the file says as a whole ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_roles(config: Config) -> None:
+    for role in ("router", "decode"):
+        if not config.nodes_of(role):
+            raise ConfigError(f'no {role} node: add a [[node]] with role = "{role}"')
+
+
+def _check_names(config: Config) -> None:
+    name, times = Counter(node.name for node in config.nodes).most_common(1)[0]
+    if times > 1:
+        where = ", ".join(f"node[{index}]" for index, node in enumerate(config.nodes) if node.name == name)
+        raise ConfigError(f"{where}: {times} nodes are called {name!r}; names must differ")
+
+
+def _check_addresses(config: Config) -> None:
+    for one, other in combinations(config.nodes, 2):
+        if one.listen.clashes_with(other.listen):
+            raise ConfigError(f"nodes {one.name!r} ({one.listen}) and {other.name!r} ({other.listen}) listen on one port")
+
+
+def _check_secret(config: Config) -> None:
+    for node in config.nodes:
+        if not node.listen.is_loopback and config.cluster.secret is None:
+            raise ConfigError(f"node {node.name!r} listens beyond loopback ({node.listen}): set cluster.secret (16 or more characters)")
+
+
+def _check_blocks(config: Config) -> None:
+    engines = config.nodes_of("prefill", "decode")
+    for node in engines:
+        if node.block_size != engines[0].block_size:
+            one, size = engines[0].name, engines[0].block_size
+            raise ConfigError(f"block_size must be the same on all nodes: {one!r} has {size}, {node.name!r} has {node.block_size}")
+        if node.max_step_tokens < node.block_size:
+            raise ConfigError(f"node {node.name!r}: max_step_tokens ({node.max_step_tokens}) is less than block_size ({node.block_size})")
+
+
+_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"

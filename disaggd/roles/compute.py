@@ -1,0 +1,176 @@
+"""The compute thread of an engine node: `take inbox → tick → step → deliver`, and everything that thread owns.
+
+It is the only thread that touches the engine, its blocks and the role's state. Links and the transfer thread post frozen
+messages to its inbox; it answers through an outbox that crosses to asyncio once per turn.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+from disaggd.cluster.protocol import Gauges, ToNode, ToRouter
+from disaggd.engine.engine import Engine, SequenceOutput
+from disaggd.engine.scheduler import StepPlan
+from disaggd.transfer.messages import TransferEvent
+
+log = logging.getLogger(__name__)
+
+GAUGES_PERIOD_S = 0.1
+"""Changed gauges are sent at most this often."""
+
+LinkId = NewType("LinkId", int)
+"""One link to one router; a reconnect is a new link."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class FrameIn:
+    link: LinkId
+    frame: ToNode
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the loop after this turn."""
+
+
+Message = LinkUp | LinkDown | FrameIn | TransferEvent | Stop
+
+Batch = list[tuple[LinkId, ToRouter]]
+
+
+class Outbox:
+    """Frames of one turn, in order. `post` takes the whole batch to the asyncio thread."""
+
+    def __init__(self, post: Callable[[Batch], None]) -> None:
+        self.links: set[LinkId] = set()
+        self._post = post
+        self._batch: Batch = []
+
+    def send(self, link: LinkId, frame: ToRouter) -> None:
+        """To one router; dropped if its link is down, as the frame would be on the wire."""
+        if link in self.links:
+            self._batch.append((link, frame))
+
+    def broadcast(self, frame: ToRouter) -> None:
+        """To every router."""
+        self._batch.extend((link, frame) for link in sorted(self.links))
+
+    def flush(self) -> None:
+        if self._batch:
+            batch, self._batch = self._batch, []
+            self._post(batch)
+
+
+class Role(Protocol):
+    """What a prefill or a decode node does with its engine. Every method runs on the compute thread."""
+
+    def link_up(self, link: LinkId) -> None: ...
+    def link_down(self, link: LinkId) -> None: ...
+    def on_frame(self, link: LinkId, frame: ToNode) -> None: ...
+    def on_event(self, event: TransferEvent) -> None: ...
+    def layers_done(self, plan: StepPlan, layers: range) -> None:
+        """K and V of `layers` are in the pool for every chunk of `plan`; called in the middle of a step."""
+
+    def deliver(self, outputs: Sequence[SequenceOutput]) -> None: ...
+    def tick(self) -> None:
+        """Once a turn: whatever is due by the clock."""
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next, if nothing comes in before."""
+
+    def gauges(self) -> Gauges: ...
+
+
+class ComputeThread:
+    """Runs a role's engine until `stop`. An error in here ends the node: `fail` is called with it, on this thread."""
+
+    def __init__(
+        self, engine: Engine, role: Role, outbox: Outbox, clock: Callable[[], float], fail: Callable[[BaseException], None]
+    ) -> None:
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._engine = engine
+        self._role = role
+        self._outbox = outbox
+        self._clock = clock
+        self._fail = fail
+        self._stopping = False
+        self._gauges: Gauges | None = None
+        self._gauges_due = 0.0
+        self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the loop to end and wait for it; False if it is still in a step after `timeout_s`."""
+        self.inbox.put(Stop())
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping:
+                self.turn()
+        except BaseException as error:  # noqa: BLE001  the thread's edge: the node fails whole, and says why
+            self._fail(error)
+
+    def turn(self) -> None:
+        """Take what came in, do what is due, compute one step, hand its tokens out."""
+        self._take_inbox()
+        self._role.tick()
+        self._outbox.flush()
+        outputs = self._engine.step(self._role.layers_done)
+        self._role.deliver(outputs)
+        self._report_gauges()
+        self._outbox.flush()
+
+    def _take_inbox(self) -> None:
+        """Handle every message there is; with nothing to compute, wait for one, or for the next deadline."""
+        try:
+            message = self.inbox.get_nowait() if self._engine.has_work else self.inbox.get(timeout=self._idle_s())
+            while True:
+                self._handle(message)
+                message = self.inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _idle_s(self) -> float | None:
+        due = [self._role.next_deadline(), self._gauges_due if self._role.gauges() != self._gauges else None]
+        deadline = min((at for at in due if at is not None), default=None)
+        return None if deadline is None else max(0.0, deadline - self._clock())
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case FrameIn(link, frame):
+                self._role.on_frame(link, frame)
+            case LinkUp(link):
+                self._outbox.links.add(link)
+                self._gauges = None  # a new router knows none yet
+                self._role.link_up(link)
+            case LinkDown(link):
+                self._outbox.links.discard(link)
+                self._role.link_down(link)
+            case Stop():
+                self._stopping = True
+            case _:
+                self._role.on_event(message)
+
+    def _report_gauges(self) -> None:
+        gauges = self._role.gauges()
+        now = self._clock()
+        if gauges != self._gauges and now >= self._gauges_due:
+            self._gauges, self._gauges_due = gauges, now + GAUGES_PERIOD_S
+            self._outbox.broadcast(gauges)

@@ -1,0 +1,390 @@
+"""The decode role: decides where each prompt is prefilled, grants blocks, resumes what landed, generates the rest.
+
+Everything here runs on the compute thread; frames, transfer events and time come in, frames and transfer commands go
+out, so a test can script any order of messages. Knows nothing of sockets, text or NIXL.
+
+A sequence is either the engine's alone (prefilled here, or landed), or QUEUED there with at most one grant out:
+
+    Generate ─► Decided, the engine has it
+    Generate ─► NeedPrefill ─► RequestGrant ─► Granted ─► Landed ─► the engine has it
+                                                  └─► Released: the grant is quarantined, the sequence forgotten
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import singledispatchmethod
+
+import uvloop
+
+from disaggd.cluster.decision import DecisionRule, decide
+from disaggd.cluster.protocol import (
+    Abort,
+    Cancel,
+    Decided,
+    Gauges,
+    Generate,
+    Grant,
+    Granted,
+    Landed,
+    NeedPrefill,
+    NoRoom,
+    OpenPair,
+    PairAgent,
+    PairReady,
+    PrefillLost,
+    Progress,
+    Quiesced,
+    Refused,
+    Released,
+    RequestGrant,
+    Room,
+    TokenRun,
+    Tokens,
+    ToNode,
+    unpack_tokens,
+)
+from disaggd.config import Config, NodeConfig
+from disaggd.engine.build import BuiltEngine
+from disaggd.engine.engine import Engine, SequenceOutput
+from disaggd.engine.scheduler import StepPlan
+from disaggd.engine.sequence import Sequence
+from disaggd.errors import ContextTooLong
+from disaggd.ids import GrantToken, NodeName, SeqId
+from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.node import run_engine_node
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.grant import GrantBook, GrantRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Placed:
+    """A sequence that a router placed here."""
+
+    link: LinkId
+    sequence: Sequence
+    grant: GrantToken | None = None
+    """Out now; None again once it landed."""
+    granted_at: float = 0.0
+
+    @property
+    def seq(self) -> SeqId:
+        return self.sequence.seq_id
+
+    @property
+    def attempt(self) -> int:
+        return self.sequence.attempt
+
+
+class DecodeRole:
+    """One decode node's decisions. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        name: NodeName,
+        engine: Engine,
+        rule: DecisionRule,
+        *,
+        lease_s: float,
+        quiesce_s: float,
+        bytes_per_block: int,
+        outbox: Outbox,
+        submit: Callable[[transfer.TransferCommand], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._pool = engine.pool
+        self._rule = rule
+        self._lease_s = lease_s
+        self._bytes_per_block = bytes_per_block
+        self._outbox = outbox
+        self._submit = submit
+        self._clock = clock
+        self._grants = GrantBook(quiesce_s, clock)
+        self._placed: dict[SeqId, Placed] = {}
+        self._agents: dict[NodeName, transfer.PairOpened] = {}
+        """Our agent for each prefill node."""
+        self._refused_room: dict[LinkId, int] = {}
+        """Routers that were told `NoRoom`, and the fewest blocks they wanted."""
+
+    # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def link_up(self, link: LinkId) -> None:
+        """The router asks for what it needs; `OpenPair` comes next."""
+
+    def link_down(self, link: LinkId) -> None:
+        """The router is gone, and with it everyone who waits for its sequences."""
+        self._refused_room.pop(link, None)
+        for placed in [p for p in self._placed.values() if p.link == link]:
+            self._forget(placed, "its router is lost")
+
+    # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_frame(self, link: LinkId, frame: ToNode) -> None:
+        self._on_frame(frame, link)
+
+    @singledispatchmethod
+    def _on_frame(self, frame: object, link: LinkId) -> None:
+        log.warning("a decode node has no use for %s", type(frame).__name__)
+
+    @_on_frame.register
+    def _(self, frame: Generate, link: LinkId) -> None:
+        if (old := self._placed.get(frame.seq)) is not None:
+            if old.attempt >= frame.attempt:
+                return
+            self._forget(old, "another attempt began")
+        tokens = unpack_tokens(frame.tokens)
+        sequence = Sequence(frame.seq, tokens, frame.sampling, frame.num_prompt_tokens, attempt=frame.attempt)
+        try:
+            self._place(Placed(link, sequence), frame)
+        except ContextTooLong as error:
+            self._outbox.send(link, Refused(frame.seq, frame.attempt, error.code or "", error.message))
+
+    def _place(self, placed: Placed, frame: Generate) -> None:
+        """Decide. Raises ContextTooLong when the pool could never hold the sequence."""
+        sequence = placed.sequence
+        num_uncached = len(sequence.tokens)
+        verdict = decide(self._rule, num_uncached, prefill_nodes=frame.prefill_nodes, queue_depth=frame.queue_depth, override=frame.policy)
+        if not verdict.remote:
+            self._engine.add(sequence)
+            self._placed[placed.seq] = placed
+            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, verdict.reason, 0))
+            return
+        grant = None
+        if sequence.sampling.max_tokens - sequence.num_outputs > 1:  # else the prefill node samples all there is to sample
+            self._engine.park(sequence)
+            self._placed[placed.seq] = placed
+            grant = self._grant(placed, frame.grant_for) if frame.grant_for is not None else None
+        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, verdict.reason, 0, grant))
+
+    @_on_frame.register
+    def _(self, frame: RequestGrant, link: LinkId) -> None:
+        placed = self._current(frame.seq, frame.attempt)
+        if placed is None:
+            return self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
+        if placed.grant is not None:  # given with `NeedPrefill`; that the router asks again says that it forwarded it to nobody
+            self._free(self._grants.withdraw(placed.grant))
+            placed.grant = None
+        if (grant := self._grant(placed, frame.prefill)) is not None:
+            return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
+        need = self._blocks_needed(placed.sequence)
+        self._refused_room[link] = min(need, self._refused_room.get(link, need))
+        return self._outbox.send(link, NoRoom(frame.seq, frame.attempt))
+
+    @_on_frame.register
+    def _(self, frame: Abort, link: LinkId) -> None:
+        if (placed := self._current(frame.seq, frame.attempt)) is not None:
+            self._forget(placed, "aborted")
+
+    @_on_frame.register
+    def _(self, frame: PrefillLost, link: LinkId) -> None:
+        """The arbiter's answer: landed is kept, anything else is given up here before it is tried elsewhere."""
+        placed = self._current(frame.seq, frame.attempt)
+        if placed is None:
+            self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
+        elif placed.grant is None and placed.sequence.num_computed:
+            self._outbox.send(link, Landed(frame.seq, frame.attempt, 0.0))
+        else:
+            self._release(placed, "its prefill node is lost")
+
+    @_on_frame.register
+    def _(self, frame: Progress, link: LinkId) -> None:
+        self._grants.renew(frame.tokens)
+
+    @_on_frame.register
+    def _(self, frame: Quiesced, link: LinkId) -> None:
+        self._free(self._grants.quiesced(frame.token, frame.clean))
+
+    @_on_frame.register
+    def _(self, frame: OpenPair, link: LinkId) -> None:
+        """A prefill node that was restarted writes no more: what it had under way is placed again at once."""
+        agent = self._agents.get(frame.peer)
+        if agent is not None and agent.peer_incarnation != frame.peer_incarnation:
+            self._give_up_grants_of(agent, "its prefill node was restarted")
+        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation))
+
+    # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_event(self, event: transfer.TransferEvent) -> None:
+        self._on_event(event)
+
+    @singledispatchmethod
+    def _on_event(self, event: object) -> None:
+        raise AssertionError(f"a decode node pushes nothing, and got {event!r}")
+
+    @_on_event.register
+    def _(self, event: transfer.Landed) -> None:
+        record = self._grants.landed(event.token)
+        if record is None:
+            return  # given up meanwhile: its blocks stay in quarantine
+        placed = self._placed[record.seq_id]
+        placed.grant = None
+        output = self._engine.resume(placed.sequence, list(record.blocks), event.first.token, event.first.logprob)
+        wait_ms = (self._clock() - placed.granted_at) * 1e3
+        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt, wait_ms))
+        self.deliver([output])
+
+    @_on_event.register
+    def _(self, event: transfer.LandingFailed) -> None:
+        if (record := self._grants.get(event.token)) is not None:
+            self._release(self._placed[record.seq_id], event.reason)
+
+    @_on_event.register
+    def _(self, event: transfer.QuiescedByWire) -> None:
+        self._free(self._grants.quiesced(event.token, event.clean))
+
+    @_on_event.register
+    def _(self, event: transfer.PairOpened) -> None:
+        self._agents[event.peer] = event
+        self._outbox.broadcast(
+            PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.base_address, self._pool.num_blocks)
+        )
+
+    @_on_event.register
+    def _(self, event: transfer.PairProbed) -> None:
+        self._outbox.broadcast(PairReady(event.peer, event.agent_id))
+
+    @_on_event.register
+    def _(self, event: transfer.Fenced) -> None:
+        for record in self._grants.fenced(event.peer, event.agent_id):
+            self._free(record)
+            placed = self._placed.get(record.seq_id)
+            if placed is not None and placed.grant == record.token:
+                self._release(placed, "its prefill node was fenced")
+
+    # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def layers_done(self, plan: StepPlan, layers: range) -> None:
+        """Nothing leaves a decode node."""
+
+    def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
+        """One frame per router, with the new tokens of all its sequences."""
+        runs: dict[LinkId, list[TokenRun]] = {}
+        for output in outputs:
+            placed = self._placed[output.sequence.seq_id]
+            runs.setdefault(placed.link, []).append(
+                TokenRun(placed.seq, placed.attempt, output.start, output.tokens, output.logprobs, output.finish_reason)
+            )
+            if output.finish_reason is not None:
+                del self._placed[placed.seq]
+        for link, batch in runs.items():
+            self._outbox.send(link, Tokens(tuple(batch)))
+
+    def tick(self) -> None:
+        """Leases that ran out, agents to fence, room for those who were refused."""
+        for record in self._grants.expired():
+            self._release(self._placed[record.seq_id], f"no sign of life from {record.peer} for {record.lease_s:g} s")
+        for peer, agent_id in self._grants.overdue():
+            log.warning("%s did not quiesce: fencing its agent", peer)
+            self._submit(transfer.Fence(peer, agent_id))
+        for link, need in list(self._refused_room.items()):
+            if self._has_room(need):
+                del self._refused_room[link]
+                self._outbox.send(link, Room(self._pool.num_free))
+
+    def next_deadline(self) -> float | None:
+        return self._grants.next_deadline()
+
+    def gauges(self) -> Gauges:
+        granted, quarantined = self._grants.blocks_granted, self._grants.blocks_quarantined
+        engine, free = self._engine.gauges(), self._pool.num_free
+        return Gauges(
+            waiting=engine.waiting,
+            running=engine.running,
+            queued=engine.queued,
+            blocks_free=free,
+            blocks_cached=0,
+            blocks_used=self._pool.num_blocks - free - granted - quarantined,
+            blocks_granted=granted,
+            blocks_held=0,
+            blocks_quarantined=quarantined,
+        )
+
+    # ── grants ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _blocks_needed(self, sequence: Sequence) -> int:
+        """For its tokens and the first one generated."""
+        return self._pool.blocks_for(len(sequence.tokens) + 1)
+
+    def _has_room(self, need: int) -> bool:
+        return self._engine.room_for_grant(need)
+
+    def _grant(self, placed: Placed, prefill: NodeName) -> Grant | None:
+        """Reserve blocks that `prefill` may write; None when there is no room, or no agent for it."""
+        agent = self._agents.get(prefill)
+        need = self._blocks_needed(placed.sequence)
+        if agent is None or not self._has_room(need):
+            return None
+        blocks = self._pool.allocate(need)
+        assert blocks is not None, "room was checked"
+        token = GrantToken(os.urandom(16))
+        self._grants.add(
+            token,
+            seq_id=placed.seq,
+            attempt=placed.attempt,
+            peer=prefill,
+            agent_id=agent.agent_id,
+            blocks=blocks,
+            lease_s=self._lease_s,
+        )
+        placed.grant, placed.granted_at = token, self._clock()
+        kv_bytes = self._pool.blocks_for(len(placed.sequence.tokens)) * self._bytes_per_block
+        self._submit(transfer.Expect(token, prefill, agent.agent_id, kv_bytes))
+        return Grant(token, self._name, prefill, agent.agent_id, 0, tuple(blocks), self._lease_s)
+
+    def _free(self, record: GrantRecord | None) -> None:
+        """The record has left the book: nobody can write its blocks any more."""
+        if record is not None:
+            self._submit(transfer.Forget(record.token))
+            self._pool.release(record.blocks)
+
+    def _release(self, placed: Placed, reason: str) -> None:
+        """Give the attempt up, and tell its router to place the sequence again."""
+        self._forget(placed, reason)
+        self._outbox.send(placed.link, Released(placed.seq, placed.attempt, reason))
+
+    def _forget(self, placed: Placed, reason: str) -> None:
+        """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
+        del self._placed[placed.seq]
+        self._engine.abort(placed.sequence)
+        if placed.grant is not None and (record := self._grants.quarantine(placed.grant, reason)) is not None:
+            self._submit(transfer.Forget(record.token))
+            self._outbox.send(placed.link, Cancel(record.token, record.peer, self._name))
+
+    def _give_up_grants_of(self, agent: transfer.PairOpened, reason: str) -> None:
+        for placed in list(self._placed.values()):
+            record = self._grants.get(placed.grant) if placed.grant is not None else None
+            if record is not None and record.agent_id == agent.agent_id:
+                self._release(placed, reason)
+
+    def _current(self, seq: SeqId, attempt: int) -> Placed | None:
+        placed = self._placed.get(seq)
+        return placed if placed is not None and placed.attempt == attempt else None
+
+
+def run(config: Config, node: NodeConfig) -> None:
+    """Serve a decode node until SIGTERM or SIGINT. Raises DisaggdError."""
+    rules = config.disaggregation
+    rule = DecisionRule(
+        policy=rules.policy, max_local_prefill_tokens=rules.max_local_prefill_tokens, max_prefill_queue=rules.max_prefill_queue
+    )
+
+    def make_role(built: BuiltEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> DecodeRole:
+        return DecodeRole(
+            node.name,
+            built.engine,
+            rule,
+            lease_s=config.transfer.lease_s,
+            quiesce_s=config.transfer.quiesce_s,
+            bytes_per_block=built.kv_spec.bytes_per_block,
+            outbox=outbox,
+            submit=submit,
+            clock=time.monotonic,
+        )
+
+    uvloop.run(run_engine_node(config, node, make_role))

@@ -1,0 +1,318 @@
+"""The router role: HTTP on one side, links to every engine node on the other, the dispatcher between them.
+
+One asyncio thread, no torch. `RouterBackend` is what the gateway sees of the cluster; the dispatcher decides, this
+module carries: frames to links, tokens to the coroutines that stream them, what happened to receipts and metrics.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as ReadOnlySequence
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.link import RouterLink, dial, link_settings
+from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
+from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
+from disaggd.cluster.request import RoutedSequence
+from disaggd.config import Address, Config, NodeConfig
+from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError
+from disaggd.gateway.app import create_app
+from disaggd.gateway.backend import Delta, GenerationRequest
+from disaggd.gateway.limits import GatewayLimits
+from disaggd.gateway.tokenizer import load_tokenizer
+from disaggd.ids import Incarnation, NodeName, SeqId
+from disaggd.model.directory import ModelDirectory, open_directory
+from disaggd.model.spec import ModelSpec
+from disaggd.observe.metrics import Metrics
+from disaggd.observe.receipts import CachedTokens, Receipt, ReceiptBook, Spans
+from disaggd.sampling import FinishReason, TokenLogprob
+from disaggd.transfer.layout import kv_spec
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+STARTING_S = 20.0
+"""A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
+STOP_TIMEOUT_S = 5
+"""Streams under way may go on for so long after SIGTERM."""
+
+
+class DeltaQueue:
+    """A `Sink` that a coroutine reads: what the dispatcher delivers waits here until the client's stream takes it.
+
+    Holds at most `max_tokens` tokens, so it needs no bound of its own.
+    """
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Delta | RequestError] = asyncio.Queue()
+
+    def deliver(self, tokens: ReadOnlySequence[int], logprobs: ReadOnlySequence[TokenLogprob] | None, finish: FinishReason | None) -> None:
+        self._queue.put_nowait(Delta(tuple(tokens), None if logprobs is None else tuple(logprobs), finish))
+
+    def fail(self, error: RequestError) -> None:
+        self._queue.put_nowait(error)
+
+    async def next(self) -> Delta:
+        """The next delta. Raises the RequestError that ended the sequence."""
+        item = await self._queue.get()
+        if isinstance(item, RequestError):
+            raise item
+        return item
+
+
+class RouterBackend:
+    """The cluster, as the gateway sees it."""
+
+    def __init__(self, config: Config, spec: ModelSpec, metrics: Metrics) -> None:
+        self._config = config
+        self._spec = spec
+        self._metrics = metrics
+        self.incarnation = Incarnation(uuid.uuid4().hex[:16])
+        self.dispatcher = Dispatcher(
+            self.incarnation,
+            max_retries=config.disaggregation.max_retries,
+            grant_patience_s=config.disaggregation.grant_patience_s,
+            request_timeout_s=config.router.request_timeout_s,
+            clock=time.monotonic,
+            on_update=self._on_update,
+        )
+        self._receipts = ReceiptBook(config.router.receipts)
+        self._running: dict[str, SeqId] = {}
+        """By request id."""
+        self._starting_until = time.monotonic() + STARTING_S
+
+    # ── the gateway's side ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def model_name(self) -> str:
+        return self._config.model.served_name
+
+    @property
+    def max_model_len(self) -> int:
+        return min(self._config.model.max_model_len or self._spec.max_position_embeddings, self._spec.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._spec.vocab_size
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """See `Backend.generate`."""
+        if len(self.dispatcher.sequences) >= self._config.router.max_requests:
+            raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
+        deltas = DeltaQueue()
+        seq = self.dispatcher.submit(request.id, tuple(request.tokens), request.sampling, request.policy, deltas)
+        self._running[request.id] = seq
+        try:
+            while True:
+                delta = await deltas.next()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.dispatcher.end(seq, "abort")
+            if self._running.get(request.id) == seq:
+                del self._running[request.id]
+
+    def stopped(self, request_id: str) -> None:
+        """See `Backend.stopped`."""
+        if (seq := self._running.get(request_id)) is not None:
+            self.dispatcher.end(seq, "stop")
+
+    def receipt(self, request_id: str) -> Receipt | None:
+        """See `Backend.receipt`."""
+        seq = self._running.get(request_id)
+        record = self.dispatcher.sequences.get(seq) if seq is not None else None
+        return self._receipts.get(request_id) if record is None else make_receipt(record, self.model_name)
+
+    def ready(self) -> bool:
+        """A decode node is there; and, while the cluster starts, everything else that the file names."""
+        if not self.dispatcher.decodes:
+            return False
+        if self._is_complete():
+            self._starting_until = 0.0
+        return time.monotonic() >= self._starting_until
+
+    def _is_complete(self) -> bool:
+        num_linked = len(self.dispatcher.prefills) + len(self.dispatcher.decodes)
+        num_nodes = len(self._config.nodes_of("prefill", "decode"))
+        return num_linked == num_nodes and all(pair.state is PairState.READY for pair in self.dispatcher.pairs)
+
+    def cluster(self) -> dict[str, object]:
+        """See `Backend.cluster`."""
+        dispatcher = self.dispatcher
+        peers: dict[NodeName, PrefillPeer | DecodePeer] = {**dispatcher.prefills, **dispatcher.decodes}
+        return {
+            "model": self.model_name,
+            "router": self.incarnation,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "role": node.role,
+                    "listen": str(node.listen),
+                    "link": "up" if node.name in peers else "down",
+                    **(_describe(peers[node.name]) if node.name in peers else {}),
+                }
+                for node in self._config.nodes_of("prefill", "decode")
+            ],
+            "pairs": [{"prefill": pair.prefill, "decode": pair.decode, "state": pair.state.value} for pair in dispatcher.pairs],
+            "prefill_queue": len(dispatcher.queue),
+            "requests": len(dispatcher.sequences),
+        }
+
+    # ── the cluster's side ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def accept(self, node: NodeConfig, hello: NodeHello) -> None:
+        """Raises HelloRefused naming the field of the KV geometry in which the node differs from the file."""
+        expected = kv_spec(self._spec, node.block_size)
+        for field in ("dtype", "block_size", "head_dim", "groups"):
+            ours, theirs = getattr(expected, field), getattr(hello.kv, field)
+            if ours != theirs:
+                raise HelloRefused(f"kv.{field}", ours, theirs)
+
+    def on_up(self, link: RouterLink) -> None:
+        if link.peer.role == "prefill":
+            self.dispatcher.prefill_up(PrefillPeer(link.name, link.peer, link.send))
+        else:
+            self.dispatcher.decode_up(DecodePeer(link.name, link.peer, link.send))
+        self._metrics.set_node_up(link.name, link.peer.role, True)
+
+    def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
+        self.dispatcher.on_frame(link.name, frame)
+        if isinstance(frame, Gauges):
+            self._metrics.set_gauges(link.name, frame)
+
+    def on_down(self, link: RouterLink, reason: str) -> None:
+        self._metrics.set_node_up(link.name, link.peer.role, False)
+        self.dispatcher.node_down(link.name)
+        if link.peer.role == "prefill" and not self.dispatcher.prefills:
+            log.warning("no prefill node is left: decode nodes prefill by themselves")
+
+    def tick(self) -> None:
+        self.dispatcher.tick()
+        self._metrics.set_prefill_queue(len(self.dispatcher.queue))
+
+    def _on_update(self, record: RoutedSequence) -> None:
+        self._receipts.write(make_receipt(record, self.model_name))
+
+
+def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
+    gauges = peer.gauges
+    load = {"num_blocks": peer.hello.num_blocks, "incarnation": peer.hello.incarnation}
+    if gauges is None:
+        return load
+    blocks = {name.removeprefix("blocks_"): getattr(gauges, name) for name in gauges.__struct_fields__ if name.startswith("blocks_")}
+    return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": blocks}
+
+
+def make_receipt(record: RoutedSequence, model: str) -> Receipt:
+    """What happened to `record` so far, in the terms that users rely on."""
+    times = record.timeline
+    reported, last_done = times.first_token_reported_ms, times.last_done_ms
+    exposed = None if reported is None or last_done is None else max(0.0, last_done - reported)
+    spans = Spans(
+        queue=_ms(times.queued, times.dispatched),
+        prefill=times.prefill_ms if record.was_remote else _ms(times.arrived, times.first_token),
+        transfer=None if times.first_post_ms is None or last_done is None else last_done - times.first_post_ms,
+        transfer_exposed=exposed,
+        first_token=_ms(times.arrived, times.first_token),
+        decode=_ms(times.first_token, times.finished),
+        total=_ms(times.arrived, times.finished),
+    )
+    return Receipt(
+        id=record.request_id,
+        model=model,
+        decision=None if record.reason == "" else "remote" if record.was_remote else "local",
+        reason=record.reason or None,
+        prefill_node=record.prefill if record.was_remote else None,
+        decode_node=record.decode,
+        prompt_tokens=len(record.prompt),
+        output_tokens=len(record.sent),
+        cached_tokens=CachedTokens(record.cached_at_decode, record.cached_at_prefill),
+        kv_bytes=record.kv_bytes,
+        retries=record.retries,
+        spans_ms=spans,
+        finish_reason=record.finish_reason,
+    )
+
+
+def _ms(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else (end - start) * 1e3
+
+
+# ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(config: Config, node: NodeConfig) -> None:
+    """Serve the router until SIGTERM or SIGINT. Raises DisaggdError."""
+    directory = open_directory(config.model.path)
+    uvloop.run(_serve(config, node, directory, directory.spec(config.model.dtype)))
+
+
+async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, spec: ModelSpec) -> None:
+    metrics = Metrics()
+    backend = RouterBackend(config, spec, metrics)
+    limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes)
+    app = create_app(backend, load_tokenizer(Path(directory.root)), metrics, limits)
+    hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.model_id)
+    listener = _bind(node.listen)
+    async with asyncio.TaskGroup() as tasks:
+        background = [tasks.create_task(_tick(backend))]
+        background += [tasks.create_task(_keep_link(config, engine, hello, backend)) for engine in config.nodes_of("prefill", "decode")]
+        log.info("router listens on http://%s", node.listen)
+        await _serve_http(app, listener)
+        for task in background:
+            task.cancel()
+
+
+async def _tick(backend: RouterBackend) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        backend.tick()
+
+
+async def _keep_link(config: Config, engine: NodeConfig, hello: RouterHello, backend: RouterBackend) -> None:
+    await dial(
+        engine,
+        hello,
+        on_up=backend.on_up,
+        on_frame=backend.on_frame,
+        on_down=backend.on_down,
+        settings=link_settings(config.cluster),
+        accept=lambda theirs: backend.accept(engine, theirs),
+    )
+
+
+def _bind(address: Address) -> socket.socket:
+    """Raises ResourceError when the port is taken; uvicorn would exit in its own way."""
+    try:
+        return socket.create_server(
+            (address.host, address.port), backlog=2048, family=socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        )
+    except OSError as error:
+        raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
+
+
+async def _serve_http(app: ASGIApp, listener: socket.socket) -> None:
+    """Until SIGTERM or SIGINT; then streams under way get `STOP_TIMEOUT_S`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn handles them while it serves, and raises them once more at its end
+    settings = uvicorn.Config(
+        app,
+        http="httptools",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S,
+    )
+    await uvicorn.Server(settings).serve(sockets=[listener])

@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -165,10 +165,10 @@ class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[transfer]`: how KV moves. NIXL has no authentication: keep devices and ports behind a firewall."""
 
-    transports: Annotated[str, msgspec.Meta(min_length=1)] = "tcp"
-    """UCX transports, comma-separated."""
-    devices: Annotated[str, msgspec.Meta(min_length=1)] = "lo"
-    """Network interfaces that KV may use, comma-separated; there is no "any"."""
+    transports: str = "tcp"
+    """UCX transports that KV may use."""
+    devices: str = ""
+    """Network interfaces that KV may use, comma-separated. Empty is loopback; a node that listens beyond it must name them."""
     port_range: PortRange = PortRange((18500, 18999))
     """NIXL listens here: at least four ports for each pair of nodes that has an end on this host."""
     lease_s: Seconds = 5.0
@@ -179,10 +179,6 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """TCP gives a silent peer up after this."""
     layer_group: Positive = 4
     """Layers per push: fewer overlap better, more cost less."""
-    receive_segment: Size = Size(2**20)
-    """UCX_TCP_RX_SEG_SIZE."""
-    send_segment: Size = Size(256 * 2**10)
-    """UCX_TCP_TX_SEG_SIZE."""
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,6 +255,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 def find_config(option: str | Path | None) -> Path:
     """Where the file is: the option, else $DISAGGD_CONFIG, else ./config.toml."""
     return Path(option or os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+
+
+def single_node() -> Config:
+    """What is served where there is no file: the built-in model on one engine."""
+    return Config(nodes=(NodeConfig(name=NodeName("local"), role="decode", listen=Address("127.0.0.1:8101")),))
 
 
 def load_config(path: str | Path) -> Config:
@@ -362,7 +363,21 @@ def _check_blocks(config: Config) -> None:
             raise ConfigError(f"node {node.name!r}: max_step_tokens ({node.max_step_tokens}) is less than block_size ({node.block_size})")
 
 
-_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks)
+def _check_transfer_ports(config: Config) -> None:
+    """Each pair of a prefill and a decode node has an agent at either end, and a fenced agent's port stays taken a while."""
+    first, last = config.transfer.port_range
+    agents: Counter[str] = Counter()
+    for prefill, decode in product(config.nodes_of("prefill"), config.nodes_of("decode")):
+        agents.update((prefill.listen.host, decode.listen.host))
+    for host, count in agents.items():
+        if last - first + 1 < 4 * count:
+            raise ConfigError(f"transfer.port_range {first}-{last} is too small: the nodes on {host} need {4 * count} ports")
+    for node in config.nodes:
+        if first <= node.listen.port <= last:
+            raise ConfigError(f"node {node.name!r} listens on {node.listen.port}, which is in transfer.port_range {first}-{last}")
+
+
+_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks, _check_transfer_ports)
 
 
 def _listed(names: Any) -> str:

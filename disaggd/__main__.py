@@ -1,0 +1,5 @@
+"""`python -m disaggd`."""
+
+from disaggd.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""The command line: what it says, which node it means, and the exit code. Everything else is behind the commands.
+
+Nothing here imports torch: the role is imported once the process has the environment that its libraries need.
+"""
+
+import asyncio
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import disaggd
+from disaggd.config import CONFIG_VARIABLE, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
+from disaggd.describe import describe
+from disaggd.errors import EXIT_INTERRUPTED, DisaggdError
+from disaggd.launch import compute_environment, node_environment, pin, reexec_with
+from disaggd.log import configure_logging
+from disaggd.sampling import SamplingParams
+from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
+
+_CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"
+
+
+def _config_option(command: Any) -> Any:
+    return click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help=_CONFIG_HELP)(command)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--role", type=click.Choice(ROLES), help="Be the file's node of this role; --name chooses where there are several.")
+@click.option("--name", metavar="NODE", help="Be this node of the file.")
+@_config_option
+@click.version_option(disaggd.__version__, prog_name="disaggd", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(context: click.Context, role: Role | None, name: str | None, config_path: Path | None) -> None:
+    """Serve a large language model with prefill and decode on separate nodes.
+
+    \b
+      disaggd up                          every node of the file that lives on this host
+      disaggd --role decode --name d0     one node: what a service manager starts
+
+    Exit codes: 0 done; 2 bad usage, configuration or model; 3 a port, a peer or memory that could not be had;
+    130 interrupted.
+    """
+    context.obj = config_path
+    if context.invoked_subcommand is None:
+        if role is None and name is None:
+            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate")
+        _serve(role, name, config_path)
+    elif role is not None or name is not None:
+        raise click.UsageError(f"--role and --name mean one node; they do not go with {context.invoked_subcommand!r}")
+
+
+def _serve(role: Role | None, name: str | None, config_path: Path | None) -> None:
+    config = load_config(find_config(config_path))
+    node = config.choose(role, name)
+    configure_logging(node.name)
+    pin(node)
+    reexec_with(node_environment(config, node))
+    importlib.import_module(f"disaggd.roles.{node.role}").run(config, node)
+
+
+@cli.command()
+@_config_option
+@click.pass_obj
+def up(outer_path: Path | None, config_path: Path | None) -> int:
+    """Start every node of the file that lives on this host; one Ctrl-C ends them all."""
+    path = find_config(config_path or outer_path)
+    config = load_config(path)
+    nodes = local_nodes(config.nodes)
+    check_ports(nodes)
+    routers = [node for node in nodes if node.role == "router"]
+    supervisor = Supervisor(nodes, node_command(path), lambda: click.echo("".join(banner(config, router) for router in routers)))
+    return asyncio.run(supervisor.run())
+
+
+@cli.command()
+@_config_option
+@click.pass_obj
+def check(outer_path: Path | None, config_path: Path | None) -> None:
+    """Check the file and show the cluster that it describes."""
+    path = find_config(config_path or outer_path)
+    describe(path, load_config(path))
+
+
+@cli.command()
+@click.argument("prompt")
+@_config_option
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0, max=2), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, token ids, finish reason.")
+@click.pass_obj
+def generate(
+    outer_path: Path | None, prompt: str, config_path: Path | None, max_tokens: int, temperature: float, seed: int, as_json: bool
+) -> None:
+    """Continue PROMPT with one engine in this process: no router, no cluster, no network.
+
+    It is what a cluster's output must equal. Takes the model and a decode node's settings from the file; without a file,
+    the built-in model.
+    """
+    config = _config_or_default(config_path or outer_path)
+    node = config.nodes_of("decode")[0]
+    configure_logging(node.name)
+    pin(node)
+    reexec_with(compute_environment(node))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    importlib.import_module("disaggd.solo").run(config, node, prompt, sampling, as_json)
+
+
+def _config_or_default(option: Path | None) -> Config:
+    """Only a file that nobody asked for may be missing."""
+    path = find_config(option)
+    return single_node() if path == DEFAULT_PATH and option is None and not path.exists() else load_config(path)
+
+
+def main() -> None:
+    """Runs the command line and exits. What the user can mend is one line on stderr; a traceback is a fault of ours."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = cli.main(arguments, prog_name="disaggd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except DisaggdError as error:
+        return _complain(error)
+    except BaseExceptionGroup as group:  # a role's TaskGroup wraps what ended it
+        wanted, others = group.split(DisaggdError)
+        if wanted is None or others is not None:
+            raise
+        return _complain(_first(wanted))
+    return code if isinstance(code, int) else 0
+
+
+def _complain(error: BaseException) -> int:
+    assert isinstance(error, DisaggdError)
+    click.echo(f"disaggd: {error}", err=True)
+    return error.exit_code
+
+
+def _first(group: BaseExceptionGroup[DisaggdError]) -> BaseException:
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    return inner

@@ -1,0 +1,92 @@
+"""`disaggd check`: the resolved cluster as a table, and everything that can be refused without starting it.
+
+Reads the model's config, not its weights; imports no torch.
+"""
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from disaggd.config import Config, NodeConfig
+from disaggd.errors import ConfigError
+from disaggd.launch import node_environment
+from disaggd.model.directory import ModelDirectory, open_directory
+from disaggd.model.spec import ModelSpec
+from disaggd.transfer.layout import KVSpec, kv_spec
+
+_COLUMNS = ("node", "role", "listens on", "device", "threads", "pool", "blocks", "tokens")
+_NUMBERS = ("threads", "pool", "blocks", "tokens")
+
+
+def describe(path: Path, config: Config) -> None:
+    """Prints what `config` comes to. Raises ConfigError or ModelError for what no node could start with."""
+    for node in config.nodes:
+        node_environment(config, node)
+    directory = open_directory(config.model.path)
+    spec = directory.spec(config.model.dtype)
+    console = Console(soft_wrap=True)
+    console.print(_nodes(config, spec))
+    console.print(_facts(path, config, directory, spec))
+
+
+def num_blocks(node: NodeConfig, kv: KVSpec) -> int:
+    """Blocks that fit the node's pool. Raises ConfigError if that is none."""
+    blocks = node.kv_cache // kv.bytes_per_block
+    if not blocks:
+        raise ConfigError(f"node {node.name!r}: kv_cache ({_size(node.kv_cache)}) is less than one block ({_size(kv.bytes_per_block)})")
+    return blocks
+
+
+def _nodes(config: Config, spec: ModelSpec) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+    for node in config.nodes:
+        table.add_row(node.name, node.role, node.listen, *_engine_cells(node, spec))
+    return table
+
+
+def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
+    if node.role == "router":
+        return ()
+    blocks = num_blocks(node, kv_spec(spec, node.block_size))
+    return (
+        node.device,
+        str(node.threads) if node.cpus is None else f"{node.threads} on {','.join(map(str, node.cpus))}",
+        _size(node.kv_cache),
+        f"{blocks:,} x {node.block_size}",
+        f"{blocks * node.block_size:,}",
+    )
+
+
+def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:
+    limit = min(config.model.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    kind = f"{spec.family}, {spec.num_layers} layers, {spec.dtype}, {limit:,} tokens of context"
+    facts = {
+        "file": str(path),
+        "model": f"{config.model.served_name} ({config.model.path}): {kind}",
+        "model id": directory.model_id,
+        "policy": _policy(config),
+        "transfer": f"{config.transfer.transports} on {config.transfer.devices or 'loopback'}, ports {config.transfer.port_range}",
+        "links": f"heartbeat {config.cluster.heartbeat_s:g} s, {'shared secret' if config.cluster.secret else 'no secret: loopback only'}",
+    }
+    return Text("\n").join(Text.assemble((f"{name:<9}", "bold"), value) for name, value in facts.items())
+
+
+def _policy(config: Config) -> str:
+    rules = config.disaggregation
+    if rules.policy == "never" or not config.nodes_of("prefill"):
+        return "every prompt is prefilled by its decode node"
+    if rules.policy == "always":
+        return "every prompt is prefilled by a prefill node"
+    return f"prompts of more than {rules.max_local_prefill_tokens} uncached tokens are prefilled by a prefill node"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.4g} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,93 @@
+"""`disaggd generate`: one engine in this process, one prompt, no cluster. What a cluster's output must equal.
+
+Runs on the main thread. Knows no router, no link and no transfer.
+"""
+
+import sys
+
+import msgspec
+
+from disaggd.config import Config, NodeConfig
+from disaggd.engine.build import LoadedEngine, build_engine
+from disaggd.engine.sequence import Sequence
+from disaggd.errors import InvalidRequest
+from disaggd.gateway.tokenizer import Tokenizer, read_tokenizer
+from disaggd.ids import SeqId
+from disaggd.log import loading_progress
+from disaggd.sampling import SamplingParams
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """What `--json` prints."""
+
+    model: str
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: str | None
+
+
+def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams, as_json: bool) -> None:
+    """Prints the continuation of `prompt`, as it comes or as one JSON object. Raises DisaggdError."""
+    loaded = _load(config, node)
+    tokenizer = read_tokenizer(loaded.directory.root, loaded.spec.vocab_size)
+    tokens = _encode(tokenizer, prompt)
+    if not as_json:
+        print(prompt, end="", flush=True)  # noqa: T201
+    sequence = Sequence(SeqId("solo-0"), tokens, sampling, num_prompt_tokens=len(tokens))
+    text = _continue(loaded, tokenizer, sequence, echo=not as_json)
+    if as_json:
+        _print_json(config, sequence, text)
+
+
+def _load(config: Config, node: NodeConfig) -> LoadedEngine:
+    with loading_progress(node.name) as progress:
+        return build_engine(
+            config.model.path,
+            dtype=config.model.dtype,
+            device=node.device,
+            kv_cache_bytes=node.kv_cache,
+            block_size=node.block_size,
+            max_step_tokens=node.max_step_tokens,
+            max_sequences=node.max_sequences,
+            max_model_len=config.model.max_model_len,
+            progress=progress,
+        )
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("the prompt is not valid UTF-8", param="prompt") from error
+    tokens = tokenizer.encode(prompt, add_special_tokens=True)
+    if not tokens:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    return tokens
+
+
+def _continue(loaded: LoadedEngine, tokenizer: Tokenizer, sequence: Sequence, echo: bool) -> str:
+    detokenizer = tokenizer.detokenizer(sequence.tokens)
+    text: list[str] = []
+
+    def emit(piece: str) -> None:
+        text.append(piece)
+        if echo:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    loaded.engine.add(sequence)
+    while not sequence.is_finished:
+        for output in loaded.engine.step():
+            shown = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens
+            emit(detokenizer.feed(shown))
+    emit(detokenizer.flush())
+    if echo:
+        sys.stdout.write("\n")
+    return "".join(text)
+
+
+def _print_json(config: Config, sequence: Sequence, text: str) -> None:
+    outputs = sequence.tokens[sequence.num_prompt_tokens :]
+    generated = Generated(config.model.served_name, text, outputs, sequence.num_prompt_tokens, sequence.finish_reason)
+    sys.stdout.write(msgspec.json.encode(generated).decode() + "\n")

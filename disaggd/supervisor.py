@@ -1,0 +1,252 @@
+"""`disaggd up`: every node of the file that lives on this host, as child processes under one terminal.
+
+Runs on one asyncio thread. A child that ends before the cluster is ready ends everything; a later death is told and
+the node restarted. Production uses systemd for this. Knows nothing of what the nodes do.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TextIO
+
+from disaggd.config import Address, Config, NodeConfig
+from disaggd.errors import EXIT_INTERRUPTED, ConfigError, ResourceError
+from disaggd.ids import NodeName
+from disaggd.log import NODE_STYLES, paint, styled
+
+STOP_GRACE_S = 10.0
+"""Between SIGTERM and SIGKILL."""
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 60.0
+RESTART_PAUSE_S = 0.5
+READY_POLL_S = 0.1
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def local_nodes(nodes: Iterable[NodeConfig]) -> tuple[NodeConfig, ...]:
+    """Those whose `listen` address is this host's. Raises ConfigError if there are none."""
+    local = tuple(node for node in nodes if _can_bind(node.listen.host, 0))
+    if not local:
+        raise ConfigError("no node of the file listens on an address of this host")
+    return local
+
+
+def check_ports(nodes: Iterable[NodeConfig]) -> None:
+    """Raises ResourceError for a node whose port is taken: another cluster's router would answer for ours."""
+    for node in nodes:
+        if not _can_bind(node.listen.host, node.listen.port):
+            raise ResourceError(f"node {node.name!r}: {node.listen} is in use by another process")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return True
+    return False
+
+
+class Supervisor:
+    """The children, from the first start to the last exit."""
+
+    def __init__(
+        self,
+        nodes: tuple[NodeConfig, ...],
+        command: Callable[[NodeConfig], list[str]],
+        on_ready: Callable[[], None],
+        *,
+        out: TextIO | None = None,
+        grace_s: float = STOP_GRACE_S,
+        restart_pause_s: float = RESTART_PAUSE_S,
+    ) -> None:
+        self._nodes = nodes
+        self._command = command
+        self._on_ready = on_ready
+        self._out = out or sys.stderr
+        self._grace_s = grace_s
+        self._restart_pause_s = restart_pause_s
+        self._children: dict[NodeName, Process] = {}
+        self._styles = {node.name: NODE_STYLES[index % len(NODE_STYLES)] for index, node in enumerate(nodes)}
+        self._stop = asyncio.Event()
+        self._exit_code = 0
+        self._is_ready = False
+
+    async def run(self) -> int:
+        """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt, EXIT_INTERRUPTED)
+        loop.add_signal_handler(signal.SIGTERM, self._interrupt, 0)
+        async with asyncio.TaskGroup() as tasks:
+            for node in self._nodes:
+                tasks.create_task(self._keep(node))
+            announcement = tasks.create_task(self._announce())
+            await self._stop.wait()
+            announcement.cancel()
+            await self._end_children()
+        return self._exit_code
+
+    def _interrupt(self, exit_code: int) -> None:
+        if self._stop.is_set():
+            self._signal(self._nodes, signal.SIGKILL)
+        self._end(exit_code)
+
+    def _end(self, exit_code: int) -> None:
+        """The first reason to end is the one that counts."""
+        if not self._stop.is_set():
+            self._exit_code = exit_code
+            self._stop.set()
+
+    # ── one child ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _keep(self, node: NodeConfig) -> None:
+        """Runs `node`, again and again, until everything ends."""
+        deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
+        while not self._stop.is_set():
+            code = await self._run_once(node)
+            if self._stop.is_set():
+                return
+            if not self._is_ready:
+                self._say(node, f"error: could not start ({_ending(code)}); ending the other nodes")
+                self._end(_exit_code(code))
+                return
+            now = time.monotonic()
+            if len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTART_WINDOW_S:
+                self._say(node, f"error: died again ({_ending(code)}), {MAX_RESTARTS + 1} times in a minute; ending the other nodes")
+                self._end(_exit_code(code))
+                return
+            deaths.append(now)
+            self._say(node, f"error: died ({_ending(code)}); restarting it")
+            await self._pause(self._restart_pause_s)
+
+    async def _run_once(self, node: NodeConfig) -> int:
+        parent = os.getpid()
+        child = await asyncio.create_subprocess_exec(
+            *self._command(node),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: _die_with(parent),
+        )
+        self._children[node.name] = child
+        if self._stop.is_set():
+            child.kill()  # `_end_children` may have passed already
+        assert child.stdout is not None
+        relay = asyncio.create_task(self._relay(node, child.stdout))
+        code = await child.wait()
+        await asyncio.wait({relay}, timeout=1.0)  # what it wrote last; a grandchild may hold the pipe open for ever
+        relay.cancel()
+        return code
+
+    async def _relay(self, node: NodeConfig, output: asyncio.StreamReader) -> None:
+        rest = b""
+        while chunk := await output.read(2**16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._write(node, line.decode(errors="replace"))
+        if rest:
+            self._write(node, rest.decode(errors="replace"))
+
+    # ── all children ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _announce(self) -> None:
+        for node in self._nodes:
+            while node.role == "router" and not await _is_ready(node.listen):
+                await self._pause(READY_POLL_S)
+        self._is_ready = True
+        self._on_ready()
+
+    async def _end_children(self) -> None:
+        """Routers first, so that no engine node is asked for anything more; what outlives its grace is killed."""
+        routers = [node for node in self._nodes if node.role == "router"]
+        engines = [node for node in self._nodes if node.role != "router"]
+        for nodes in (routers, engines):
+            self._signal(nodes, signal.SIGTERM)
+            alive = [asyncio.create_task(child.wait()) for child in self._of(nodes)]
+            if alive and (await asyncio.wait(alive, timeout=self._grace_s))[1]:
+                self._signal(nodes, signal.SIGKILL)
+
+    def _of(self, nodes: Iterable[NodeConfig]) -> list[Process]:
+        return [self._children[node.name] for node in nodes if node.name in self._children]
+
+    def _signal(self, nodes: Iterable[NodeConfig], number: signal.Signals) -> None:
+        for child in self._of(nodes):
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+
+    # ── what the terminal shows ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _say(self, node: NodeConfig, message: str) -> None:
+        self._write(node, f"{time.strftime('%H:%M:%S')} {message}")
+
+    def _write(self, node: NodeConfig, line: str) -> None:
+        """A node's own log lines begin with its name already; what its libraries write does not."""
+        prefix = f"[{node.name}]"
+        line = line.removeprefix(prefix + " ")
+        if self._out.isatty():
+            prefix, line = styled(prefix, self._styles[node.name]), paint(line)
+        self._out.write(f"{prefix} {line}\n")
+        self._out.flush()
+
+
+def node_command(config_path: Path) -> Callable[[NodeConfig], list[str]]:
+    """How a child is started: as this very package, with the same interpreter."""
+    return lambda node: [sys.executable, "-m", "disaggd", "--role", node.role, "--name", node.name, "--config", str(config_path)]
+
+
+def banner(config: Config, router: NodeConfig) -> str:
+    """What to do with a cluster that is ready."""
+    host = "127.0.0.1" if router.listen.is_wildcard else router.listen.rpartition(":")[0]
+    counts = ", ".join(f"{len(config.nodes_of(role))} {role}" for role in ("router", "prefill", "decode"))
+    body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "stream": true}}'
+    return (
+        f"\nReady: {config.model.served_name} on {counts}. Ctrl-C ends all of them. Try:\n\n"
+        f"  curl -N http://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
+    )
+
+
+async def _is_ready(router: Address) -> bool:
+    """Whether the router's `GET /ready` answers 200."""
+    host = "127.0.0.1" if router.is_wildcard else router.host
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection(host, router.port)
+            try:
+                writer.write(f"GET /ready HTTP/1.1\r\nHost: {router}\r\nConnection: close\r\n\r\n".encode())
+                return b" 200 " in await reader.readline()
+            finally:
+                writer.close()
+    return False
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before exec: it is killed when `up` dies, however that dies."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit_code(code: int) -> int:
+    """As a shell would tell it; ending early without an error is one too."""
+    return 128 - code if code < 0 else code or 1
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,216 @@
+"""The engine: token ids in, token ids out. `schedule`, `execute`, `settle`.
+
+Runs on the compute thread, which is its only caller. Knows nothing of requests, text, links or other nodes: a sequence
+that another machine computed is parked here and later resumed in blocks that the caller has had filled.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
+
+from disaggd.engine.blocks import BlockPool
+from disaggd.engine.scheduler import Limits, Scheduler, StepPlan
+from disaggd.engine.sequence import FinishReason, Sequence, SequenceState
+from disaggd.errors import ContextTooLong
+from disaggd.ids import BlockId, SeqId
+from disaggd.sampling import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:  # the sampler imports torch, which the engine does without
+    from disaggd.engine.sampler import SampledToken
+
+
+class Runner(Protocol):
+    """What computes a plan: a `ModelRunner`, or a test's stand-in."""
+
+    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> "list[SampledToken]":
+        """Write K and V of the plan's chunks into their blocks; one token for each of `plan.sampling`, in that order.
+
+        `layers_done(range(a, b))` is called as soon as K and V of these layers are written; all layers once per step.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a step, or a resume, brought to one sequence."""
+
+    sequence: Sequence
+    start: int
+    """Index of the first token here among the sequence's outputs, `num_given - num_prompt_tokens` being this attempt's first."""
+    tokens: tuple[int, ...]
+    """The token that stopped the sequence is among them."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    handed_off: bool
+    """The sequence has ended here, though not of itself: what follows is computed elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGauges:
+    """Sequences by state, and the pool's blocks. Those neither free nor used are held by somebody outside the engine."""
+
+    waiting: int
+    running: int
+    queued: int
+    blocks_free: int
+    blocks_used: int
+
+
+class Engine:
+    """Sequences from arrival to end, one step at a time.
+
+    `pool` is shared with the caller, who allocates from it what he promises to other nodes and retains what they still
+    read; all on the compute thread.
+    """
+
+    def __init__(self, runner: Runner, pool: BlockPool, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.sequences: dict[SeqId, Sequence] = {}
+        """All that have not ended."""
+        self._runner = runner
+        self._scheduler = Scheduler(pool, limits)
+        self._eos = frozenset(eos_token_ids)
+        self._pool_tokens = pool.num_blocks * pool.block_size
+        self._arrivals = count()
+        self._stalled_at: int | None = None
+
+    # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence on, to be computed here: WAITING. Raises ContextTooLong."""
+        self._register(sequence)
+        self._scheduler.wait(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """Take a sequence on that another node computes: QUEUED, with no blocks, until `resume`. Raises ContextTooLong."""
+        self._register(sequence)
+        sequence.move(SequenceState.QUEUED)
+
+    def resume(self, sequence: Sequence, blocks: list[BlockId], token: int, logprob: TokenLogprob | None = None) -> SequenceOutput:
+        """QUEUED → RUNNING: K and V of all its tokens lie in `blocks`, and `token` was sampled after them.
+
+        The caller's references on `blocks` become the sequence's. When `token` ends the sequence it is FINISHED, and
+        the blocks are released, as after a step.
+        """
+        assert len(blocks) >= self.pool.blocks_for(len(sequence.tokens)), f"{sequence.seq_id}: {len(blocks)} blocks cannot hold it"
+        self._stalled_at = None
+        self._scheduler.run(sequence, blocks)
+        sequence.num_computed = len(sequence.tokens)
+        return self._deliver(sequence, token, logprob)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence, in any state; one that has ended already stays as it is. Leaves none of its references behind."""
+        if not sequence.is_finished:
+            self._stalled_at = None
+            self._finish(sequence, "abort")
+
+    # ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, layers_done: Callable[[StepPlan, range], None] | None = None) -> list[SequenceOutput]:
+        """Compute one step and return the tokens it brought; at once, and nothing, when nothing can run.
+
+        `layers_done(plan, range(a, b))` is called during the step, as soon as these layers of the plan's chunks are in
+        their blocks.
+        """
+        plan = self._scheduler.schedule()
+        self._stalled_at = None if plan.chunks else self.pool.num_free
+        if not plan.chunks:
+            return []
+        sampled = self._runner.execute(plan, partial(layers_done, plan) if layers_done else None)
+        return self._settle(plan, sampled)
+
+    def _settle(self, plan: StepPlan, sampled: "list[SampledToken]") -> list[SequenceOutput]:
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed = chunk.end
+        return [self._deliver(chunk.sequence, drawn.token, drawn.logprob) for chunk, drawn in zip(plan.sampling, sampled, strict=True)]
+
+    def _deliver(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> SequenceOutput:
+        """Append a token, and end the sequence if that was its last."""
+        start = sequence.num_outputs
+        sequence.tokens.append(token)
+        reason = self._stop_reason(sequence)
+        handed_off = reason is None and sequence.reached_output_limit
+        if reason or handed_off:
+            self._finish(sequence, reason)
+        return SequenceOutput(sequence, start, (token,), None if logprob is None else (logprob,), reason, handed_off)
+
+    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the last token ends the sequence, if it does."""
+        sampling, token = sequence.sampling, sequence.tokens[-1]
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+            return "stop"
+        if sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= self.context_limit:
+            return "length"
+        return None
+
+    # ── what is known ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that one sequence may have, prompt and output: what both the model and the pool can hold."""
+        return min(self.limits.max_model_len, self._pool_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute something.
+
+        False as well when the last step could not for want of blocks and none has come free since: then only a call
+        from outside helps (a release, an abort, a resume), so the caller may sleep until it has one to make.
+        """
+        return bool(self._scheduler.running or self._scheduler.waiting) and self._stalled_at != self.pool.num_free
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    def room_for_grant(self, need: int) -> bool:
+        """Whether `need` blocks may be promised to another node now. Growth comes first, then the preempted, then grants."""
+        return self.pool.room_for_grant(need + self._scheduler.blocks_owed(), self.num_running)
+
+    def gauges(self) -> EngineGauges:
+        """A snapshot for metrics."""
+        waiting, running = self._scheduler.waiting, self._scheduler.running
+        return EngineGauges(
+            waiting=len(waiting),
+            running=len(running),
+            queued=sum(sequence.state is SequenceState.QUEUED for sequence in self.sequences.values()),
+            blocks_free=self.pool.num_free,
+            blocks_used=sum(len(sequence.block_table) for sequence in running),
+        )
+
+    # ── arrival and end ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _register(self, sequence: Sequence) -> None:
+        """Refuse what has no room for one more token: neither a step nor a grant could ever serve it."""
+        num_tokens = len(sequence.tokens)
+        if num_tokens >= self.limits.max_model_len:
+            raise ContextTooLong(num_tokens, self.limits.max_model_len - 1, "the model's context less one token of output")
+        if num_tokens >= self._pool_tokens:
+            raise ContextTooLong(num_tokens, self._pool_tokens - 1, "the KV pool less one token of output")
+        assert sequence.seq_id not in self.sequences, f"{sequence.seq_id} is here already: abort the older attempt first"
+        self._stalled_at = None
+        sequence.arrival = next(self._arrivals)
+        self.sequences[sequence.seq_id] = sequence
+
+    def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        self._scheduler.drop(sequence)
+        sequence.move(SequenceState.FINISHED)
+        sequence.finish_reason = reason
+        del self.sequences[sequence.seq_id]
+
+
+def generate(engine: Engine, tokens: list[int], sampling: SamplingParams) -> Iterator[SequenceOutput]:
+    """The oracle: run one sequence to its end in an engine that has nothing else to do, yielding its tokens as they come.
+
+    Raises ContextTooLong. Closing the iterator early aborts the sequence.
+    """
+    assert not engine.sequences, "the oracle wants the engine for itself"
+    sequence = Sequence(SeqId("oracle"), list(tokens), sampling, num_prompt_tokens=len(tokens))
+    engine.add(sequence)
+    try:
+        while not sequence.is_finished:
+            yield from engine.step()
+    finally:
+        engine.abort(sequence)

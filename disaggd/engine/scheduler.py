@@ -1,0 +1,202 @@
+"""Who computes what in the next step, and in which blocks.
+
+A sequence needs `len(tokens) - num_computed` tokens computed: many is prefill, one is decode. Each step takes all
+running decodes, and fills the rest of its token budget with prefill chunks, first come first served. A sequence is
+admitted with the blocks of all its tokens, so that prefill never stops half-way for want of memory: only decode grows,
+one block at a time.
+
+When blocks run out, the youngest that may be is preempted: it gives its blocks back and computes everything anew later.
+A sequence takes blocks only from younger ones; the youngest waits where it is. So the oldest always advances, and every
+sequence comes to its end.
+
+Owned by the compute thread alone. Knows nothing of tensors, and not why a sequence ends.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from disaggd.engine.blocks import BlockPool
+from disaggd.engine.sequence import Sequence, SequenceState
+from disaggd.errors import ConfigError
+from disaggd.ids import BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine takes on at once."""
+
+    max_step_tokens: int
+    """Tokens computed in one step; at least a block."""
+    max_sequences: int
+    """Admit no further sequence while so many run. Those resumed come on top: their blocks are here already."""
+    max_model_len: int
+    """Tokens of one sequence, prompt and output."""
+
+    def check(self, block_size: int) -> None:
+        """Raises ConfigError for what would leave a sequence waiting for ever."""
+        if self.max_step_tokens < block_size:
+            raise ConfigError(f"max_step_tokens: {self.max_step_tokens} is less than a block of {block_size} tokens; raise it")
+        if self.max_sequences < 1:
+            raise ConfigError(f"max_sequences: {self.max_sequences} lets no sequence run; raise it")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[start, end)` of a sequence, to be computed in this step. Ends on a block boundary, or at the last token."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+    """It reaches the sequence's last token: the next one is sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's work. Every sequence appears once, and has the blocks for its chunk."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def sampling(self) -> list[Chunk]:
+        """The chunks that sample, in the order of the plan: the order of the runner's results."""
+        return [chunk for chunk in self.chunks if chunk.samples]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+
+class Scheduler:
+    """Plans steps over the sequences it was given; the engine settles what came of them.
+
+    Raises ConfigError as `limits.check` does.
+    """
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        limits.check(pool.block_size)
+        self.waiting: list[Sequence] = []
+        """The preempted, then the others; each by age."""
+        self.running: list[Sequence] = []
+        """By age, the oldest first."""
+        self._pool = pool
+        self._limits = limits
+
+    def wait(self, sequence: Sequence) -> None:
+        """Put a WAITING sequence in line: behind the preempted and those that came before."""
+        assert sequence.state is SequenceState.WAITING
+        insort(self.waiting, sequence, key=_turn)
+
+    def run(self, sequence: Sequence, blocks: list[BlockId]) -> None:
+        """WAITING or QUEUED → RUNNING in `blocks`, whose references become the sequence's."""
+        sequence.move(SequenceState.RUNNING)
+        sequence.block_table = blocks
+        insort(self.running, sequence, key=_age)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence, whatever its state, and release its blocks. The caller moves it on."""
+        if sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+        self._pool.release(sequence.block_table)
+        sequence.block_table = []
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step: decodes, prefills under way, then those admitted now. May preempt; may be empty.
+
+        The first that the rest of the budget cannot serve ends the step: nobody overtakes.
+        """
+        ready = [sequence for sequence in tuple(self.running) if self._has_blocks(sequence)]
+        ready.sort(key=_is_prefill)
+        step = _Step(self._limits.max_step_tokens, self._pool.block_size)
+        if all(step.take(sequence) for sequence in ready):
+            self._admit(step)
+        return StepPlan(tuple(step.chunks))
+
+    def blocks_owed(self) -> int:
+        """Blocks that the preempted wait for: they were here before whoever asks for blocks now."""
+        return sum(self._pool.blocks_for(len(sequence.tokens)) for sequence in self.waiting if sequence.num_preemptions)
+
+    def _has_blocks(self, sequence: Sequence) -> bool:
+        """Whether a running sequence has blocks for all its tokens, once it has grown at the cost of younger ones."""
+        if sequence.state is not SequenceState.RUNNING:
+            return False  # preempted a moment ago, for an older one
+        while len(sequence.block_table) * self._pool.block_size < len(sequence.tokens):
+            if block := self._pool.allocate(1):
+                sequence.block_table += block
+            elif not self._preempt_younger(sequence):
+                return False
+        return True
+
+    def _preempt_younger(self, sequence: Sequence) -> bool:
+        """Preempt the youngest running sequence, if `sequence` is older than it."""
+        for victim in reversed(self.running):
+            if victim is sequence:
+                return False
+            if not victim.reserve:
+                self._preempt(victim)
+                return True
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.drop(sequence)
+        sequence.move(SequenceState.WAITING)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.wait(sequence)
+
+    def _admit(self, step: "_Step") -> None:
+        """Admit from the head of the line while step, pool and limits allow."""
+        while self.waiting and len(self.running) < self._limits.max_sequences and step.end_of_chunk(self.waiting[0]):
+            blocks = self._blocks_to_admit(self.waiting[0])
+            if blocks is None:
+                return
+            sequence = self.waiting.pop(0)
+            self.run(sequence, blocks)
+            step.take(sequence)
+
+    def _blocks_to_admit(self, sequence: Sequence) -> list[BlockId] | None:
+        """Blocks for all its tokens, if each running sequence then has a free one to grow into: else it would be preempted at once."""
+        need = self._pool.blocks_for(len(sequence.tokens))
+        growing = sum(not other.reserve for other in self.running)
+        return self._pool.allocate(need) if self._pool.num_free >= need + growing else None
+
+
+class _Step:
+    """A plan in the making: `budget` tokens are left."""
+
+    def __init__(self, budget: int, block_size: int) -> None:
+        self.chunks: list[Chunk] = []
+        self._budget = budget
+        self._block_size = block_size
+
+    def end_of_chunk(self, sequence: Sequence) -> int | None:
+        """How far the rest of the budget takes `sequence`: to its last token or a block boundary. None: nowhere."""
+        num_tokens = len(sequence.tokens)
+        end = sequence.num_computed + self._budget
+        if end >= num_tokens:
+            return num_tokens
+        end -= end % self._block_size
+        return end if end > sequence.num_computed else None
+
+    def take(self, sequence: Sequence) -> bool:
+        """Add the sequence's next chunk, if there is one."""
+        end = self.end_of_chunk(sequence)
+        if end is None:
+            return False
+        self.chunks.append(Chunk(sequence, sequence.num_computed, end, samples=end == len(sequence.tokens)))
+        self._budget -= end - sequence.num_computed
+        return True
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _turn(sequence: Sequence) -> tuple[bool, int]:
+    return sequence.num_preemptions == 0, sequence.arrival
+
+
+def _is_prefill(sequence: Sequence) -> bool:
+    return sequence.num_uncomputed > 1

@@ -1,0 +1,102 @@
+"""One sequence of tokens inside the engine: what is known of it, and the states it moves through.
+
+```
+WAITING ─► RUNNING ─► FINISHED           WAITING ─► QUEUED ─► RUNNING    computed elsewhere, then resumed here
+   ▲          │                          RUNNING ─► PAUSED ─► FINISHED   handed over to another node
+   └──────────┘ preempted                           PAUSED ─► RUNNING    the other node failed
+```
+
+Every state may move to FINISHED: that is the abort. Owned by the compute thread alone. Plain Python: no tensors, and
+nothing here knows of requests, text or other nodes.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from disaggd.ids import BlockId, SeqId
+from disaggd.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+"""Why a sequence ended in this engine; a sequence that was handed off has none."""
+
+
+class SequenceState(Enum):
+    """Where a sequence is; see the module's diagram."""
+
+    WAITING = "waiting"
+    """For blocks and a place in a step. Holds no blocks."""
+    QUEUED = "queued"
+    """For another node to compute its KV. Holds no blocks of its own."""
+    RUNNING = "running"
+    """Has blocks, and tokens that the next steps compute."""
+    PAUSED = "paused"
+    """Its KV is on the way to another node. Has blocks, computes nothing."""
+    FINISHED = "finished"
+
+
+LEGAL_MOVES: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.WAITING: frozenset({SequenceState.QUEUED, SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.QUEUED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.PAUSED, SequenceState.FINISHED}),
+    SequenceState.PAUSED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.FINISHED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One attempt at one sequence. Equal only to itself; `(seq_id, attempt)` names it on the wire.
+
+    `tokens` is prompt, then outputs that earlier attempts delivered, then outputs of this one; it only grows.
+    """
+
+    seq_id: SeqId
+    tokens: list[int]
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    attempt: int = 0
+    reserve: bool = False
+    """Never preempted, because somebody else counts on its blocks; so it must end without growing: `output_limit` is 1."""
+    output_limit: int | None = None
+    """Hand the sequence off after this many tokens sampled here."""
+    num_given: int = field(init=False)
+    """`len(tokens)` at arrival."""
+    state: SequenceState = field(default=SequenceState.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    num_computed: int = field(default=0, init=False)
+    """Tokens whose K and V are in the blocks of `block_table`."""
+    block_table: list[BlockId] = field(default_factory=list, init=False)
+    """The i-th block holds positions `[i * block_size, (i + 1) * block_size)`. Grows in place; on release a new list takes its place."""
+    arrival: int = field(default=0, init=False)
+    """The engine's own count of arrivals: age, which decides who goes first and who is preempted."""
+    num_preemptions: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        assert 0 < self.num_prompt_tokens <= len(self.tokens), f"{self.seq_id}: a sequence has a prompt"
+        assert not self.reserve or self.output_limit == 1, f"{self.seq_id}: a reserved sequence may not grow"
+        self.num_given = len(self.tokens)
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens after the prompt, those of earlier attempts included."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Many: it is prefilling. One: it is decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
+
+    @property
+    def reached_output_limit(self) -> bool:
+        """It has sampled what it should here; what follows is another node's."""
+        return self.output_limit is not None and len(self.tokens) - self.num_given >= self.output_limit
+
+    def move(self, state: SequenceState) -> None:
+        """Go to `state`, which `LEGAL_MOVES` must allow."""
+        assert state in LEGAL_MOVES[self.state], f"{self.seq_id}: {self.state.value} may not become {state.value}"
+        self.state = state

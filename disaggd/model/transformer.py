@@ -1,0 +1,96 @@
+"""The model: a batch of tokens and a KV pool in, logits out. Runs on the compute thread; everything it needs is passed in.
+
+Knows nothing of files (`weights.py` fills its tensors) nor of which tokens come next (`engine/sampler.py`).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, device
+
+from disaggd.kernels import Ops
+from disaggd.model.batch import Batch
+from disaggd.model.layers import MLP, Attention, HeadNorm, Layer, Linear, RMSNorm, inverse_frequencies, rotation_of
+from disaggd.model.spec import ModelSpec
+
+LayersDone = Callable[[range], None]
+
+
+class Transformer:
+    """A dense decoder-only transformer with uninitialized weights.
+
+    `layer_group`: after so many layers `forward` reports that their keys and values are in the pool.
+    """
+
+    def __init__(self, spec: ModelSpec, where: device, ops: Ops, layer_group: int = 4) -> None:
+        self.spec = spec
+        self.device = where
+        self.layer_group = layer_group
+        self._ops = ops
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
+        self.layers = tuple(self._layer() for _ in range(spec.num_layers))
+        self.norm = self._norm()
+        self.head = Linear(ops, self.embedding if spec.tie_word_embeddings else self._empty(spec.vocab_size, spec.hidden_size), None)
+        self._frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling).to(where)
+
+    def forward(self, batch: Batch, kv: Tensor, layers_done: LayersDone | None = None) -> Tensor:
+        """Logits float32 [len(batch.logit_rows), vocab_size]; the keys and values of all tokens of `batch` are written into `kv`.
+
+        `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] holds those of the tokens before. `layers_done(range(a, b))` is
+        called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`.
+        Call under `torch.inference_mode()`.
+        """
+        x = F.embedding(batch.tokens, self.embedding)
+        rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
+        attention = self._ops.paged_attention(
+            batch.slot_mapping,
+            batch.query_start,
+            batch.context_lens,
+            batch.block_tables,
+            kv_heads=self.spec.num_kv_heads,
+            block_size=kv.shape[4],
+            window=self.spec.sliding_window,
+        )
+        for group in self._layer_groups():
+            for index in group:
+                x = self.layers[index](x, rotation, attention, kv[index])
+            if layers_done is not None:
+                layers_done(group)
+        return self.head(self.norm(x[batch.logit_rows])).float()
+
+    def _layer_groups(self) -> list[range]:
+        count = len(self.layers)
+        return [range(first, min(first + self.layer_group, count)) for first in range(0, count, self.layer_group)]
+
+    # ── allocation ──
+
+    def _layer(self) -> Layer:
+        spec = self.spec
+        attention = Attention(
+            self._ops,
+            qkv=self._linear(spec.hidden_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.qkv_bias),
+            out=self._linear(spec.num_heads * spec.head_dim, spec.hidden_size, spec.output_bias),
+            head_norm=self._head_norm() if spec.qk_norm else None,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+        )
+        mlp = MLP(
+            self._ops,
+            gate_up=self._linear(spec.hidden_size, 2 * spec.intermediate_size, spec.mlp_bias),
+            down=self._linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias),
+        )
+        return Layer(self._norm(), attention, self._norm(), mlp)
+
+    def _linear(self, inputs: int, outputs: int, bias: bool) -> Linear:
+        return Linear(self._ops, self._empty(outputs, inputs), self._empty(outputs) if bias else None)
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self._ops, self._empty(self.spec.hidden_size), self.spec.rms_norm_eps)
+
+    def _head_norm(self) -> HeadNorm:
+        return HeadNorm(self._ops, self._empty(self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim), self.spec.rms_norm_eps)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self.device)

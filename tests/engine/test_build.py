@@ -1,0 +1,47 @@
+"""An engine from a config's values, over the model that ships with disaggd."""
+
+import pytest
+
+from disaggd.engine.build import build_engine
+from disaggd.engine.engine import generate
+from disaggd.errors import ConfigError, ModelError, ResourceError
+from disaggd.sampling import SamplingParams
+
+VALUES = {"path": "builtin:tiny", "kv_cache_bytes": 8 * 2**20, "block_size": 16, "max_step_tokens": 64, "max_sequences": 4}
+
+
+def test_the_built_in_model_generates() -> None:
+    seen: list[tuple[int, int]] = []
+    loaded = build_engine(**VALUES, progress=lambda done, total: seen.append((done, total)))
+    outputs = list(generate(loaded.engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)))
+    assert len(outputs) == 5
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_the_pool_is_as_large_as_the_bytes_allow() -> None:
+    loaded = build_engine(**VALUES)
+    num_blocks = loaded.engine.pool.num_blocks
+    assert num_blocks == VALUES["kv_cache_bytes"] // loaded.kv_spec.bytes_per_block > 0
+    group = loaded.kv_spec.groups[0]
+    assert loaded.kv.shape == (loaded.spec.num_layers, num_blocks, group.kv_heads, 2, 16, loaded.spec.head_dim)
+    assert loaded.kv.nbytes == num_blocks * loaded.kv_spec.bytes_per_block
+    assert loaded.engine.limits.max_model_len == loaded.spec.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kv_cache_bytes": 100}, ConfigError, "kv_cache: 100 bytes do not hold one block of"),
+        ({"max_model_len": 10**9}, ConfigError, "max_model_len: 1000000000 is more than the model's"),
+        ({"max_step_tokens": 15}, ConfigError, "max_step_tokens: 15 is less than a block of 16"),
+        ({"path": "builtin:none"}, ModelError, "builtin:none"),
+        ({"device": "cuda:99"}, ResourceError, "device cuda:99"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_engine(**(VALUES | change), progress=lambda done, total: pytest.fail("weights were read"))
+
+
+def test_a_shorter_context_is_the_limit() -> None:
+    assert build_engine(**VALUES, max_model_len=100).engine.context_limit == 100

@@ -1,0 +1,177 @@
+"""Plans become batches; and a whole engine over a tiny random model says what its oracle says."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from disaggd import kernels
+from disaggd.engine.blocks import BlockPool
+from disaggd.engine.engine import Engine, SequenceOutput, generate
+from disaggd.engine.runner import ModelRunner, build_batch
+from disaggd.engine.scheduler import Chunk, Limits, StepPlan
+from disaggd.engine.sequence import Sequence
+from disaggd.ids import BlockId, SeqId
+from disaggd.model.kv import allocate_kv
+from disaggd.model.spec import ModelSpec
+from disaggd.model.transformer import Transformer
+from disaggd.model.weights import weight_targets
+from disaggd.sampling import SamplingParams
+from disaggd.transfer.layout import kv_spec
+
+CPU = torch.device("cpu")
+BLOCK = 8
+SPEC = ModelSpec(
+    family="qwen3",
+    vocab_size=151,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    qk_norm=True,
+    dtype="float32",
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, seed=2**63 + 5, max_tokens=24, repetition_penalty=1.1, ignore_eos=True)
+PROMPTS = [
+    [(7 * number + 13 * i * i) % SPEC.vocab_size for i in range(length)]
+    for number, length in enumerate([3, 70, 16, 41, 8, 33, 57, 1, 25, 90])
+]
+
+
+@dataclass(frozen=True)
+class Node:
+    engine: Engine
+    kv: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Transformer:
+    made = Transformer(SPEC, CPU, kernels.select(CPU), layer_group=2)
+    random = torch.Generator().manual_seed(1)
+    for key, weight in weight_targets(made).items():
+        weight.normal_(1.0, 0.2, generator=random) if key.endswith("norm.weight") else weight.normal_(0.0, 0.15, generator=random)
+    return made
+
+
+def make_node(transformer: Transformer, num_blocks: int = 200, max_step_tokens: int = 48, max_sequences: int = 8) -> Node:
+    kv = allocate_kv(kv_spec(SPEC, BLOCK), num_blocks, CPU)
+    engine = Engine(ModelRunner(transformer, kv), BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, max_sequences, 256))
+    return Node(engine, kv)
+
+
+def make_sequence(number: int, tokens: list[int], sampling: SamplingParams, limit: int | None = None) -> Sequence:
+    return Sequence(SeqId(str(number)), list(tokens), sampling, num_prompt_tokens=len(tokens), reserve=limit == 1, output_limit=limit)
+
+
+def tokens_of(outputs: list[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def oracle(transformer: Transformer, tokens: list[int], sampling: SamplingParams) -> list[int]:
+    return tokens_of(list(generate(make_node(transformer, max_step_tokens=256).engine, tokens, sampling)))
+
+
+def run(engine: Engine) -> Iterator[SequenceOutput]:
+    while engine.has_work:
+        yield from engine.step()
+
+
+def by_sequence(outputs: list[SequenceOutput]) -> list[list[int]]:
+    ordered: dict[int, list[int]] = {number: [] for number in range(len(PROMPTS))}
+    for output in outputs:
+        assert output.start == len(ordered[int(output.sequence.seq_id)])
+        ordered[int(output.sequence.seq_id)] += output.tokens
+    return list(ordered.values())
+
+
+def test_a_batch_holds_the_chunks_one_after_another() -> None:
+    prefill, decode = make_sequence(0, list(range(100, 120)), GREEDY), make_sequence(1, list(range(50, 55)), GREEDY)
+    prefill.block_table, decode.block_table = [BlockId(4), BlockId(9), BlockId(2)], [BlockId(7)]
+    plan = StepPlan((Chunk(decode, 4, 5, samples=True), Chunk(prefill, 8, 16, samples=False), Chunk(prefill, 16, 20, samples=True)))
+    batch = build_batch(plan, BLOCK, CPU)
+    assert batch.tokens.tolist() == [54, *range(108, 120)]
+    assert batch.positions.tolist() == [4, *range(8, 20)]
+    assert batch.slot_mapping.tolist() == [7 * BLOCK + 4, *range(9 * BLOCK, 10 * BLOCK), *range(2 * BLOCK, 2 * BLOCK + 4)]
+    assert batch.query_start.tolist() == [0, 1, 9, 13]
+    assert batch.context_lens.tolist() == [5, 16, 20]
+    assert batch.block_tables.tolist() == [[7, 0, 0], [4, 9, 2], [4, 9, 2]]
+    assert batch.logit_rows.tolist() == [0, 12]
+    int64, int32 = torch.int64, torch.int32
+    dtypes = [batch.tokens.dtype, batch.positions.dtype, batch.slot_mapping.dtype, batch.logit_rows.dtype]
+    assert dtypes == [int64] * 4
+    assert [batch.query_start.dtype, batch.context_lens.dtype, batch.block_tables.dtype] == [int32] * 3
+
+
+def test_slots_of_a_large_pool_do_not_overflow() -> None:
+    decode = make_sequence(0, [1], GREEDY)
+    decode.block_table = [BlockId(2**30)]
+    batch = build_batch(StepPlan((Chunk(decode, 0, 1, samples=True),)), BLOCK, CPU)
+    assert batch.slot_mapping.tolist() == [2**33]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_many_at_once_in_chunks_and_preempted_say_what_the_oracle_says(transformer: Transformer, sampling: SamplingParams) -> None:
+    engine = make_node(transformer, num_blocks=24).engine
+    sequences = [make_sequence(number, tokens, sampling) for number, tokens in enumerate(PROMPTS)]
+    for sequence in sequences:
+        engine.add(sequence)
+    outputs = by_sequence(list(run(engine)))
+    assert sum(sequence.num_preemptions for sequence in sequences) > 0
+    assert engine.pool.num_free == 24
+    expected = [oracle(transformer, tokens, sampling) for tokens in PROMPTS]
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), "too dull to tell anything"
+    assert outputs == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_prefilled_on_one_node_and_decoded_on_another_says_what_the_oracle_says(transformer: Transformer, sampling: SamplingParams) -> None:
+    prefill, decode = make_node(transformer), make_node(transformer, num_blocks=60)
+    parked = {SeqId(str(number)): make_sequence(number, tokens, sampling) for number, tokens in enumerate(PROMPTS)}
+    for number, tokens in enumerate(PROMPTS):
+        prefill.engine.add(make_sequence(number, tokens, sampling, limit=1))
+        decode.engine.park(parked[SeqId(str(number))])
+    granted = {
+        name: decode.engine.pool.allocate(decode.engine.pool.blocks_for(len(waiting.tokens) + 1)) for name, waiting in parked.items()
+    }
+    assert all(granted.values())
+
+    def push(plan: StepPlan, layers: range) -> None:
+        """What NIXL does: this step's blocks of these layers, into those granted."""
+        for chunk in plan.chunks:
+            ours = chunk.sequence.block_table[chunk.start // BLOCK : -(-chunk.end // BLOCK)]
+            theirs = granted[chunk.sequence.seq_id][chunk.start // BLOCK :][: len(ours)]
+            decode.kv[layers.start : layers.stop, theirs] = prefill.kv[layers.start : layers.stop, ours]
+
+    outputs = []
+    while prefill.engine.has_work:
+        for first in prefill.engine.step(push):
+            assert first.handed_off
+            name = first.sequence.seq_id
+            outputs.append(decode.engine.resume(parked[name], granted[name], first.tokens[0]))
+    outputs += run(decode.engine)
+    assert by_sequence(outputs) == [oracle(transformer, tokens, sampling) for tokens in PROMPTS]
+    assert (prefill.engine.pool.num_free, decode.engine.pool.num_free) == (200, 60)
+
+
+def test_a_retry_on_another_engine_continues_token_for_token(transformer: Transformer) -> None:
+    whole = oracle(transformer, PROMPTS[1], SEEDED)
+    engine = make_node(transformer).engine
+    engine.add(Sequence(SeqId("retry"), PROMPTS[1] + whole[:9], SEEDED, num_prompt_tokens=len(PROMPTS[1])))
+    assert tokens_of(list(run(engine))) == whole[9:]
+
+
+def test_every_layer_is_reported_once_per_step(transformer: Transformer) -> None:
+    engine = make_node(transformer).engine
+    engine.add(make_sequence(0, PROMPTS[1], GREEDY))
+    for _ in range(3):
+        seen: list[range] = []
+        engine.step(lambda _, layers, seen=seen: seen.append(layers))
+        assert seen == [range(0, 2), range(2, 3)]

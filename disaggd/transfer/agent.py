@@ -1,0 +1,134 @@
+"""`Agent`: one NIXL agent that registers the whole pool; the only home of NIXL. Used by the transfer thread alone.
+
+Agents are not thread-safe (three threads on one: SIGSEGV, measured), and without NIXL's own progress thread, which would
+spin on a core, they move bytes only while `poll` and `notifications` are called, on both sides.
+
+Of everything NIXL offers to stop a peer's writes only one thing does: destroying the agent.
+"""
+
+import uuid
+import weakref
+from typing import NewType
+
+from nixl._api import nixl_agent, nixl_agent_config, nixl_xfer_handle
+from nixl._bindings import (
+    nixlBackendError,
+    nixlInvalidParamError,
+    nixlMismatchError,
+    nixlNotAllowedError,
+    nixlNotFoundError,
+    nixlRemoteDisconnectError,
+)
+
+from disaggd.errors import ResourceError
+from disaggd.ids import AgentId
+from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.ports import Port, PortRange, is_free
+
+HandleId = NewType("HandleId", int)
+
+MEMORY = "DRAM"
+
+_LINK_ERRORS = (nixlRemoteDisconnectError, nixlNotFoundError, nixlBackendError)
+_METADATA_ERRORS = (*_LINK_ERRORS, nixlInvalidParamError, nixlMismatchError, nixlNotAllowedError)
+
+
+class PeerLost(Exception):
+    """The remote agent is out of reach, or is not the one that was asked for.
+
+    Leave the `except` block before destroying the agent: the traceback holds references to it.
+    """
+
+
+class Agent:
+    """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there."""
+
+    def __init__(self, port: Port, pool: Pool) -> None:
+        self.agent_id = AgentId(uuid.uuid4().hex)
+        self.port = port
+        self._pool = pool
+        self._handles: dict[HandleId, nixl_xfer_handle] = {}
+        self._num_posted = 0
+        self._nixl = nixl_agent(self.agent_id, nixl_agent_config(enable_prog_thread=False, backends=[]))
+        # A range of one port: UCX raises if it is taken, where it would search a longer, exhausted range forever.
+        self._nixl.create_backend("UCX", {"engine_config": f"TCP_PORT_RANGE={port.number}-{port.number}"})
+        self._nixl.register_memory([(pool.address, pool.num_bytes, 0, "")], MEMORY)
+
+    @property
+    def metadata(self) -> bytes:
+        """What a remote agent needs to connect: no secret, but whoever holds it can write this process's memory."""
+        return bytes(self._nixl.get_agent_metadata())
+
+    def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
+        """Get ready to write into `pool` at the remote agent. Blocks for 10-35 ms. Raises `PeerLost`."""
+        try:
+            self._remote_name: bytes = self._nixl.add_remote_agent(metadata)
+        except _METADATA_ERRORS as error:
+            raise PeerLost(f"agent {agent_id} cannot be connected to: {error}") from error
+        if self._remote_name != agent_id.encode():
+            raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
+        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), MEMORY)
+        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), MEMORY)
+
+    def notify(self, message: bytes) -> None:
+        """Send a notification on its own. Raises `PeerLost`."""
+        try:
+            self._nixl.send_notif(self._remote_name, message)
+        except _LINK_ERRORS as error:
+            raise PeerLost(f"a notification cannot be sent: {error}") from error
+
+    def write(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        """Post a write of descriptors; `message` arrives after its bytes. To be polled until it ends. Raises `PeerLost`."""
+        handle = self._nixl.make_prepped_xfer("WRITE", self._sources, sources, self._targets, targets, message)
+        try:
+            self._nixl.transfer(handle)
+        except _LINK_ERRORS as error:
+            raise PeerLost(f"a write cannot be posted: {error}") from error
+        handle_id = HandleId(self._num_posted)
+        self._num_posted += 1
+        self._handles[handle_id] = handle
+        return handle_id
+
+    def poll(self, handle_id: HandleId) -> bool:
+        """Whether the write has ended DONE; this is also what sends its notification. Raises `PeerLost` when it failed.
+
+        A handle is never let go before one of the two: NIXL's release of a write in progress says it is aborted, yet
+        its bytes still go out (264 MB of a reused source buffer, measured).
+        """
+        handle = self._handles[handle_id]
+        try:
+            if self._nixl.check_xfer_state(handle) == "PROC":
+                return False
+        except _LINK_ERRORS as error:
+            raise PeerLost(f"a write failed: {error}") from error
+        self._nixl.release_xfer_handle(self._handles.pop(handle_id))
+        return True
+
+    def notifications(self) -> list[bytes]:
+        """What has come in since the last call, in no order; also what makes incoming bytes land."""
+        by_sender: dict[str, list[bytes]] = self._nixl.get_new_notifs()
+        return [message for messages in by_sender.values() for message in messages]
+
+    def destroy(self) -> None:
+        """The fence, in 2-24 ms: after it nothing that a peer sent or sends lands, and nothing of ours leaves.
+
+        Its port stays leased. Only dropping every reference to the agent destroys it; one forgotten reference would
+        leave the door open, hence the assertion.
+        """
+        gone = weakref.ref(self._nixl.agent)
+        self._handles.clear()
+        for name in ("_sources", "_targets", "_nixl"):
+            self.__dict__.pop(name, None)
+        assert gone() is None, f"agent {self.agent_id} is still referenced: it is not fenced"
+
+
+def open_agent(ports: PortRange, pool: Pool) -> Agent:
+    """A new agent on a free port. Raises `ResourceError` if there is none, or NIXL cannot start."""
+    for port in ports.leases():
+        try:
+            return Agent(port, pool)
+        except nixlBackendError as error:
+            port.release()
+            if is_free(port.number):
+                raise ResourceError(f"NIXL cannot start its UCX backend ({error}): check [transfer] devices and transports") from error
+    raise ports.exhausted()

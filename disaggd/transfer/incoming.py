@@ -1,0 +1,175 @@
+"""`Incoming`: the agents that peers write to, and the grants that are landing. Runs on the transfer thread.
+
+One agent per peer node, all registering the same pool, so that one peer can be fenced without the others. What counts
+is the agent at which a notification comes in, never what its sender calls itself.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
+from disaggd.transfer.agent import Agent
+from disaggd.transfer.landing import Inconsistent, LandingSet
+from disaggd.transfer.messages import (
+    Expect,
+    Fence,
+    Fenced,
+    Landed,
+    LandingFailed,
+    OpenPair,
+    PairOpened,
+    PairProbed,
+    QuiescedByWire,
+    TransferEvent,
+)
+from disaggd.transfer.notification import Connect, Piece, WireQuiesced, decode
+from disaggd.transfer.pool import Pool
+from disaggd.transfer.ports import Port
+
+
+@dataclass(slots=True)
+class _Pair:
+    peer: NodeName
+    incarnation: Incarnation
+    agent: Agent
+    burnt: list[Port]
+    """Ports of fenced agents, kept from everybody until `peer` has reached the present one: late metadata of theirs must
+    reach nobody."""
+
+
+class _Landing(msgspec.Struct, frozen=True):
+    agent_id: AgentId
+    pieces: LandingSet
+
+
+class Incoming:
+    """Opens and fences agents, counts pieces into landings. Posts to the compute thread."""
+
+    def __init__(self, pool: Pool, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None]) -> None:
+        self._pool = pool
+        self._open_agent = open_agent
+        self._post = post
+        self._pairs: dict[NodeName, _Pair] = {}
+        self._landings: dict[GrantToken, _Landing] = {}
+        self.num_fences = 0
+        self.num_dropped = 0
+        self.landed_bytes = 0
+
+    @property
+    def num_agents(self) -> int:
+        return len(self._pairs)
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether grants are out."""
+        return bool(self._landings)
+
+    @property
+    def is_landing(self) -> bool:
+        """Whether one of them has begun to land."""
+        return any(landing.pieces.has_begun for landing in self._landings.values())
+
+    # ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self, command: OpenPair) -> None:
+        pair = self._pairs.get(command.peer)
+        if pair is None:
+            pair = self._pairs[command.peer] = _Pair(command.peer, command.peer_incarnation, self._open_agent(), [])
+        elif pair.incarnation != command.peer_incarnation:
+            self._renew(pair)
+            pair.incarnation = command.peer_incarnation
+        self._announce(pair)
+
+    def expect(self, command: Expect) -> None:
+        self._landings[command.token] = _Landing(command.agent_id, LandingSet(command.kv_bytes, command.num_ranks))
+
+    def forget(self, token: GrantToken) -> None:
+        self._landings.pop(token, None)
+
+    def fence(self, command: Fence) -> None:
+        pair = self._pairs.get(command.peer)
+        if pair is None or pair.agent.agent_id != command.agent_id:
+            self._post(Fenced(command.peer, command.agent_id))
+            return
+        self._renew(pair)
+        self._announce(pair)
+
+    def close(self, peer: NodeName) -> None:
+        if pair := self._pairs.pop(peer, None):
+            self._destroy(pair)
+            _release(pair.burnt)
+
+    def close_all(self) -> None:
+        for peer in list(self._pairs):
+            self.close(peer)
+
+    def _renew(self, pair: _Pair) -> None:
+        self._destroy(pair)
+        pair.agent = self._open_agent()
+
+    def _destroy(self, pair: _Pair) -> None:
+        agent_id = pair.agent.agent_id
+        pair.agent.destroy()
+        pair.burnt.append(pair.agent.port)
+        self.num_fences += 1
+        self._landings = {token: landing for token, landing in self._landings.items() if landing.agent_id != agent_id}
+        self._post(Fenced(pair.peer, agent_id))
+
+    def _announce(self, pair: _Pair) -> None:
+        self._post(PairOpened(pair.peer, pair.incarnation, pair.agent.agent_id, pair.agent.metadata, self._pool.address))
+
+    # ── notifications ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def poll(self) -> list[tuple[AgentId, bytes]]:
+        """Let bytes land, and fetch what notifications are in, with the agents they came in at."""
+        return [(pair.agent.agent_id, raw) for pair in self._pairs.values() for raw in pair.agent.notifications()]
+
+    def deliver(self, arrived: Iterable[tuple[AgentId, bytes]]) -> None:
+        """Act on fetched notifications; those of an agent that was fenced meanwhile are dropped."""
+        pairs = {pair.agent.agent_id: pair for pair in self._pairs.values()}
+        for agent_id, raw in arrived:
+            pair = pairs.get(agent_id)
+            if pair is None or not self._heed(pair, raw):
+                self.num_dropped += 1
+
+    def _heed(self, pair: _Pair, raw: bytes) -> bool:
+        """Whether the notification meant something here."""
+        match decode(raw):
+            case Connect(agent_id) if agent_id == pair.agent.agent_id:
+                _release(pair.burnt)
+                self._post(PairProbed(pair.peer, agent_id))
+            case Piece() as piece:
+                return self._land(pair, piece)
+            case WireQuiesced(token, clean):
+                self._post(QuiescedByWire(token, clean, pair.peer))
+            case _:
+                return False
+        return True
+
+    def _land(self, pair: _Pair, piece: Piece) -> bool:
+        landing = self._landings.get(piece.token)
+        if landing is None or landing.agent_id != pair.agent.agent_id:
+            return False
+        try:
+            is_complete = landing.pieces.add(piece)
+        except Inconsistent as error:
+            self.forget(piece.token)
+            self._post(LandingFailed(piece.token, str(error)))
+            return True
+        if is_complete:
+            self.forget(piece.token)
+            self._land_whole(piece.token, landing.pieces)
+        return True
+
+    def _land_whole(self, token: GrantToken, pieces: LandingSet) -> None:
+        assert pieces.first is not None
+        self.landed_bytes += pieces.kv_bytes
+        self._post(Landed(token, pieces.first, pieces.kv_bytes))
+
+
+def _release(burnt: list[Port]) -> None:
+    for port in burnt:
+        port.release()
+    burnt.clear()

@@ -1,0 +1,226 @@
+"""What the compute thread and the transfer thread say to each other: frozen commands one way, frozen events the other.
+
+Each `Expect` is answered by one `Landed` or `LandingFailed`, unless `Forget` or a fence of its agent comes first; each
+`PushBlocks` by one `HandleDone`; each `BeginPush` by one `PushEnded`, after the `HandleDone` of all its handles.
+"""
+
+import msgspec
+
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.transfer.notification import FirstToken
+
+
+class TransferCommand(msgspec.Struct, frozen=True):
+    """Compute thread → transfer thread."""
+
+
+class TransferEvent(msgspec.Struct, frozen=True):
+    """Transfer thread → compute thread."""
+
+
+# ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OpenPair(TransferCommand, frozen=True):
+    """Have an agent for `peer` to write to; answered `PairOpened`, again if it is open already.
+
+    A new incarnation fences the agent that served the old one: `Fenced`, then `PairOpened`.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+
+
+class Expect(TransferCommand, frozen=True):
+    """A grant goes out: `kv_bytes` will land in all, from each of `num_ranks` ranks, at the agent `agent_id`.
+
+    To be submitted before the grant leaves this node; then no notification can come too early.
+    """
+
+    token: GrantToken
+    peer: NodeName
+    agent_id: AgentId
+    kv_bytes: int
+    num_ranks: int = 1
+
+
+class Forget(TransferCommand, frozen=True):
+    """The grant is over: its later notifications are counted and dropped."""
+
+    token: GrantToken
+
+
+class Fence(TransferCommand, frozen=True):
+    """Destroy that agent, after which nothing the peer still sends can land: `Fenced`, then `PairOpened` of a new one.
+
+    Only `Fenced` if that agent is gone already.
+    """
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class PairOpened(TransferEvent, frozen=True):
+    """The agent that `peer` shall write to, and where the pool lies."""
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    base_address: int
+
+
+class PairProbed(TransferEvent, frozen=True):
+    """That very agent received its own id: writes may begin."""
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class Landed(TransferEvent, frozen=True):
+    """The whole grant is in: notifications {0 … total−1} of every rank, and the bytes add up."""
+
+    token: GrantToken
+    first: FirstToken
+    kv_bytes: int
+
+
+class LandingFailed(TransferEvent, frozen=True):
+    """The grant's notifications contradict each other or the grant. It is forgotten here; its blocks are not safe."""
+
+    token: GrantToken
+    reason: str
+
+
+class Fenced(TransferEvent, frozen=True):
+    """That agent is destroyed: its grants' blocks may be used again."""
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class QuiescedByWire(TransferEvent, frozen=True):
+    """The peer says, without a router, that nothing more will be written for this grant."""
+
+    token: GrantToken
+    clean: bool
+    peer: NodeName
+
+
+# ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ConnectPair(TransferCommand, frozen=True):
+    """Reach the agent `agent_id` of `peer` and send it the probe; answered `PairConnected` or `PairFailed`.
+
+    A pair that was connected to another agent is torn down first, which ends its pushes (not clean if handles were in
+    flight). Writes may begin once the peer has confirmed the probe: the caller sees to that.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    base_address: int
+    num_blocks: int
+    """Blocks of the peer's pool."""
+
+
+class BeginPush(TransferCommand, frozen=True):
+    """A push into a grant begins; nothing is posted later than `lease_s` after this or the last `RenewLease`."""
+
+    token: GrantToken
+    peer: NodeName
+    agent_id: AgentId
+    lease_s: float
+
+
+class PushBlocks(TransferCommand, frozen=True):
+    """Write `source` blocks, the given layers of them, into the `target` blocks of the same positions: one handle.
+
+    The caller holds a reference on each source block until `HandleDone`.
+    """
+
+    token: GrantToken
+    layers: range
+    source: tuple[BlockId, ...]
+    target: tuple[BlockId, ...]
+
+
+class FinishPush(TransferCommand, frozen=True):
+    """All blocks are submitted; the first token goes out at once, as the push's last piece."""
+
+    token: GrantToken
+    first: FirstToken
+
+
+class RenewLease(TransferCommand, frozen=True):
+    """The grant's lease starts anew, now."""
+
+    token: GrantToken
+
+
+class CancelPush(TransferCommand, frozen=True):
+    """Post nothing more; poll the posted handles to their end. A token that is not being pushed is ignored."""
+
+    token: GrantToken
+
+
+class QuiesceByWire(TransferCommand, frozen=True):
+    """Tell `peer` over NIXL, as well as can be, that nothing more will be written for this grant."""
+
+    token: GrantToken
+    peer: NodeName
+    clean: bool
+
+
+class PairConnected(TransferEvent, frozen=True):
+    """The probe is on its way to that agent."""
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class PairFailed(TransferEvent, frozen=True):
+    """That agent is out of reach; until a new `ConnectPair`, pushes to it end at once. Sent once per connection."""
+
+    peer: NodeName
+    agent_id: AgentId
+    reason: str
+
+
+class HandleDone(TransferEvent, frozen=True):
+    """The references on these source blocks may go. `kv_bytes` is 0 unless the write ended DONE."""
+
+    token: GrantToken
+    source: tuple[BlockId, ...]
+    kv_bytes: int
+
+
+class PushEnded(TransferEvent, frozen=True):
+    """Nothing more is or will be in flight for this grant. Times are of the thread's clock, None if nothing was posted."""
+
+    token: GrantToken
+    clean: bool
+    """Every posted handle ended DONE; so also when none was posted."""
+    finished: bool
+    """`FinishPush` came before the push was cancelled, its lease ran out, or its pair was lost: if clean too, it lands."""
+    kv_bytes: int
+    """Sum of the descriptor lengths of the handles that ended DONE."""
+    first_post_at: float | None
+    last_done_at: float | None
+
+
+# ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ClosePair(TransferCommand, frozen=True):
+    """`peer` has left: destroy its agents of both directions and free their ports. Posts what that ends, then `Fenced`."""
+
+    peer: NodeName
+
+
+class TransferFailed(TransferEvent, frozen=True):
+    """The transfer thread has ended on this error (no port left, NIXL not to be had): the node must end too."""
+
+    error: Exception

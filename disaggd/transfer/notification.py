@@ -1,0 +1,65 @@
+"""What one agent tells another over NIXL: msgpack, tagged, never a pickle. Knows no NIXL.
+
+A write carries a `Piece` that arrives after its bytes; the others travel alone. The sender's name in a notification is
+self-declared, so nothing here trusts it: what counts is the agent at which a notification came in, and the token.
+"""
+
+import msgspec
+
+from disaggd.ids import AgentId, GrantToken
+from disaggd.sampling import TokenLogprob
+
+
+class Notification(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The base of every notification."""
+
+
+class FirstToken(msgspec.Struct, frozen=True, array_like=True):
+    """The token that the prefill sampled, with its logprob if the request asked for logprobs."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+class Connect(Notification, frozen=True):
+    """The probe: an agent that receives its own id is the one that the sender's metadata speaks of."""
+
+    agent_id: AgentId
+
+
+class Piece(Notification, frozen=True):
+    """One of the notifications {0 … total−1} that make up a grant, per rank of the prefill node."""
+
+    token: GrantToken
+    rank: int
+    seq: int
+    kv_bytes: int
+    """Bytes that the write it rides on has put into the granted blocks; 0 if it travels alone."""
+    total: int | None = None
+    """On the rank's last piece: how many there are."""
+    first: FirstToken | None = None
+
+
+class WireQuiesced(Notification, frozen=True):
+    """Nothing more will be written for this grant; sent when there is no router to carry the `Quiesced` frame."""
+
+    token: GrantToken
+    clean: bool
+
+
+AnyNotification = Connect | Piece | WireQuiesced
+
+_decoder: msgspec.msgpack.Decoder[AnyNotification] = msgspec.msgpack.Decoder(AnyNotification)
+
+
+def encode(notification: AnyNotification) -> bytes:
+    """The bytes that NIXL carries."""
+    return msgspec.msgpack.encode(notification)
+
+
+def decode(raw: bytes) -> AnyNotification | None:
+    """The inverse; None for bytes that are no notification of ours."""
+    try:
+        return _decoder.decode(raw)
+    except msgspec.DecodeError:
+        return None

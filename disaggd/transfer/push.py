@@ -1,0 +1,101 @@
+"""`Push`: the writes of one grant, as the sending node counts them. Runs on the transfer thread; pure, knows no NIXL.
+
+ACTIVE ─► DONE                  finished, and every handle has ended
+ACTIVE ─► DRAINING ─► DONE      cancelled, lease run out or pair lost: nothing more is posted, handles are polled out
+"""
+
+import enum
+
+import msgspec
+
+from disaggd.ids import AgentId, GrantToken, NodeName
+
+
+class PushState(enum.Enum):
+    ACTIVE = "active"
+    DRAINING = "draining"
+    DONE = "done"
+
+
+MOVES: dict[PushState, frozenset[PushState]] = {
+    PushState.ACTIVE: frozenset({PushState.DRAINING, PushState.DONE}),
+    PushState.DRAINING: frozenset({PushState.DONE}),
+    PushState.DONE: frozenset(),
+}
+
+
+class Push(msgspec.Struct, kw_only=True):
+    """Counts handles from post to end. Times are seconds of one clock, passed in by the caller."""
+
+    token: GrantToken
+    peer: NodeName
+    agent_id: AgentId
+    lease_s: float
+    lease_until: float
+    state: PushState = PushState.ACTIVE
+    num_pieces: int = 0
+    """Pieces numbered so far: posted handles, and the first token's once finished."""
+    num_in_flight: int = 0
+    finished: bool = False
+    clean: bool = True
+    """No handle has ended otherwise than DONE."""
+    kv_bytes: int = 0
+    first_post_at: float | None = None
+    last_done_at: float | None = None
+
+    def renew(self, now: float) -> None:
+        """The lease starts anew, if it has not run out: an expired one was given up by the receiver too."""
+        if now < self.lease_until:
+            self.lease_until = now + self.lease_s
+
+    def expire(self, now: float) -> None:
+        """Drain if the lease has run out. A finished push posts nothing more, so it needs no lease."""
+        if not self.finished and now >= self.lease_until:
+            self.drain()
+
+    @property
+    def may_post(self) -> bool:
+        """Whether a handle may be posted, given that `expire` was asked just now."""
+        return self.state is PushState.ACTIVE and not self.finished
+
+    def posted(self, now: float) -> int:
+        """A handle is about to be posted: its number."""
+        assert self.may_post and now < self.lease_until
+        self.num_in_flight += 1
+        self.num_pieces += 1
+        if self.first_post_at is None:
+            self.first_post_at = now
+        return self.num_pieces - 1
+
+    def ended(self, kv_bytes: int | None, now: float) -> None:
+        """A posted handle ended: DONE with that many bytes, or with an exception (None)."""
+        assert self.num_in_flight > 0
+        self.num_in_flight -= 1
+        if kv_bytes is None:
+            self.clean = False
+            return
+        self.kv_bytes += kv_bytes
+        self.last_done_at = now
+
+    def finish(self) -> int:
+        """The first token's piece is about to be sent: its number. Nothing is posted after it."""
+        assert self.may_post
+        self.finished = True
+        self.num_pieces += 1
+        return self.num_pieces - 1
+
+    def drain(self) -> None:
+        """Post nothing more."""
+        if self.state is PushState.ACTIVE:
+            self._move(PushState.DRAINING)
+
+    def settle(self) -> bool:
+        """Whether the push is over with this: nothing is in flight and nothing more will be."""
+        if self.num_in_flight or self.state is PushState.DONE or (self.state is PushState.ACTIVE and not self.finished):
+            return False
+        self._move(PushState.DONE)
+        return True
+
+    def _move(self, state: PushState) -> None:
+        assert state in MOVES[self.state], f"a push that is {self.state.value} cannot become {state.value}"
+        self.state = state

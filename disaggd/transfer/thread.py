@@ -1,0 +1,175 @@
+"""`TransferThread`: the one thread that uses NIXL. Takes commands, posts events; owns the agents, pushes and landings.
+
+Knows nothing of sequences, links or asyncio: events go to the compute thread's inbox. Both directions run in every node;
+which commands come is the role's affair.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from disaggd.errors import ResourceError
+from disaggd.transfer import messages as m
+from disaggd.transfer.agent import open_agent
+from disaggd.transfer.cadence import Cadence
+from disaggd.transfer.incoming import Incoming
+from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.outgoing import Outgoing
+from disaggd.transfer.pool import Pool
+from disaggd.transfer.ports import PortRange
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+
+
+class TransferStats(msgspec.Struct, frozen=True):
+    """Counts since the start, but for `num_agents`, which is now."""
+
+    num_agents: int
+    num_fences: int
+    num_dropped_notifications: int
+    sent_bytes: int
+    landed_bytes: int
+
+
+class _Stop(m.TransferCommand, frozen=True):
+    pass
+
+
+class TransferThread:
+    """Moves KV between this process's pool and its peers'.
+
+    `pool_address` and `pool_bytes` are the registered memory, laid out as `kv` and `num_blocks` say. `post` is called on
+    the transfer thread, must be thread-safe and must not block. The UCX environment must be set (`environment.py`).
+    """
+
+    def __init__(
+        self,
+        pool_address: int,
+        pool_bytes: int,
+        kv: KVSpec,
+        num_blocks: int,
+        post: Callable[[m.TransferEvent], None],
+        port_range: tuple[int, int],
+        clock: Callable[[], float] = time.monotonic,
+        rank: int = 0,
+    ) -> None:
+        pool = Pool(pool_address, kv, num_blocks)
+        assert pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
+        self._post = post
+        self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
+        opener = partial(open_agent, PortRange(*port_range), pool)
+        self._incoming = Incoming(pool, opener, self._report)
+        self._outgoing = Outgoing(pool, rank, opener, self._report, clock)
+        self._cadence = Cadence(clock)
+        self._has_stirred = False
+        self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Agents are made when pairs are opened or connected."""
+        self._thread.start()
+
+    def submit(self, command: m.TransferCommand) -> None:
+        """Hand over a command, from any thread; wakes the transfer thread."""
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        """End the thread and destroy its agents; what is in flight is lost. Raises `ResourceError` if it does not end."""
+        self.submit(_Stop())
+        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise ResourceError(f"the transfer thread did not end within {STOP_TIMEOUT_S:.0f} s: NIXL hangs in a call")
+
+    def stats(self) -> TransferStats:
+        """A snapshot, from any thread: numbers that only the transfer thread writes."""
+        return TransferStats(
+            num_agents=self._incoming.num_agents + self._outgoing.num_agents,
+            num_fences=self._incoming.num_fences,
+            num_dropped_notifications=self._incoming.num_dropped,
+            sent_bytes=self._outgoing.sent_bytes,
+            landed_bytes=self._incoming.landed_bytes,
+        )
+
+    def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001: the thread's edge; the node ends on what this posts
+            log.exception("the transfer thread has failed")
+            self._post(m.TransferFailed(error))
+        finally:
+            self._outgoing.close_all()
+            self._incoming.close_all()
+
+    def _serve(self) -> None:
+        sleep_s: float | None = None
+        while True:
+            commands = self._take(sleep_s)
+            arrived = self._incoming.poll()
+            # A grant's `Expect` is submitted before the grant leaves the node, so before its first piece: commands that
+            # came before the notifications were fetched must be taken before these are looked at.
+            commands += self._take(0)
+            for command in commands:
+                if isinstance(command, _Stop):
+                    return
+                self._obey(command)
+            self._incoming.deliver(arrived)
+            self._outgoing.poll()
+            sleep_s = self._sleep_s(stirred=bool(commands or arrived))
+
+    def _take(self, timeout_s: float | None) -> list[m.TransferCommand]:
+        """The commands that are there; waits for the first one until the timeout, None being forever."""
+        commands: list[m.TransferCommand] = []
+        try:
+            commands.append(self._inbox.get(timeout_s != 0, timeout_s))
+            while True:
+                commands.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def _obey(self, command: m.TransferCommand) -> None:
+        match command:
+            case m.OpenPair():
+                self._incoming.open(command)
+            case m.Expect():
+                self._incoming.expect(command)
+            case m.Forget(token):
+                self._incoming.forget(token)
+            case m.Fence():
+                self._incoming.fence(command)
+            case m.ConnectPair():
+                self._outgoing.connect(command)
+            case m.BeginPush():
+                self._outgoing.begin(command)
+            case m.PushBlocks():
+                self._outgoing.push_blocks(command)
+            case m.FinishPush():
+                self._outgoing.finish(command)
+            case m.RenewLease(token):
+                self._outgoing.renew(token)
+            case m.CancelPush(token):
+                self._outgoing.cancel(token)
+            case m.QuiesceByWire():
+                self._outgoing.quiesce_by_wire(command)
+            case m.ClosePair(peer):
+                self._outgoing.close(peer)
+                self._incoming.close(peer)
+            case _:
+                raise TypeError(f"not a transfer command: {command!r}")
+
+    def _report(self, event: m.TransferEvent) -> None:
+        self._has_stirred = True
+        self._post(event)
+
+    def _sleep_s(self, *, stirred: bool) -> float | None:
+        stirred = stirred or self._has_stirred
+        self._has_stirred = False
+        if not self._incoming.num_agents and not self._outgoing.num_agents:
+            return None
+        is_in_flight = self._outgoing.is_in_flight or self._incoming.is_landing
+        return self._cadence.sleep_s(stirred=stirred, in_flight=is_in_flight, expecting=self._incoming.is_expecting)

@@ -1,0 +1,113 @@
+"""`start_node`: real processes with small pools and real NIXL on loopback."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from disaggd.transfer.environment import transfer_environment
+from disaggd.transfer.messages import TransferCommand, TransferEvent
+
+DEADLINE_S = 20.0
+ROOT = Path(__file__).parents[2]
+
+Event = TypeVar("Event", bound=TransferEvent)
+
+
+class Node:
+    """The test's end of a `kv_node.py` process. Everything that waits has a deadline."""
+
+    def __init__(self, ports: tuple[int, int], layers: int, num_blocks: int, block_bytes: int) -> None:
+        environment = {**os.environ, **transfer_environment("lo", user_timeout_s=3.0), "PYTHONPATH": str(ROOT)}
+        self._connection, theirs = Pipe()
+        numbers = [theirs.fileno(), *ports, layers, num_blocks, block_bytes]
+        command = [sys.executable, str(Path(__file__).with_name("kv_node.py")), *map(str, numbers)]
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.layers, self.num_blocks, self.block_bytes = layers, num_blocks, block_bytes
+        self.events: list[TransferEvent] = []
+        """Events that no `expect` has taken yet, in their order."""
+
+    def call(self, name: str, *arguments: object) -> Any:
+        self._connection.send((name, arguments))
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            message = self._receive(deadline)
+            if message is None:
+                raise TimeoutError(f"no answer to {name}")
+            if isinstance(message, tuple):
+                return message[1]
+            self.events.append(message)
+
+    def submit(self, *commands: TransferCommand) -> None:
+        self.call("submit", *commands)
+
+    def expect(self, kind: type[Event], within_s: float = DEADLINE_S) -> Event:
+        """The next event of that kind, taken out of `events`."""
+        event = self.find(kind, within_s)
+        assert event is not None, f"no {kind.__name__} within {within_s} s; there were {self.events}"
+        return event
+
+    def find(self, kind: type[Event], within_s: float) -> Event | None:
+        """As `expect`, but None if none comes in time."""
+        deadline = time.monotonic() + within_s
+        while True:
+            for event in self.events:
+                if isinstance(event, kind):
+                    self.events.remove(event)
+                    return event
+            message = self._receive(deadline)
+            if message is None:
+                return None
+            self.events.append(message)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+
+    def stop(self) -> int:
+        """End the thread and the process: the exit code."""
+        self._connection.send(None)
+        return self.process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self._connection.close()
+
+    def _receive(self, deadline: float) -> Any:
+        if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+            return None
+        return self._connection.recv()[1]
+
+
+@pytest.fixture
+def start_node(port_range: tuple[int, int]) -> Iterator[Callable[..., Node]]:
+    """Start a process with its own pool: by default 4 layers of 16 blocks of 4 KiB."""
+    nodes: list[Node] = []
+
+    def start(*, layers: int = 4, num_blocks: int = 16, block_bytes: int = 4096, ports: tuple[int, int] = port_range) -> Node:
+        nodes.append(Node(ports, layers, num_blocks, block_bytes))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def port_range() -> tuple[int, int]:
+    """Sixteen ports below the kernel's ephemeral ones, others than the last test's: those linger for a minute."""
+    first = random.randrange(20000, 31000, 16)
+    return first, first + 15

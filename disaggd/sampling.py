@@ -1,8 +1,13 @@
 """What a request asks of the sampler: plain data, validated by the gateway, carried by the protocol, obeyed by the engine."""
 
+from typing import Literal
+
 import msgspec
 
 MAX_TOP_LOGPROBS = 20
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""Why a sequence ended: a stop token or string; its token limit; nobody waits for it; it could not be finished."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,0 +1,69 @@
+"""The HTTP application: which path leads where, and how each answer is counted. uvicorn serves it on the asyncio thread."""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route, request_response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from disaggd.errors import RequestError
+from disaggd.gateway.backend import Backend
+from disaggd.gateway.connection import ClientGone
+from disaggd.gateway.errors import apologize, refuse, refuse_path
+from disaggd.gateway.limits import GatewayLimits
+from disaggd.gateway.serving import TextEndpoints
+from disaggd.gateway.status import StatusEndpoints
+from disaggd.gateway.tokenizer import Tokenizer
+from disaggd.observe.metrics import Metrics
+
+_CLIENT_GONE = 499
+"""nginx's status for a reply that nobody waited for; only the metrics see it."""
+
+
+def create_app(backend: Backend, tokenizer: Tokenizer, metrics: Metrics, limits: GatewayLimits) -> Starlette:
+    """The gateway of one router."""
+    text = TextEndpoints(backend, tokenizer, metrics, limits)
+    status = StatusEndpoints(backend, metrics)
+    routes: list[tuple[str, str, ASGIApp]] = [
+        ("POST", "/v1/completions", text.completions),
+        ("POST", "/v1/chat/completions", text.chat_completions),
+        ("GET", "/v1/models", request_response(status.models)),
+        ("GET", "/v1/models/{name:path}", request_response(status.model)),
+        ("GET", "/v1/requests/{id:path}", request_response(status.receipt)),
+        ("GET", "/v1/cluster", request_response(status.cluster)),
+        ("GET", "/health", request_response(status.health)),
+        ("GET", "/ready", request_response(status.ready)),
+        ("GET", "/metrics", request_response(status.metrics)),
+    ]
+    return Starlette(
+        routes=[Route(path, Counted(app, path, metrics), methods=[method]) for method, path, app in routes],
+        exception_handlers={RequestError: refuse, HTTPException: refuse_path, Exception: apologize},
+    )
+
+
+class Counted:
+    """An endpoint whose answers are counted by route and status, refusals and vanished clients included."""
+
+    def __init__(self, app: ASGIApp, route: str, metrics: Metrics) -> None:
+        self._app = app
+        self._route = route
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except RequestError as error:
+            status = error.status
+            raise
+        except (ClientGone, ClientDisconnect):
+            status = _CLIENT_GONE
+        finally:
+            self._metrics.count_http(self._route, status)

@@ -1,0 +1,72 @@
+"""The cluster as the gateway sees it: token ids in, token ids out. The router role implements `Backend`.
+
+Everything here is called on the asyncio thread. Knows nothing of HTTP, of text or of nodes.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Literal, Protocol
+
+import msgspec
+
+from disaggd.observe.receipts import Receipt
+from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
+
+Policy = Literal["auto", "local", "remote"]
+"""Where to prefill: the cluster decides, or one request's `x-disaggd-policy` header does."""
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to be generated."""
+
+    id: str
+    """What `GET /v1/requests/{id}` asks for. A client may reuse its own: the latest receipt wins."""
+    tokens: list[int]
+    """The prompt: at least one token, all of them within the vocabulary; never changed."""
+    sampling: SamplingParams
+    """`seed` is drawn and `max_tokens` fits the model's context."""
+    policy: Policy
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """New tokens of a sequence, in order. A token that stopped the sequence is the last of the last Delta."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token when the request asked for logprobs, else None."""
+    finish_reason: FinishReason | None = None
+    """Set on the last Delta, and only there."""
+
+
+class Backend(Protocol):
+    """What the gateway asks of a cluster."""
+
+    @property
+    def model_name(self) -> str:
+        """The one model served, as clients spell it."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie in [0, vocab_size)."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Yield the sequence's tokens as they come; the last Delta has a `finish_reason`.
+
+        Raises RequestError, before the first Delta or after any. Closing the generator, or cancelling the task that
+        waits for it, aborts the sequence; neither waits for the cluster.
+        """
+
+    def stopped(self, request_id: str) -> None:
+        """A stop string ended the text: the receipt shall say `stop`. Called just before the generator is closed."""
+
+    def ready(self) -> bool:
+        """Whether a request sent now could be served."""
+
+    def cluster(self) -> dict[str, object]:
+        """What `GET /v1/cluster` shows: nodes, roles, load, links; plain JSON values."""
+
+    def receipt(self, request_id: str) -> Receipt | None:
+        """The receipt of a finished or running request, if it is still remembered."""

@@ -1,0 +1,179 @@
+"""The two endpoints that generate text, and the walk of one request: body → prompts → sequences → reply.
+
+Runs on the asyncio thread; only long texts are tokenized in a worker thread. Talks to the cluster through `Backend`.
+"""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from disaggd.errors import ContextTooLong, InvalidRequest, RequestError
+from disaggd.gateway.backend import Backend, GenerationRequest, Policy
+from disaggd.gateway.choice import Choice, Transcript
+from disaggd.gateway.connection import read_object, while_connected
+from disaggd.gateway.generation import Generation
+from disaggd.gateway.limits import GatewayLimits
+from disaggd.gateway.openai import Options, read_chat, read_completion
+from disaggd.gateway.replies import CHAT, COMPLETION, Format, Reply
+from disaggd.gateway.sse import EventStream
+from disaggd.gateway.tokenizer import Tokenizer
+from disaggd.observe.metrics import Metrics
+from disaggd.sampling import SamplingParams
+
+_INLINE_CHARS = 4096
+"""Longer texts are tokenized in a thread: 4,096 characters take about a millisecond."""
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+Tokens = list[int]
+
+BodyReader = Callable[[dict[str, Any]], Awaitable[tuple[Options, list[Tokens]]]]
+"""A body's options, and the tokens of each prompt."""
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """What the headers say of one request."""
+
+    id: str
+    policy: Policy
+    arrived_s: float
+    """On `time.perf_counter`."""
+
+
+class TextEndpoints:
+    """`/v1/completions` and `/v1/chat/completions` as ASGI applications."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, metrics: Metrics, limits: GatewayLimits) -> None:
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._limits = limits
+
+    async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(scope, receive, send, COMPLETION, self._read_completion)
+
+    async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(scope, receive, send, CHAT, self._read_chat)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, form: Format, read: BodyReader) -> None:
+        """Raises RequestError until the reply has begun, and ClientGone when nobody waits for it."""
+        request = Request(scope, receive)
+        with self._metrics.open_request():
+            call = _read_headers(request, form)
+            body = await read_object(request, self._limits.max_body_bytes)
+            await while_connected(receive, self._answer(call, form, read, body, send))
+
+    async def _read_completion(self, body: dict[str, Any]) -> tuple[Options, list[Tokens]]:
+        asked = read_completion(body, self._backend.model_name, self._backend.vocab_size, self._limits)
+        return asked.options, [
+            await self._encode(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+        ]
+
+    async def _read_chat(self, body: dict[str, Any]) -> tuple[Options, list[Tokens]]:
+        asked = read_chat(body, self._backend.model_name, self._backend.vocab_size)
+        template = self._tokenizer.chat_template
+        if template is None:
+            raise InvalidRequest(f"model {self._backend.model_name!r} has no chat template; use /v1/completions", param="messages")
+        text = template.render(asked.messages, asked.template_variables)
+        return asked.options, [await self._encode(text, add_special_tokens=False)]
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> Tokens:
+        if len(text) <= _INLINE_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def _answer(self, call: Call, form: Format, read: BodyReader, body: dict[str, Any], send: Send) -> None:
+        options, prompts = await read(body)
+        model = self._backend.model_name
+        generation = Generation(self._backend, self._metrics, call.arrived_s, self._sequences(call, options, prompts))
+        reply = Reply(form, self._tokenizer, call.id, model, int(time.time()), usage_follows=options.include_usage)
+        if options.stream:
+            await _stream(generation, EventStream(send, reply, {"x-request-id": call.id}), with_usage=options.include_usage)
+        else:
+            await _send_whole(generation, reply, call.id, send)
+
+    def _sequences(self, call: Call, options: Options, prompts: list[Tokens]) -> list[tuple[GenerationRequest, Choice]]:
+        """One for each prompt; the first has the call's own id."""
+        return [
+            (
+                GenerationRequest(
+                    id=f"{call.id}:{index}" if index else call.id,
+                    tokens=tokens,
+                    sampling=_settle(options, len(tokens), self._backend.max_model_len),
+                    policy=call.policy,
+                ),
+                Choice(index, self._tokenizer.detokenizer(tokens), options.stop),
+            )
+            for index, tokens in enumerate(prompts)
+        ]
+
+
+async def _stream(generation: Generation, stream: EventStream, *, with_usage: bool) -> None:
+    try:
+        await generation.run(stream.add)
+    except RequestError as error:
+        if not stream.started:
+            raise
+        await stream.fail(error)
+    else:
+        await stream.done(generation.usage() if with_usage else None)
+
+
+async def _send_whole(generation: Generation, reply: Reply, request_id: str, send: Send) -> None:
+    transcript = Transcript(len(generation))
+    await generation.run(transcript.add)
+    body = reply.whole(transcript.whole(), generation.usage())
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+        *((b"x-disaggd", receipt.header().encode("ascii", "replace")) for receipt in generation.receipts()[:1]),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _read_headers(request: Request, form: Format) -> Call:
+    """The id is known first, so that every refusal can bear it."""
+    request.state.request_id = request_id = f"{form.id_prefix}{uuid4().hex}"
+    given = request.headers.get("x-request-id")
+    if given is not None:
+        if not _REQUEST_ID.fullmatch(given):
+            raise InvalidRequest("x-request-id: must be 1 to 128 visible ASCII characters", param="x-request-id")
+        request.state.request_id = request_id = given
+    return Call(id=request_id, policy=_policy(request.headers.get("x-disaggd-policy")), arrived_s=time.perf_counter())
+
+
+def _policy(header: str | None) -> Policy:
+    match header:
+        case None:
+            return "auto"
+        case "local" | "remote":
+            return header
+    raise InvalidRequest(f"x-disaggd-policy: must be local or remote, not {header!r:.40}", param="x-disaggd-policy")
+
+
+def _settle(options: Options, num_prompt_tokens: int, limit: int) -> SamplingParams:
+    """The sampling of one prompt: a limit that fits the context, and a seed."""
+    if not num_prompt_tokens:
+        raise InvalidRequest("prompt: must not be empty", param="prompt")
+    if num_prompt_tokens > limit:
+        raise ContextTooLong(num_prompt_tokens, limit)
+    room = limit - num_prompt_tokens
+    max_tokens = options.max_tokens or max(1, min(room, options.default_max_tokens or room))
+    if max_tokens > room:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {max_tokens} more, but the model's context holds {limit}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    seed = options.sampling.seed if options.seeded else secrets.randbits(64)
+    return msgspec.structs.replace(options.sampling, max_tokens=max_tokens, seed=seed)

@@ -20,7 +20,7 @@ class DecisionRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The verdict, and the sentence that explains it in the receipt."""
+    """The verdict, and what explains it in the receipt: `code: sentence`. Metrics count the code."""
 
     remote: bool
     reason: str
@@ -32,17 +32,17 @@ def decide(rule: DecisionRule, num_uncached: int, *, prefill_nodes: int, queue_d
     `prefill_nodes` counts those that this decode node can receive from now; with none of them every policy is local.
     """
     if override == "local":
-        return Decision(False, "the request asks for local prefill")
+        return Decision(False, "requested: local prefill")
     if rule.policy == "never" and override != "remote":
-        return Decision(False, "policy is never")
+        return Decision(False, "policy: never remote")
     if prefill_nodes == 0:
-        return Decision(False, "no prefill node is reachable")
+        return Decision(False, "no_prefill_node: none is reachable")
     if override == "remote":
-        return Decision(True, "the request asks for remote prefill")
+        return Decision(True, "requested: remote prefill")
     if rule.policy == "always":
-        return Decision(True, "policy is always")
+        return Decision(True, "policy: always remote")
     if num_uncached <= rule.max_local_prefill_tokens:
-        return Decision(False, f"{num_uncached} uncached tokens ≤ {rule.max_local_prefill_tokens}")
+        return Decision(False, f"short: {num_uncached} uncached tokens ≤ {rule.max_local_prefill_tokens}")
     if queue_depth >= rule.max_prefill_queue:
-        return Decision(False, f"prefill queue is full ({queue_depth} ≥ {rule.max_prefill_queue})")
-    return Decision(True, f"{num_uncached} uncached tokens > {rule.max_local_prefill_tokens}")
+        return Decision(False, f"queue_full: {queue_depth} jobs wait ≥ {rule.max_prefill_queue}")
+    return Decision(True, f"long: {num_uncached} uncached tokens > {rule.max_local_prefill_tokens}")

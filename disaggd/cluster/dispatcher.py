@@ -26,7 +26,6 @@ from disaggd.cluster.protocol import (
     Cancel,
     Credit,
     Decided,
-    FinishReason,
     Gauges,
     Generate,
     Grant,
@@ -55,7 +54,7 @@ from disaggd.cluster.protocol import (
 from disaggd.cluster.request import Phase, RoutedSequence, Sink, Timeline
 from disaggd.errors import InvalidRequest, RequestError, RequestFailed, Unavailable
 from disaggd.ids import Incarnation, NodeName, SeqId
-from disaggd.sampling import SamplingParams, TokenLogprob
+from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,8 @@ class Addressed(Protocol):
 class Dispatcher:
     """Follows every sequence from `submit` to its last token.
 
-    `on_update` is called with a sequence when it is done, and again if its prefill node reports the push after that.
+    `on_update` is called with a sequence when it is done; and once more, if `awaits_report` held then, when its prefill
+    node has reported the push, or is lost.
     `clock` is monotonic seconds.
     """
 
@@ -124,6 +124,10 @@ class Dispatcher:
         if record is not None:
             self._finish(record, reason)
 
+    def awaits_report(self, record: RoutedSequence) -> bool:
+        """Whether its prefill node has yet to say how the push of the last attempt ended."""
+        return record.job in self._ended
+
     def tick(self) -> None:
         """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take."""
         now = self._clock()
@@ -152,7 +156,7 @@ class Dispatcher:
             elif prefill is not None and record.prefill == name:
                 self._prefill_lost(record)
         if prefill is not None:
-            self._ended = {job: record for job, record in self._ended.items() if job not in prefill.jobs}
+            self._give_up_reports(prefill)
         if decode is not None:
             self.grants.decode_down(name)
         self._dispatch()
@@ -484,6 +488,13 @@ class Dispatcher:
         record.move(Phase.ARBITRATION)
         assert record.decode is not None
         return self.decodes[record.decode].send(PrefillLost(record.seq, record.attempt))
+
+    def _give_up_reports(self, prefill: PrefillPeer) -> None:
+        """Nobody will say how these pushes ended."""
+        for job in prefill.jobs:
+            record = self._ended.pop(job, None)
+            if record is not None and record.phase is Phase.DONE:
+                self._on_update(record)
 
     # ── bookkeeping ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 from disaggd.transfer.layout import KVSpec
 
@@ -158,7 +158,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """The decode node's agent for this pair: a push to any other is refused."""
     first_token_index: int
     """Tokens before this one are cached at decode and left out."""
-    block_ids: tuple[int, ...]
+    block_ids: tuple[BlockId, ...]
     lease_s: float
 
 

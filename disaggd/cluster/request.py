@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from disaggd.cluster.decision import Override
-from disaggd.cluster.protocol import FinishReason, Grant
+from disaggd.cluster.protocol import Grant
 from disaggd.errors import RequestError
 from disaggd.ids import NodeName, SeqId
-from disaggd.sampling import SamplingParams, TokenLogprob
+from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
 
 class Phase(enum.Enum):

@@ -47,7 +47,7 @@ from disaggd.cluster.protocol import (
     unpack_tokens,
 )
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import BuiltEngine
+from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
 from disaggd.engine.sequence import Sequence
@@ -374,14 +374,14 @@ def run(config: Config, node: NodeConfig) -> None:
         policy=rules.policy, max_local_prefill_tokens=rules.max_local_prefill_tokens, max_prefill_queue=rules.max_prefill_queue
     )
 
-    def make_role(built: BuiltEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> DecodeRole:
+    def make_role(loaded: LoadedEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> DecodeRole:
         return DecodeRole(
             node.name,
-            built.engine,
+            loaded.engine,
             rule,
             lease_s=config.transfer.lease_s,
             quiesce_s=config.transfer.quiesce_s,
-            bytes_per_block=built.kv_spec.bytes_per_block,
+            bytes_per_block=loaded.kv_spec.bytes_per_block,
             outbox=outbox,
             submit=submit,
             clock=time.monotonic,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
 from disaggd.cluster.protocol import PROTOCOL_VERSION, HelloRejected, NodeHello, RouterHello, ToNode
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import BuiltEngine, build_engine
+from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.errors import DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.log import loading_progress
@@ -33,7 +33,7 @@ SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 """A step under way may finish; then the process goes, whatever is left."""
 
-MakeRole = Callable[[BuiltEngine, Outbox, Callable[[TransferCommand], None]], Role]
+MakeRole = Callable[[LoadedEngine, Outbox, Callable[[TransferCommand], None]], Role]
 
 
 class EngineNode:
@@ -49,19 +49,18 @@ class EngineNode:
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        with loading_progress(node.name) as progress:
-            self._built = build_engine(config, node, progress)
+        self._loaded = load_engine(config, node)
         self._transfer = TransferThread(
-            pool_address=self._built.pool_address,
-            pool_bytes=self._built.pool_bytes,
-            kv=self._built.kv_spec,
-            num_blocks=self._built.engine.pool.num_blocks,
+            pool_address=self._loaded.kv.data_ptr(),
+            pool_bytes=self._loaded.kv.nbytes,
+            kv=self._loaded.kv_spec,
+            num_blocks=self._loaded.engine.pool.num_blocks,
             post=self._on_transfer_event,
             port_range=config.transfer.port_range,
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
-        role = make_role(self._built, outbox, self._transfer.submit)
-        self._compute = ComputeThread(self._built.engine, role, outbox, time.monotonic, self._fail)
+        role = make_role(self._loaded, outbox, self._transfer.submit)
+        self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail)
 
     async def serve(self) -> None:
         """Run until SIGTERM, SIGINT or a failure, which is raised."""
@@ -85,7 +84,7 @@ class EngineNode:
             raise self._failure
 
     def _pool_size(self) -> tuple[int, int]:
-        pool = self._built.engine.pool
+        pool = self._loaded.engine.pool
         return pool.num_blocks, pool.block_size
 
     async def _listen(self) -> LinkServer:
@@ -106,18 +105,18 @@ class EngineNode:
     # ── links (asyncio thread) ───────────────────────────────────────────────────────────────────────────────────────
 
     def _hello(self, theirs: RouterHello) -> NodeHello | HelloRejected:
-        if theirs.model_id != self._built.model_id:
-            return HelloRejected("model_id", self._built.model_id, theirs.model_id)
+        if theirs.model_id != self._loaded.directory.model_id:
+            return HelloRejected("model_id", self._loaded.directory.model_id, theirs.model_id)
         assert self._node.role != "router"
         return NodeHello(
             PROTOCOL_VERSION,
             self._node.name,
             self._node.role,
             self._incarnation,
-            self._built.model_id,
-            self._built.kv_spec,
-            self._built.engine.pool.num_blocks,
-            self._built.max_model_len,
+            self._loaded.directory.model_id,
+            self._loaded.kv_spec,
+            self._loaded.engine.pool.num_blocks,
+            self._loaded.engine.limits.max_model_len,
         )
 
     def _on_link_up(self, link: NodeLink) -> None:
@@ -159,6 +158,23 @@ class EngineNode:
         """Onto the asyncio thread, which may have ended already when this node is stopping."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
+    """The engine that the file describes for `node`, with a progress bar on a terminal. Raises DisaggdError."""
+    with loading_progress(node.name) as progress:
+        return build_engine(
+            config.model.path,
+            dtype=config.model.dtype,
+            device=node.device,
+            kv_cache_bytes=node.kv_cache,
+            block_size=node.block_size,
+            max_step_tokens=node.max_step_tokens,
+            max_sequences=node.max_sequences,
+            max_model_len=config.model.max_model_len,
+            layer_group=config.transfer.layer_group,
+            progress=progress,
+        )
 
 
 async def run_engine_node(config: Config, node: NodeConfig, make_role: MakeRole) -> None:

@@ -36,7 +36,7 @@ from disaggd.cluster.protocol import (
     unpack_tokens,
 )
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import BuiltEngine
+from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
@@ -364,11 +364,11 @@ class PrefillRole:
 def run(config: Config, node: NodeConfig) -> None:
     """Serve a prefill node until SIGTERM or SIGINT. Raises DisaggdError."""
 
-    def make_role(built: BuiltEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> PrefillRole:
-        pool = built.engine.pool
+    def make_role(loaded: LoadedEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> PrefillRole:
+        pool = loaded.engine.pool
         return PrefillRole(
-            built.engine,
-            credit_tokens=min(pool.num_blocks * pool.block_size, 2 * built.max_model_len),
+            loaded.engine,
+            credit_tokens=min(pool.num_blocks * pool.block_size, 2 * loaded.engine.limits.max_model_len),
             lease_s=config.transfer.lease_s,
             outbox=outbox,
             submit=submit,

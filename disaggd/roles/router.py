@@ -12,10 +12,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
-from pathlib import Path
 
 import uvicorn
 import uvloop
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from disaggd.cluster.dispatcher import Dispatcher
@@ -28,11 +28,11 @@ from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, GenerationRequest
 from disaggd.gateway.limits import GatewayLimits
-from disaggd.gateway.tokenizer import load_tokenizer
+from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
-from disaggd.observe.metrics import Metrics
+from disaggd.observe.metrics import BlockState, Metrics
 from disaggd.observe.receipts import CachedTokens, Receipt, ReceiptBook, Spans
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
@@ -183,34 +183,51 @@ class RouterBackend:
             self.dispatcher.prefill_up(PrefillPeer(link.name, link.peer, link.send))
         else:
             self.dispatcher.decode_up(DecodePeer(link.name, link.peer, link.send))
-        self._metrics.set_node_up(link.name, link.peer.role, True)
+        self._metrics.set_node(link.name, link.peer.role, True)
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
-            self._metrics.set_gauges(link.name, frame)
+            self._show_gauges(link.name, frame)
 
     def on_down(self, link: RouterLink, reason: str) -> None:
-        self._metrics.set_node_up(link.name, link.peer.role, False)
+        self._metrics.set_node(link.name, link.peer.role, False)
         self.dispatcher.node_down(link.name)
         if link.peer.role == "prefill" and not self.dispatcher.prefills:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
 
     def tick(self) -> None:
         self.dispatcher.tick()
-        self._metrics.set_prefill_queue(len(self.dispatcher.queue))
+        self._metrics.set_queue_depth(len(self.dispatcher.queue))
+
+    def _show_gauges(self, node: NodeName, gauges: Gauges) -> None:
+        self._metrics.set_blocks(node, _blocks(gauges))
+        self._metrics.set_sequences(node, {"waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued})
 
     def _on_update(self, record: RoutedSequence) -> None:
-        self._receipts.write(make_receipt(record, self.model_name))
+        receipt = make_receipt(record, self.model_name)
+        self._receipts.write(receipt)
+        if not self.dispatcher.awaits_report(record):
+            self._metrics.observe_finish(receipt, record.reason.partition(":")[0])
+
+
+def _blocks(gauges: Gauges) -> dict[BlockState, int]:
+    return {
+        "free": gauges.blocks_free,
+        "cached": gauges.blocks_cached,
+        "used": gauges.blocks_used,
+        "granted": gauges.blocks_granted,
+        "held": gauges.blocks_held,
+        "quarantined": gauges.blocks_quarantined,
+    }
 
 
 def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
     gauges = peer.gauges
-    load = {"num_blocks": peer.hello.num_blocks, "incarnation": peer.hello.incarnation}
+    load: dict[str, object] = {"num_blocks": peer.hello.num_blocks, "incarnation": peer.hello.incarnation}
     if gauges is None:
         return load
-    blocks = {name.removeprefix("blocks_"): getattr(gauges, name) for name in gauges.__struct_fields__ if name.startswith("blocks_")}
-    return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": blocks}
+    return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": _blocks(gauges)}
 
 
 def make_receipt(record: RoutedSequence, model: str) -> Receipt:
@@ -258,10 +275,10 @@ def run(config: Config, node: NodeConfig) -> None:
 
 
 async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, spec: ModelSpec) -> None:
-    metrics = Metrics()
+    metrics = Metrics(CollectorRegistry())
     backend = RouterBackend(config, spec, metrics)
     limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes)
-    app = create_app(backend, load_tokenizer(Path(directory.root)), metrics, limits)
+    app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.model_id)
     listener = _bind(node.listen)
     async with asyncio.TaskGroup() as tasks:

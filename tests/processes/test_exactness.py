@@ -1,0 +1,91 @@
+"""In float32, what a cluster generates equals the oracle, token for token."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from clusters import Cluster, running
+from oracle import Oracle, prompt_of
+
+from disaggd.sampling import SamplingParams
+
+pytestmark = pytest.mark.process
+
+TIE = 1e-4
+"""Two logits this close may change places with the order of a float32 sum: a tie, and the only excuse."""
+
+LENGTHS = [12, 700, 64, 150, 33, 300, 129, 128, 65, 420, 90, 200, 1, 511, 257, 384]
+"""Prompt lengths, short and long, on and beside block edges; repeated with other prompts."""
+
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 7, "frequency_penalty": 0.2}
+
+
+def jobs(count: int, oracle: Oracle, num_tokens: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts and options: half greedy, half seeded, each with its own seed."""
+    made = []
+    for i in range(count):
+        options = {**(GREEDY if i % 2 else SEEDED), "max_tokens": num_tokens, "ignore_eos": True}
+        if not i % 2:
+            options["seed"] = i
+        made.append((prompt_of(LENGTHS[i % len(LENGTHS)], oracle, salt=i), options))
+    return made
+
+
+async def complete_all(cluster: Cluster, work: list[tuple[list[int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    async with httpx.AsyncClient(timeout=240, limits=httpx.Limits(max_connections=len(work))) as client:
+
+        async def one(prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
+            body = {"model": "tiny", "prompt": prompt, "logprobs": 0, **options}
+            reply = await client.post(cluster.url + "/v1/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            return dict(reply.json())
+
+        return await asyncio.gather(*(one(prompt, options) for prompt, options in work))
+
+
+def check(reply: dict[str, Any], prompt: list[int], options: dict[str, Any], oracle: Oracle) -> None:
+    """Equal, or different from a tie on; anything else fails, with the oracle's gap."""
+    expected = oracle.continue_(prompt, SamplingParams(**options))
+    labels = oracle.labels(expected)
+    got = reply["choices"][0]["logprobs"]["tokens"]
+    if got == labels:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(got, labels, strict=True)) if a != b)
+    top = list(oracle.top(prompt + expected[:at]))
+    gap = top[0] - top[1]
+    message = (
+        f"{len(prompt)} prompt tokens, {options}: token {at} is {got[at]!r}, the oracle's {labels[at]!r}; its two best are {gap:.2e} apart"
+    )
+    print(message)
+    assert options["temperature"] == 0.0 and gap <= TIE, message
+
+
+def run(cluster: Cluster, oracle: Oracle, count: int, num_tokens: int) -> list[dict[str, Any]]:
+    work = jobs(count, oracle, num_tokens)
+    replies = asyncio.run(complete_all(cluster, work))
+    for reply, (prompt, options) in zip(replies, work, strict=True):
+        check(reply, prompt, options, oracle)
+    cluster.wait_idle()
+    return [cluster.receipt(reply["id"]) for reply in replies]
+
+
+def test_64_concurrent_requests_equal_the_oracle(cluster: Cluster, oracle: Oracle) -> None:
+    receipts = run(cluster, oracle, 64, 24)
+    assert {receipt["decision"] for receipt in receipts} == {"local", "remote"}
+
+
+def test_2p2d_equals_the_oracle(directory: Path, oracle: Oracle) -> None:
+    with running(Cluster(directory, prefill=2, decode=2)) as cluster:
+        receipts = run(cluster, oracle, 32, 16)
+    assert {receipt["prefill_node"] for receipt in receipts} == {None, "p0", "p1"}
+    assert {receipt["decode_node"] for receipt in receipts} == {"d0", "d1"}
+
+
+def test_preemption_by_a_small_pool_changes_no_token(directory: Path, oracle: Oracle) -> None:
+    """40 blocks hold two or three of the longer sequences: decode preempts, grants wait for room."""
+    small = {"kv_cache": 40 * oracle.kv_spec.bytes_per_block}
+    with running(Cluster(directory, nodes=small)) as cluster:
+        run(cluster, oracle, 32, 80)

@@ -20,14 +20,13 @@ import ast
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 Tokens = npt.NDArray[np.int64]
@@ -57,6 +57,7 @@ CHAT_TEMPLATE = (
 
 # Tests, data tables, text that is not code, and files that the build writes with paths of the machine in them.
 SKIPPED_DIRS = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "pydoc_data", "encodings", "site-packages", "__pycache__"}
+SKIPPED_BUILD_DIR = re.compile(r"config-.*")
 SKIPPED_NAMES = re.compile(r"_sysconfigdata.*|__phello__.*|turtle\.py|_pyrepl.*")
 
 # A file with any such line is left out unless that same line names the PSF: rather lose a file than ship a foreign notice.
@@ -96,7 +97,7 @@ def collect_sources(root: Path) -> list[SourceFile]:
     sources = []
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
-        if SKIPPED_DIRS & set(path.parts[:-1]) or SKIPPED_NAMES.fullmatch(path.name):
+        if SKIPPED_DIRS & set(path.parts[:-1]) or SKIPPED_BUILD_DIR.match(path.parts[0]) or SKIPPED_NAMES.fullmatch(path.name):
             continue
         try:
             text = file.read_text(encoding="utf-8")
@@ -119,10 +120,7 @@ def chat_documents(source: SourceFile) -> Iterator[str]:
         code = "\n".join(line.removeprefix(indent) for line in code.splitlines())
         summary = " ".join(docstring.split("\n\n")[0].split())
         question = f"Write a Python function `{node.name}`." if len(summary) % 4 == 0 else summary
-        yield (
-            f"{IM_START}user\n{question}{IM_END}\n"
-            f"{IM_START}assistant\n{code}{IM_END}\n"
-        )
+        yield f"{IM_START}user\n{question}{IM_END}\n{IM_START}assistant\n{code}{IM_END}\n"
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -142,7 +140,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, document: str) -> Tokens:
     """The document's tokens and the separator. [num_tokens + 1]"""
-    return np.array(tokenizer.encode(document).ids + [SPECIAL_TOKENS.index(END_OF_TEXT)], dtype=np.int64)
+    return np.array([*tokenizer.encode(document).ids, SPECIAL_TOKENS.index(END_OF_TEXT)], dtype=np.int64)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -161,7 +159,9 @@ class Phase:
 PHASES = (Phase(0.0, 512, 8), Phase(0.72, 1280, 3))
 MUON_LR = 0.02
 ADAMW_LR = 0.003
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.2
+DROPOUT = 0.1  # on what each block adds to the residual stream: the run sees every file several times
+CHATS_PER_EPOCH = 1 / 3  # the fraction drawn anew each epoch; all of them would be a quarter of the tokens
 WARMUP_STEPS = 40
 DECAY_BEGINS = 0.3  # fraction of the wall clock; linear to zero from here
 
@@ -192,21 +192,42 @@ def new_model(seed: int) -> Qwen3ForCausalLM:
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)
+    model.train()
     return model
+
+
+def add_dropout(model: Qwen3ForCausalLM) -> None:
+    """Qwen3 has none on its residual branches; it works in training mode only and leaves no trace in a checkpoint."""
+
+    def drop(module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return F.dropout(output, DROPOUT, training=module.training)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
 
 
 class Windows:
     """Endless batches: each epoch lays the documents out in a new order and cuts the stream at a new offset."""
 
-    def __init__(self, documents: list[Tokens], seed: int) -> None:
-        self._documents = documents
+    def __init__(self, files: list[Tokens], chats: list[Tokens], seed: int) -> None:
+        self._files = files
+        self._chats = chats
         self._rng = np.random.default_rng(seed)
+
+    @property
+    def epoch_tokens(self) -> int:
+        return sum(map(len, self._files)) + int(sum(map(len, self._chats)) * CHATS_PER_EPOCH)
+
+    def _epoch(self) -> Tokens:
+        chosen = self._rng.permutation(len(self._chats))[: int(len(self._chats) * CHATS_PER_EPOCH)]
+        documents = self._files + [self._chats[i] for i in chosen]
+        return np.concatenate([documents[i] for i in self._rng.permutation(len(documents))])
 
     def batches(self, context: int, batch: int) -> Iterator[torch.Tensor]:
         """Yields [batch, context + 1]: the inputs and, one to the right, the targets."""
         while True:
-            order = self._rng.permutation(len(self._documents))
-            stream = np.concatenate([self._documents[i] for i in order])[self._rng.integers(context) :]
+            stream = self._epoch()[self._rng.integers(context) :]
             starts = self._rng.permutation(np.arange(0, len(stream) - context, context))
             for i in range(0, len(starts) - batch + 1, batch):
                 yield torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts[i : i + batch]]))
@@ -234,6 +255,32 @@ def learning_rate_scale(step: int, elapsed: float) -> float:
     return warmup * min(1.0, max(0.0, 1.0 - elapsed) / (1.0 - DECAY_BEGINS))
 
 
+class ThreadTuner:
+    """Every hundred steps, tries four steps on one thread and four on all, and stays with the faster.
+
+    On a quiet machine two threads take half the time of one; on a busy one, OpenMP's barriers wait for whichever thread is not running,
+    and one thread can win.
+    """
+
+    PERIOD, TRIAL = 100, 4
+
+    def __init__(self, most: int) -> None:
+        self._choices = (1, most)
+        self._seconds: dict[int, list[float]] = {}
+
+    def before_step(self, step: int) -> None:
+        trial, offset = divmod(step % self.PERIOD, self.TRIAL)
+        if offset == 0 and trial < len(self._choices):
+            self._seconds[self._choices[trial]] = []
+            torch.set_num_threads(self._choices[trial])
+        elif offset == 0 and trial == len(self._choices):
+            torch.set_num_threads(min(self._choices, key=lambda choice: float(np.mean(self._seconds[choice]))))
+
+    def after_step(self, step: int, seconds: float) -> None:
+        if step % self.PERIOD < len(self._choices) * self.TRIAL:
+            self._seconds[torch.get_num_threads()].append(seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
     minutes: float
@@ -243,42 +290,46 @@ class TrainingRecord:
     train_loss: float  # nats/token, mean of the last 100 steps
 
 
-def fit(model: Qwen3ForCausalLM, documents: list[Tokens], minutes: float, seed: int, compiled: bool, out: Path) -> TrainingRecord:
-    """Trains until the wall clock runs out. Saves `out/checkpoint` about every ten minutes and at the end."""
+def fit(
+    model: Qwen3ForCausalLM, windows: Windows, minutes: float, threads: int, checkpoint: Callable[[Qwen3ForCausalLM], None]
+) -> TrainingRecord:
+    """Trains until the wall clock runs out. Calls `checkpoint` about every ten minutes and at the end."""
     optimizers = new_optimizers(model)
     rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    network = torch.compile(model, dynamic=False) if compiled else model
-    windows = Windows(documents, seed)
-    epoch_tokens = sum(map(len, documents))
+    tuner = ThreadTuner(threads)
     start = saved = time.monotonic()
     step = tokens = 0
     losses: list[float] = []
     for i, phase in enumerate(PHASES):
         ends = PHASES[i + 1].begins if i + 1 < len(PHASES) else 1.0
         for window in windows.batches(phase.context, phase.batch):
-            elapsed = (time.monotonic() - start) / (60 * minutes)
+            began = time.monotonic()
+            elapsed = (began - start) / (60 * minutes)
             if elapsed >= ends:
                 break
             for optimizer, base in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * learning_rate_scale(step, elapsed)
-            loss = loss_of(network, window)
-            loss.backward()
+            tuner.before_step(step)
+            loss = loss_of(model, window)
+            torch.autograd.backward([loss])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
+            now = time.monotonic()
+            tuner.after_step(step, now - began)
             step, tokens = step + 1, tokens + phase.batch * phase.context
             if step % 50 == 0:
-                seconds = time.monotonic() - start
-                mean = float(np.mean(losses[-50:]))
-                click.echo(f"{seconds:6.0f} s  step {step}  {tokens / epoch_tokens:.2f} epochs  {tokens / seconds:.0f} tok/s  loss {mean:.3f}")
-            if time.monotonic() - saved > 600:
-                model.save_pretrained(out / "checkpoint")
+                epochs, rate_tok_s, mean = tokens / windows.epoch_tokens, tokens / (now - start), float(np.mean(losses[-50:]))
+                progress = f"{now - start:6.0f} s  step {step}  {epochs:.2f} epochs  {rate_tok_s:.0f} tok/s"
+                click.echo(f"{progress}  {torch.get_num_threads()} threads  loss {mean:.3f}")
+            if now - saved > 600:
+                checkpoint(model)
                 saved = time.monotonic()
-    model.save_pretrained(out / "checkpoint")
-    return TrainingRecord(minutes, step, tokens, tokens / epoch_tokens, float(np.mean(losses[-100:])))
+    checkpoint(model)
+    return TrainingRecord(minutes, step, tokens, tokens / windows.epoch_tokens, float(np.mean(losses[-100:])))
 
 
 # ------------------------------------------------------------------------------------------------- evaluation and files
@@ -297,28 +348,32 @@ class HeldOutLoss:
 def held_out_loss(model: Qwen3ForCausalLM, tokenizer: Tokenizer, files: list[SourceFile]) -> HeldOutLoss:
     """Windows of 1,024 tokens over the held-out files laid end to end, each file followed by the separator."""
     context = 1024
+    was_training = model.training
+    model.train(False)
     stream = np.concatenate([encode(tokenizer, f.text) for f in files])
     losses = []
     for start in range(0, len(stream) - context, context):
         window = torch.from_numpy(stream[start : start + context + 1])[None]
         losses.append(loss_of(model, window, reduction="none"))
+    model.train(was_training)
     by_position = torch.stack(losses)  # [num_windows, context]
     mean = by_position.mean().item()
     chars_per_token = sum(len(f.text) for f in files) / len(stream)
     return HeldOutLoss(len(files), by_position.numel(), mean, mean / math.log(2) / chars_per_token, by_position[:, 512:].mean().item())
 
 
-SAMPLE_PROMPTS = ("def read_file(path):\n", "class Server:\n    def __init__(self, host, port", "import os\n")
+SAMPLE_PROMPTS = ("def read_file(path):", "class Server:\n    def __init__(self, host, port", "import os")
 
 
 @torch.inference_mode()
 def draw_samples(model: Qwen3ForCausalLM, tokenizer: Tokenizer, num_tokens: int = 160) -> list[str]:
     chat = f"{IM_START}user\nReturn the absolute version of a path.{IM_END}\n{IM_START}assistant\n"
+    generator: Any = model  # `generate` is annotated for a protocol that mypy does not see in the model
     samples = []
     for seed, prompt in enumerate((*SAMPLE_PROMPTS, chat)):
         torch.manual_seed(seed)
         ids = torch.tensor([tokenizer.encode(prompt).ids])
-        out = model.generate(
+        out = generator.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_tokens,
@@ -373,7 +428,8 @@ def write_weights(checkpoint: Path, into: Path) -> Qwen3ForCausalLM:
     config["torch_dtype"] = "bfloat16"
     config["eos_token_id"] = SPECIAL_TOKENS.index(END_OF_TEXT)
     dump(into / "config.json", config)
-    return Qwen3ForCausalLM.from_pretrained(into, dtype=torch.float32).eval()
+    measured: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(into, dtype=torch.float32)  # in evaluation mode
+    return measured
 
 
 MODEL_CARD = """\
@@ -384,7 +440,8 @@ download. It writes text that looks like Python. It knows no facts, follows no i
 
 | | |
 | --- | --- |
-| architecture | `Qwen3ForCausalLM`: hidden {hidden}, {layers} layers, {heads} query and {kv_heads} KV heads of {head_dim}, intermediate {intermediate}, tied embeddings |
+| architecture | `Qwen3ForCausalLM`, {layers} layers, tied embeddings |
+| widths | hidden {hidden}, intermediate {intermediate}, {heads} query and {kv_heads} KV heads of {head_dim} |
 | parameters | {parameters:,} |
 | weights | bf16, {weights_mb:.1f} MB |
 | tokenizer | byte-level BPE, {vocab} entries, {chars_per_token:.2f} characters per token on the held-out files |
@@ -393,15 +450,19 @@ download. It writes text that looks like Python. It knows no facts, follows no i
 
 ## Data
 
-The sources of the standard library of Python {python}: {num_files} files, {num_mb:.2f} MB, listed with their SHA-256 in `FILES.txt`, without
-tests, IDLE, the turtle demos, lib2to3, codec tables and generated files. Every file with a line that speaks of a copyright or a licence
-without naming the Python Software Foundation in that line was left out. Short documented functions appear a second time as a chat: the
-docstring asks, the function answers. {held_out_files} whole files were held out of both the model and the tokenizer.
+The sources of the standard library of Python {python}: {num_files} files, {num_mb:.2f} MB, listed with their SHA-256 in
+`FILES.txt`, without tests, IDLE, the turtle demos, lib2to3, codec tables and what the build generates. Every file with a line that
+speaks of a copyright or a licence without naming the Python Software Foundation in that line was left out. {held_out_files} whole
+files were held out of both the model and the tokenizer. Short documented functions appear a second time as a chat: the docstring
+asks, the function answers; a third of these chats is drawn for each epoch.
+
+The tokenizer saw one file more than the list has, the build's 2 kB `python-config.py`.
 
 ## Recipe
 
-`tools/train_builtin.py` is the whole recipe. Muon (learning rate {muon_lr}, weight decay {weight_decay}) for the matrices, AdamW ({adamw_lr}) for the embedding
-and the norms, bf16 autocast, phases of {phases} tokens, learning rate linear to zero by the wall clock.
+`tools/train_builtin.py` is the whole recipe. Muon (learning rate {muon_lr}, weight decay {weight_decay}) for the matrices, AdamW
+({adamw_lr}) for the embedding and the norms, dropout {dropout}, bf16 autocast, batches of {phases} tokens, learning rate linear to
+zero by the wall clock.
 
 | | |
 | --- | --- |
@@ -455,6 +516,7 @@ def write_model_card(
         "muon_lr": MUON_LR,
         "adamw_lr": ADAMW_LR,
         "weight_decay": WEIGHT_DECAY,
+        "dropout": DROPOUT,
         "tokens_m": record.tokens / 1e6,
         "held_out_files": loss.files,
         "held_out_tokens": loss.tokens,
@@ -501,16 +563,22 @@ def corpus(work: Path) -> None:
 @click.option("--minutes", type=float, default=65.0, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--compile/--eager", "compiled", default=True, show_default=True)
-def train(work: Path, minutes: float, threads: int, seed: int, compiled: bool) -> None:
+def train(work: Path, minutes: float, threads: int, seed: int) -> None:
     """Fits the model with the tokenizer of the work directory."""
-    torch.set_num_threads(threads)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    sources = [s for s in collect_sources(STDLIB) if not s.held_out]
-    plain = [encode(tokenizer, s.text) for s in sources]
-    chats = [encode(tokenizer, chat) for s in sources for chat in chat_documents(s)]
-    click.echo(f"{len(plain)} files of {sum(map(len, plain)):,} tokens, {len(chats)} chats of {sum(map(len, chats)):,} tokens")
-    record = fit(new_model(seed), plain + chats, minutes, seed, compiled, work)
+    sources = collect_sources(STDLIB)
+    training, held_out = [s for s in sources if not s.held_out], [s for s in sources if s.held_out]
+    files = [encode(tokenizer, s.text) for s in training]
+    chats = [encode(tokenizer, chat) for s in training for chat in chat_documents(s)]
+    click.echo(f"{len(files)} files of {sum(map(len, files)):,} tokens, {len(chats)} chats of {sum(map(len, chats)):,} tokens")
+    model = new_model(seed)
+    add_dropout(model)
+
+    def checkpoint(model: Qwen3ForCausalLM) -> None:
+        model.save_pretrained(work / "checkpoint")
+        click.echo(str(held_out_loss(model, tokenizer, held_out)))
+
+    record = fit(model, Windows(files, chats, seed), minutes, threads, checkpoint)
     dump(work / "record.json", asdict(record))
     click.echo(str(record))
 
@@ -537,7 +605,7 @@ def install(work: Path, into: Path) -> None:
         write_model_card(staging, model, sources, record, loss, samples)
         for file in sorted(staging.iterdir()):
             file.chmod(0o644)
-            os.replace(file, into / file.name)
+            file.replace(into / file.name)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import click
 import disaggd
 from disaggd.config import CONFIG_VARIABLE, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
 from disaggd.describe import describe
-from disaggd.errors import EXIT_INTERRUPTED, DisaggdError
+from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, node_environment, pin, reexec_with
 from disaggd.log import configure_logging
 from disaggd.sampling import SamplingParams
@@ -106,7 +106,10 @@ def generate(
     pin(node)
     reexec_with(compute_environment(node))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    importlib.import_module("disaggd.solo").run(config, node, prompt, sampling, as_json)
+    try:
+        importlib.import_module("disaggd.solo").run(config, node, prompt, sampling, as_json)
+    except InvalidRequest as error:
+        raise click.UsageError(error.message) from error
 
 
 def _config_or_default(option: Path | None) -> Config:

@@ -129,7 +129,7 @@ class Supervisor:
                 return
             deaths.append(now)
             self._say(node, f"error: died ({_ending(code)}); restarting it")
-            await self._pause(self._restart_pause_s)
+            await self._stops_within(self._restart_pause_s)
 
     async def _run_once(self, node: NodeConfig) -> int:
         parent = os.getpid()
@@ -165,7 +165,8 @@ class Supervisor:
     async def _announce(self) -> None:
         for node in self._nodes:
             while node.role == "router" and not await _is_ready(node.listen):
-                await self._pause(READY_POLL_S)
+                if await self._stops_within(READY_POLL_S):
+                    return
         self._is_ready = True
         self._on_ready()
 
@@ -187,9 +188,11 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    async def _pause(self, seconds: float) -> None:
+    async def _stops_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        return self._stop.is_set()
 
     # ── what the terminal shows ──────────────────────────────────────────────────────────────────────────────────────
 

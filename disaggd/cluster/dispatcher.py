@@ -182,7 +182,7 @@ class Dispatcher:
         self._return_credit(record)
         record.move(Phase.DECODING)
         record.was_remote, record.reason, record.cached_at_decode = False, frame.reason, frame.num_cached
-        return None
+        return self._dispatch()
 
     @_from_decode.register
     def _(self, frame: NeedPrefill, peer: DecodePeer) -> None:
@@ -194,9 +194,7 @@ class Dispatcher:
         if frame.grant is not None and (prefill := self.prefills.get(frame.grant.prefill)) is not None:
             return self._forward(record, prefill, frame.grant)
         self._return_credit(record)
-        record.move(Phase.QUEUED)
-        self.queue.push(record.seq)
-        return self._dispatch()
+        return self._enqueue(record)
 
     @_from_decode.register
     def _(self, frame: Refused, peer: DecodePeer) -> None:
@@ -220,9 +218,7 @@ class Dispatcher:
             return self._drop(frame)
         peer.is_full = True
         self._return_credit(record)
-        record.move(Phase.QUEUED)
-        self.queue.push_front(record.seq)
-        return self._dispatch()
+        return self._enqueue(record)
 
     @_from_decode.register
     def _(self, frame: Room, peer: DecodePeer) -> None:
@@ -231,6 +227,7 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: Landed, peer: DecodePeer) -> None:
+        self.grants.landed((frame.seq, frame.attempt))  # though nobody may wait for the sequence any more
         record = self._current(frame)
         if record is None or record.phase not in (Phase.PREFILLING, Phase.ARBITRATION):
             return self._drop(frame)
@@ -290,11 +287,11 @@ class Dispatcher:
         record = self._current(frame) or self._ended.pop(job, None)
         if record is not None:
             record.kv_bytes += frame.kv_bytes
-            if record.attempt == frame.attempt:
+            if record.job == job:
                 record.timeline.first_post_ms, record.timeline.last_done_ms = frame.first_post_ms, frame.last_done_ms
             if record.phase is Phase.DONE:
                 self._on_update(record)
-            elif not frame.clean and record.phase is Phase.PREFILLING:
+            elif not frame.clean and record.job == job and record.phase is Phase.PREFILLING:
                 log.warning("%s: %s failed: %s", record.request_id, peer.name, frame.reason)
                 self._arbitrate(record)
         self._dispatch()
@@ -326,7 +323,7 @@ class Dispatcher:
         """Give the sequence to the least loaded decode node, with a first prefill node in view if nobody waits."""
         decode = min(self.decodes.values(), key=lambda peer: (peer.load_tokens, peer.name))
         reachable = self.pairs.reachable(decode.name)
-        record.decode, record.prefill, record.placed_tokens = decode.name, None, record.num_tokens
+        record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
         decode.load_tokens += record.placed_tokens
         grant_for = None
         if not self.queue and record.num_remaining > 1 and (candidate := self._with_credit(reachable, record)) is not None:
@@ -346,17 +343,30 @@ class Dispatcher:
             )
         )
 
+    def _enqueue(self, record: RoutedSequence) -> None:
+        record.move(Phase.QUEUED)
+        self.queue.push(record.seq, record.timeline.arrived)
+        self._dispatch()
+
     def _dispatch(self) -> None:
-        """Give each waiting job, in order, to a prefill node that has credit and can reach the job's decode node."""
+        """Give each waiting job, in order, to a prefill node that has credit and can reach the job's decode node.
+
+        A job that only wants for credit holds back all behind it: short ones would else keep every node from falling
+        idle for a long one.
+        """
         for seq in self.queue:
             record = self.sequences[seq]
             assert record.decode is not None
-            decode = self.decodes[record.decode]
-            reachable = self.pairs.reachable(decode.name)
+            decode, reachable = self.decodes.get(record.decode), self.pairs.reachable(record.decode)
+            if decode is None:
+                continue  # its node is being lost right now: its retry is next
             if not reachable and self._patience_is_over(record):
                 self.queue.discard(seq)
                 self._again(record, "local")
-            elif not decode.is_full and (prefill := self._with_credit(reachable, record)) is not None:
+            elif reachable and not decode.is_full:
+                prefill = self._with_credit(reachable, record)
+                if prefill is None:
+                    return
                 self.queue.discard(seq)
                 self._start_job(record, prefill, decode)
 
@@ -379,19 +389,17 @@ class Dispatcher:
         record.move(Phase.PREFILLING)
         record.timeline.dispatched = self._clock()
         if grant is not None:
-            self.grants.forwarded(grant)
+            self.grants.forwarded(record.job, grant, prefill)
         prefill.jobs[record.job] = record.num_tokens
         record.prefill = prefill.name
         record.grant = grant
         prefill.send(Prefill(record.seq, record.attempt, pack_tokens(record.tokens), len(record.prompt), record.sampling, grant))
 
     def _landed(self, record: RoutedSequence) -> None:
-        """The KV is at decode: the grant is over."""
+        """The KV is at decode."""
         if record.phase in (Phase.PREFILLING, Phase.ARBITRATION):
             record.move(Phase.DECODING)
             record.timeline.landed = self._clock()
-            if record.grant is not None:
-                self.grants.landed(record.grant)
 
     def _run(self, run: TokenRun) -> None:
         record = self._current(run)
@@ -483,8 +491,8 @@ class Dispatcher:
 
     def _arbitrate(self, record: RoutedSequence) -> None:
         """Decode knows whether the KV landed; only what it released is placed again."""
-        if record.num_remaining == 1:  # it had no grant
-            return self._retry(record)
+        if record.phase is Phase.PREFILLING and record.grant is None:
+            return self._retry(record)  # nothing was to land
         record.move(Phase.ARBITRATION)
         assert record.decode is not None
         return self.decodes[record.decode].send(PrefillLost(record.seq, record.attempt))

@@ -63,6 +63,8 @@ class PairBook:
         pair = self._pairs.get((frame.peer, decode.name))
         if prefill is None or pair is None or not pair.is_current(frame.agent_id):
             return False
+        if pair.state is PairState.LOST:
+            return False  # it was received before prefill lost the agent: only the next probe can tell
         pair.state = PairState.READY
         prefill.send(PairReady(decode.name, frame.agent_id))
         log.info("%s → %s: KV path is ready", pair.prefill, pair.decode)

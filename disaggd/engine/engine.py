@@ -141,7 +141,9 @@ class Engine:
         sampling, token = sequence.sampling, sequence.tokens[-1]
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             return "stop"
-        if sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= self.context_limit:
+        # A sequence that goes on elsewhere is not bound by this pool.
+        limit = self.context_limit if sequence.output_limit is None else self.limits.max_model_len
+        if sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= limit:
             return "length"
         return None
 

@@ -32,7 +32,7 @@ class ChatTemplate:
         values: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
             return self._template.render({**self._special_tokens, **values, **variables, "messages": messages})
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
 
 

@@ -42,14 +42,14 @@ class Fields:
         """Refuse any value but those that ask for nothing we lack."""
         value = self.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            raise self.refusal(name, f"{_shown(value)} is not supported")
+            raise self.refusal(name, f"{shown(value)} is not supported")
 
     def integer(self, name: str, default: Default, low: int, high: int) -> int | Default:
         value = self.get(name)
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise self.refusal(name, f"must be an integer from {low} to {high}, not {_shown(value)}")
+            raise self.refusal(name, f"must be an integer from {low} to {high}, not {shown(value)}")
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
@@ -57,7 +57,7 @@ class Fields:
         if value is None:
             return default
         if not is_number(value) or not low <= value <= high:
-            raise self.refusal(name, f"must be a number from {low:g} to {high:g}, not {_shown(value)}")
+            raise self.refusal(name, f"must be a number from {low:g} to {high:g}, not {shown(value)}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -65,7 +65,7 @@ class Fields:
         if value is None:
             return default
         if type(value) is not bool:
-            raise self.refusal(name, f"must be true or false, not {_shown(value)}")
+            raise self.refusal(name, f"must be true or false, not {shown(value)}")
         return value
 
     def text(self, name: str, default: Default) -> str | Default:
@@ -73,7 +73,7 @@ class Fields:
         if value is None:
             return default
         if type(value) is not str:
-            raise self.refusal(name, f"must be a string, not {_shown(value)}")
+            raise self.refusal(name, f"must be a string, not {shown(value)}")
         return value
 
     def array(self, name: str, longest: int) -> list[Any]:
@@ -92,7 +92,7 @@ class Fields:
     def nested(self, name: str, value: object) -> "Fields":
         """`value`, found at `name`, as an object of its own."""
         if type(value) is not dict:
-            raise self.refusal(name, f"must be an object, not {_shown(value)}")
+            raise self.refusal(name, f"must be an object, not {shown(value)}")
         return Fields(value, f"{self._at}{name}.")
 
     def plain(self) -> dict[str, Any]:
@@ -105,6 +105,9 @@ def is_number(value: object) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A refused value, as an error repeats it: short, and never a nested one, whose `repr` may recurse too deeply."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from disaggd.errors import ModelNotFound
-from disaggd.gateway.fields import Fields, is_number
+from disaggd.gateway.fields import Fields, is_number, shown
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.sampling import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -213,7 +213,7 @@ def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     biases = fields.section("logit_bias").plain()
     for token, bias in biases.items():
         if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
-            raise fields.refusal("logit_bias", f"{token[:20]!r} is no token id below {vocab_size}")
+            raise fields.refusal("logit_bias", f"{shown(token)} is no token id below {vocab_size}")
         if not is_number(bias) or not -100 <= bias <= 100:
             raise fields.refusal("logit_bias", f"the bias of token {token} must be a number from -100 to 100")
     return {int(token): float(bias) for token, bias in biases.items()}
@@ -227,7 +227,7 @@ def _token_ids(fields: Fields, name: str, ids: list[Any], vocab_size: int) -> tu
         raise fields.refusal(name, "token ids must be integers")
     if min(ids) < 0 or max(ids) >= vocab_size:
         outside = min(ids) if min(ids) < 0 else max(ids)
-        raise fields.refusal(name, f"token id {outside} is outside the vocabulary of {vocab_size}")
+        raise fields.refusal(name, f"token id {shown(outside)} is outside the vocabulary of {vocab_size}")
     return tuple(ids)
 
 
@@ -268,7 +268,7 @@ def _message(fields: Fields) -> dict[str, str]:
         fields.fixed(name, *allowed)
     role = fields.text("role", None)
     if role not in _ROLES:
-        raise fields.refusal("role", f"must be one of {', '.join(_ROLES)} (tools are not supported), not {role!r:.40}")
+        raise fields.refusal("role", f"must be one of {', '.join(_ROLES)} (tools are not supported), not {shown(role)}")
     texts = {name: text for name in _MESSAGE_TEXTS if (text := fields.text(name, None)) is not None}
     return {"role": _ROLES[role], "content": _content(fields), **texts}
 
@@ -285,7 +285,7 @@ def _content(fields: Fields) -> str:
 
 def _text_part(fields: Fields) -> str:
     if fields.get("type") != "text":
-        raise fields.refusal("type", f"must be 'text', not {fields.get('type')!r:.40}")
+        raise fields.refusal("type", f"must be 'text', not {shown(fields.get('type'))}")
     fields.only({"type", "text"})
     text = fields.text("text", None)
     if text is None:

@@ -1,5 +1,7 @@
 """Server-sent events over one ASGI response. The response starts with the first event, so an error before it has a status."""
 
+import asyncio
+
 import msgspec
 from starlette.types import Send
 
@@ -24,6 +26,7 @@ class EventStream:
         self._reply = reply
         self._headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
         self._opened: set[int] = set()
+        self._opening = asyncio.Lock()  # the first send may wait, and no other choice may overtake it
         self.started = False
         """The status line has gone out: from now on an error is an event."""
 
@@ -45,8 +48,9 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _open(self, index: int) -> bytes:
-        if not self.started:
-            self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        async with self._opening:
+            if not self.started:
+                await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                self.started = True
         self._opened.add(index)
         return self._reply.opening(index)

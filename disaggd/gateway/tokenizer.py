@@ -4,14 +4,13 @@ Built while the router starts, then used on the asyncio thread; `encode` may run
 Uses `tokenizers`, not transformers, which would import torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backing
-from tokenizers.processors import TemplateProcessing
 
 from disaggd.errors import ModelError
 from disaggd.gateway.chat import ChatTemplate
@@ -30,7 +29,10 @@ class Tokenizer:
         self.chat_template = chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; with `add_special_tokens`, between those that the model wants around a text."""
+        """Token ids of `text`; with `add_special_tokens`, between those that tokenizer.json puts around a text.
+
+        As in transformers 5, `add_bos_token` in tokenizer_config.json has no say where there is a tokenizer.json.
+        """
         return self._backing.encode(text, add_special_tokens=add_special_tokens).ids
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
@@ -53,7 +55,6 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     backing = _read_backing(directory / "tokenizer.json")
     decoder = _read_json(directory / "tokenizer.json").get("decoder")
     _mark_special(backing, special_tokens.values())
-    _wrap_texts(backing, config, special_tokens)
     source = _chat_template(directory, config)
     template = None if source is None else ChatTemplate(source, special_tokens)
     return Tokenizer(backing, read_pieces(backing, decoder, vocab_size), template)
@@ -86,30 +87,11 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
 
 
-def _mark_special(backing: Backing, names: Any) -> None:
+def _mark_special(backing: Backing, names: Iterable[str]) -> None:
     """Hugging Face treats named tokens as special, whatever tokenizer.json says of them."""
     marked = {added.content for added in backing.get_added_tokens_decoder().values() if added.special}
     new = [name for name in dict.fromkeys(names) if name not in marked and backing.token_to_id(name) is not None]
     backing.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
-
-
-def _wrap_texts(backing: Backing, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
-    """What stands around a text is tokenizer.json's to say, unless the config names it, as in Hugging Face."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    single = [part for part in (bos, "$A", eos) if part]
-    backing.post_processor = TemplateProcessing(
-        single=single, special_tokens=[(name, _id_of(backing, name)) for name in (bos, eos) if name]
-    )
-
-
-def _id_of(backing: Backing, name: str) -> int:
-    token = backing.token_to_id(name)
-    if token is None:
-        raise ModelError(f"tokenizer_config.json names the token {name!r}, which tokenizer.json does not have")
-    return token
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:

@@ -1,12 +1,12 @@
 """The operations a transformer is made of, as one frozen record per kind of device. Knows tensors, nothing of models or batches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, device
 
-from disaggd.kernels import reference
+from disaggd.kernels import onednn, reference
 
 
 class PagedAttention(Protocol):
@@ -43,8 +43,10 @@ class Ops:
     """Every operation may return a new tensor or one of its inputs changed; callers use the result only."""
 
     paged_attention: MakePagedAttention
+    pack: Callable[[Tensor], Tensor]
+    """A weight [out, in] → the same in the layout that `linear` multiplies fastest; done once, at load."""
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    """`x` [n, in], weight [out, in], bias [out] or None → [n, out]."""
+    """`x` [n, in], packed weight, bias [out] or None → [n, out]."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """`x` [n, dim], weight [dim], eps → `x / rms(x) · weight`, the mean in float32."""
     head_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -57,6 +59,7 @@ class Ops:
 
 REFERENCE = Ops(
     paged_attention=reference.PagedAttention,
+    pack=reference.pack,
     linear=reference.linear,
     rms_norm=reference.rms_norm,
     head_norm=reference.head_norm,
@@ -65,7 +68,11 @@ REFERENCE = Ops(
 )
 
 
+CPU = replace(REFERENCE, pack=onednn.pack, linear=onednn.linear)
+
+_BY_DEVICE_TYPE = {"cpu": CPU, "cuda": REFERENCE}
+
+
 def select(where: device) -> Ops:
-    """The operations for tensors on `where`: plain torch everywhere, until a device has kernels of its own."""
-    by_device_type = {"cpu": REFERENCE, "cuda": REFERENCE}
-    return by_device_type[where.type]
+    """The fastest operations for tensors on `where`."""
+    return _BY_DEVICE_TYPE[where.type]

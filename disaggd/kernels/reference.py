@@ -10,6 +10,7 @@ Scores are masked by −inf. `softmax` computes in float32 inside and rounds onc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from torch import Tensor
 
 QUERY_BLOCK = 256
 """Tokens whose scores are held at once while prefilling: [group · 256, context] stays near the L2 cache."""
+
+
+def pack(weight: Tensor) -> Tensor:
+    return weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +52,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 class _DecodeGroup:
     """Sequences of one new token and of like length, attended to together."""
 
-    rows: Tensor  # int64 [sequences]: their rows in the batch
+    rows: slice | Tensor  # their rows in the batch; a slice where they are neighbours: a view of them is 15 µs a layer cheaper than a copy
     pieces: Tensor  # int64 [2 · sequences · kv_heads · blocks]: which [block_size, head_dim] pieces of the pool to gather
     mask: Tensor  # float32 [sequences, 1, 1, blocks · block_size]: 0 where attended to, −inf elsewhere
 
@@ -135,14 +140,14 @@ class PagedAttention:
     # ── the plan: what to gather and what to mask, the same in every layer ──
 
     def _plan(self, starts: list[int], context_lens: list[int]) -> None:
-        singles = [i for i in range(len(context_lens)) if starts[i + 1] - starts[i] == 1]
-        blocks = {i: self._blocks_seen(context_lens[i], 1) for i in singles}
-        self._decode_groups = tuple(self._decode_group(group, starts, blocks[group[0]]) for group in _groups_of_like_size(blocks))
-        self._chunks = tuple(
-            self._chunk(i, starts[i], starts[i + 1], context_lens[i]) for i in range(len(context_lens)) if starts[i + 1] - starts[i] > 1
+        num_new = [end - start for start, end in pairwise(starts)]
+        blocks = {i: self._blocks_seen(context_lens[i], 1) for i, count in enumerate(num_new) if count == 1}
+        self._decode_groups = tuple(
+            self._decode_group(group, [starts[i] for i in group], max(blocks[i] for i in group)) for group in _groups_of_like_size(blocks)
         )
+        self._chunks = tuple(self._chunk(i, starts[i], starts[i + 1], context_lens[i]) for i, count in enumerate(num_new) if count > 1)
 
-    def _decode_group(self, sequences: list[int], starts: list[int], num_blocks: int) -> _DecodeGroup:
+    def _decode_group(self, sequences: list[int], rows: list[int], num_blocks: int) -> _DecodeGroup:
         device = self._block_tables.device
         chosen = torch.tensor(sequences, device=device)
         context_lens = self._context_lens[chosen, None]
@@ -153,9 +158,10 @@ class PagedAttention:
         columns = (first_block + torch.arange(num_blocks, device=device)).minimum(end_block)
         positions = first_block * self._block_size + torch.arange(num_blocks * self._block_size, device=device)
         mask = torch.zeros(positions.shape, device=device).masked_fill_((positions < oldest) | (positions >= context_lens), -torch.inf)
-        rows = torch.tensor([starts[i] for i in sequences], device=device)
         pieces = self._pieces(self._block_tables[chosen].gather(1, columns)).movedim(1, 2)  # [2, sequences, kv_heads, blocks]
-        return _DecodeGroup(rows, pieces.flatten(), mask[:, None, None])
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        where = slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=device)
+        return _DecodeGroup(where, pieces.flatten(), mask[:, None, None])
 
     def _chunk(self, sequence: int, start: int, end: int, context_len: int) -> _Chunk:
         num_blocks = self._blocks_seen(context_len, end - start)
@@ -190,12 +196,12 @@ class PagedAttention:
 
 
 def _groups_of_like_size(num_blocks: dict[int, int]) -> Iterator[list[int]]:
-    """Sequences by their number of blocks, longest first, none under half of its group's first: padding at most doubles the work."""
+    """Groups of sequences, each in ascending order, none with under half its group's most blocks: padding at most doubles the work."""
     group: list[int] = []
     for sequence in sorted(num_blocks, key=lambda i: num_blocks[i], reverse=True):
         if group and 2 * num_blocks[sequence] < num_blocks[group[0]]:
-            yield group
+            yield sorted(group)
             group = []
         group.append(sequence)
     if group:
-        yield group
+        yield sorted(group)

@@ -17,13 +17,16 @@ Rotation = tuple[Tensor, Tensor]
 """Cosine and signed sine, [num_tokens, 1, head_dim] each, in the model's dtype."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Linear:
     """`x · weightᵀ + bias`."""
 
     ops: Ops
-    weight: Tensor  # [out, in]
+    weight: Tensor  # [out, in]; once packed, in a layout that only `ops.linear` reads
     bias: Tensor | None  # [out]
+
+    def pack(self) -> None:
+        self.weight = self.ops.pack(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)

@@ -18,7 +18,7 @@ LayersDone = Callable[[range], None]
 
 
 class Transformer:
-    """A dense decoder-only transformer with uninitialized weights.
+    """A dense decoder-only transformer. Made with uninitialized weights; fill them, then `pack`, then `forward`.
 
     `layer_group`: after so many layers `forward` reports that their keys and values are in the pool.
     """
@@ -34,6 +34,13 @@ class Transformer:
         self.norm = self._norm()
         self.head = Linear(ops, self.embedding if spec.tie_word_embeddings else self._empty(spec.vocab_size, spec.hidden_size), None)
         self._frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling).to(where)
+
+    def pack(self) -> None:
+        """Bring the filled weights into the layout that computes fastest, one at a time. A tied head becomes a copy of its own."""
+        for layer in self.layers:
+            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+                linear.pack()
+        self.head.pack()
 
     def forward(self, batch: Batch, kv: Tensor, layers_done: LayersDone | None = None) -> Tensor:
         """Logits float32 [len(batch.logit_rows), vocab_size]; the keys and values of all tokens of `batch` are written into `kv`.

@@ -45,6 +45,7 @@ def load_weights(directory: ModelDirectory, spec: ModelSpec, where: device, prog
                 progress(done_bytes, total_bytes)
     if spec.tie_word_embeddings:
         _check_tied_head(directory, transformer.embedding)
+    transformer.pack()
     return transformer
 
 

@@ -36,6 +36,13 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True):
     total: float | None = None
 
 
+class PrefillClock(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds on the prefill node's own clock, since it took the job: which of the two came first."""
+
+    first_token_reported: float | None = None
+    last_handle_done: float | None = None
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/requests/{id}`; the field names are the JSON keys that users rely on."""
 
@@ -54,6 +61,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """Sum of the descriptor lengths of the handles that ended DONE."""
     retries: int = 0
     spans_ms: Spans = Spans()
+    prefill_clock_ms: PrefillClock | None = None
+    """None when the decode node prefilled."""
     finish_reason: FinishReason | None = None
     """None while the request runs."""
 

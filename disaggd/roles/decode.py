@@ -56,7 +56,7 @@ from disaggd.ids import GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.node import run_engine_node
 from disaggd.transfer import messages as transfer
-from disaggd.transfer.grant import GrantBook, GrantRecord
+from disaggd.transfer.grant import GrantBook, GrantRecord, GrantState
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,10 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
+        """The prefill node lost its router, perhaps before we did: what has not landed by now never will."""
+        record = self._grants.get(event.token)
+        if record is not None and record.state is GrantState.GRANTED:
+            self._release(self._placed[record.seq_id], "its prefill node lost its router")
         self._free(self._grants.quiesced(event.token, event.clean))
 
     @_on_event.register

@@ -66,6 +66,8 @@ class Job:
     arrived: float
     is_computing: bool = True
     is_pushing: bool = False
+    stopped_at: float | None = None
+    """When its push was told to post nothing more."""
     cancels: list[LinkId] = field(default_factory=list)
     """Routers that passed on a `Cancel` and wait for `Quiesced`."""
     failure: str = ""
@@ -95,6 +97,7 @@ class PrefillRole:
         *,
         credit_tokens: int,
         lease_s: float,
+        quiesce_s: float,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
@@ -103,6 +106,7 @@ class PrefillRole:
         self._pool = engine.pool
         self._credit_tokens = credit_tokens
         self._renew_every_s = lease_s / RENEWALS_PER_LEASE
+        self._quiesce_s = quiesce_s
         self._outbox = outbox
         self._submit = submit
         self._clock = clock
@@ -288,7 +292,18 @@ class PrefillRole:
             self._stop(job, "the first token ended the sequence")
 
     def tick(self) -> None:
+        """Leases to renew, and decode nodes that take what is in flight for so long that their pair is given up."""
         self._renew_leases()
+        overdue = self._clock() - self._quiesce_s
+        for peer in {j.grant.decode for j in self._pushes.values() if j.grant and j.stopped_at is not None and j.stopped_at <= overdue}:
+            self._close_pair(peer)
+
+    def _close_pair(self, peer: NodeName) -> None:
+        """No error comes from a peer that hangs: destroying our agent is what ends its handles, and frees their blocks."""
+        if (agent_id := self._ready.pop(peer, None)) is not None:
+            log.warning("%s takes nothing any more: closing the KV path to it", peer)
+            self._submit(transfer.ClosePair(peer))
+            self._outbox.broadcast(PairLost(peer, agent_id, "writes to it do not end"))
 
     def next_deadline(self) -> float | None:
         return self._renew_at if self._pushes else None
@@ -332,6 +347,7 @@ class PrefillRole:
             self._engine.abort(job.sequence)
         if job.is_pushing:
             assert job.grant is not None
+            job.stopped_at = job.stopped_at or self._clock()
             self._submit(transfer.CancelPush(job.grant.token))
         elif job.grant is None:
             self._end(job)
@@ -370,6 +386,7 @@ def run(config: Config, node: NodeConfig) -> None:
             loaded.engine,
             credit_tokens=min(pool.num_blocks * pool.block_size, 2 * loaded.engine.limits.max_model_len),
             lease_s=config.transfer.lease_s,
+            quiesce_s=config.transfer.quiesce_s,
             outbox=outbox,
             submit=submit,
             clock=time.monotonic,

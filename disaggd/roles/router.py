@@ -33,7 +33,7 @@ from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import BlockState, Metrics
-from disaggd.observe.receipts import CachedTokens, Receipt, ReceiptBook, Spans
+from disaggd.observe.receipts import CachedTokens, PrefillClock, Receipt, ReceiptBook, Spans
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
 
@@ -257,6 +257,7 @@ def make_receipt(record: RoutedSequence, model: str) -> Receipt:
         kv_bytes=record.kv_bytes,
         retries=record.retries,
         spans_ms=spans,
+        prefill_clock_ms=PrefillClock(first_token_reported=reported, last_handle_done=last_done) if record.was_remote else None,
         finish_reason=record.finish_reason,
     )
 

@@ -52,27 +52,30 @@ class PortRange:
         )
 
 
+def is_free(number: int) -> bool:
+    """Whether nothing on this host is bound to the port, connections that linger in the kernel included."""
+    probe = _bound("", number)
+    if probe is None:
+        return False
+    probe.close()
+    return True
+
+
 def _lease(number: int) -> Port | None:
     if not is_free(number):
         return None
-    guard = socket.socket()
+    guard = _bound(GUARD_ADDRESS, number)
+    return Port(number, guard) if guard else None
+
+
+def _bound(address: str, number: int) -> socket.socket | None:
+    """A socket bound to that port, None if it is taken."""
+    bound = socket.socket()
     try:
-        guard.bind((GUARD_ADDRESS, number))
+        bound.bind((address, number))
     except OSError as error:
-        guard.close()
-        if error.errno != errno.EADDRINUSE:
-            raise ResourceError(f"port {number} of [transfer] port_range cannot be bound: {error.strerror}") from error
-        return None
-    return Port(number, guard)
-
-
-def is_free(number: int) -> bool:
-    """Whether nothing on this host is bound to the port, connections that linger in the kernel included."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", number))
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            return False
-    return True
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise ResourceError(f"port {number} of [transfer] port_range cannot be bound: {error.strerror}") from error
+    return bound

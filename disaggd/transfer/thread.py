@@ -13,7 +13,7 @@ from functools import partial
 
 import msgspec
 
-from disaggd.errors import ResourceError
+from disaggd.errors import DisaggdError, ResourceError
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import open_agent
 from disaggd.transfer.cadence import Cadence
@@ -97,14 +97,22 @@ class TransferThread:
         )
 
     def _main(self) -> None:
+        failure = self._serve_until_failure()
+        self._outgoing.close_all()
+        self._incoming.close_all()
+        if failure is not None:
+            self._post(m.TransferFailed(failure))
+
+    def _serve_until_failure(self) -> Exception | None:
         try:
             self._serve()
-        except Exception as error:  # noqa: BLE001: the thread's edge; the node ends on what this posts
+        except DisaggdError as error:
+            return error
+        except Exception as error:
             log.exception("the transfer thread has failed")
-            self._post(m.TransferFailed(error))
-        finally:
-            self._outgoing.close_all()
-            self._incoming.close_all()
+            # The traceback holds on to the agents, which could then not be destroyed.
+            return error.with_traceback(None)
+        return None
 
     def _serve(self) -> None:
         sleep_s: float | None = None

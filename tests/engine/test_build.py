@@ -4,7 +4,9 @@ import pytest
 
 from disaggd.engine.build import build_engine
 from disaggd.engine.engine import generate
+from disaggd.engine.sequence import Sequence
 from disaggd.errors import ConfigError, ModelError, ResourceError
+from disaggd.ids import SeqId
 from disaggd.sampling import SamplingParams
 
 VALUES = {"path": "builtin:tiny", "kv_cache_bytes": 8 * 2**20, "block_size": 16, "max_step_tokens": 64, "max_sequences": 4}
@@ -41,6 +43,14 @@ def test_the_pool_is_as_large_as_the_bytes_allow() -> None:
 def test_what_cannot_be_is_said_before_weights_are_read(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_engine(**(VALUES | change), progress=lambda done, total: pytest.fail("weights were read"))
+
+
+def test_layers_are_reported_in_groups_of_the_size_asked_for() -> None:
+    loaded = build_engine(**VALUES, layer_group=3)
+    loaded.engine.add(Sequence(SeqId("s"), [1, 2, 3], SamplingParams(), num_prompt_tokens=3))
+    seen: list[range] = []
+    loaded.engine.step(lambda plan, layers: seen.append(layers))
+    assert [layers.start for layers in seen] == list(range(0, loaded.spec.num_layers, 3))
 
 
 def test_a_shorter_context_is_the_limit() -> None:

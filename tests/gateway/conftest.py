@@ -5,16 +5,17 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import disaggd.model
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
+
+import disaggd.model
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, GenerationRequest
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.tokenizer import Tokenizer, read_tokenizer
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import CachedTokens, Receipt
-from prometheus_client import CollectorRegistry
 
 VOCAB_SIZE = 4096
 

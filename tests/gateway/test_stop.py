@@ -1,8 +1,9 @@
 """Stop strings against a reference that sees the whole text at once."""
 
-from disaggd.gateway.stop import StopStrings
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disaggd.gateway.stop import StopStrings
 
 SHORT = st.text("ab", min_size=1, max_size=4)
 

@@ -4,17 +4,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from clusters import Cluster, running
+from completions import check, complete_all
 from oracle import Oracle, prompt_of
 
-from disaggd.sampling import SamplingParams
-
 pytestmark = pytest.mark.process
-
-TIE = 1e-4
-"""Two logits this close may change places with the order of a float32 sum: a tie, and the only excuse."""
 
 LENGTHS = [12, 700, 64, 150, 33, 300, 129, 128, 65, 420, 90, 200, 1, 511, 257, 384]
 """Prompt lengths, short and long, on and beside block edges; repeated with other prompts."""
@@ -32,35 +27,6 @@ def jobs(count: int, oracle: Oracle, num_tokens: int) -> list[tuple[list[int], d
             options["seed"] = i
         made.append((prompt_of(LENGTHS[i % len(LENGTHS)], oracle, salt=i), options))
     return made
-
-
-async def complete_all(cluster: Cluster, work: list[tuple[list[int], dict[str, Any]]]) -> list[dict[str, Any]]:
-    async with httpx.AsyncClient(timeout=240, limits=httpx.Limits(max_connections=len(work))) as client:
-
-        async def one(prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
-            body = {"model": "tiny", "prompt": prompt, "logprobs": 0, **options}
-            reply = await client.post(cluster.url + "/v1/completions", json=body)
-            assert reply.status_code == 200, reply.text
-            return dict(reply.json())
-
-        return await asyncio.gather(*(one(prompt, options) for prompt, options in work))
-
-
-def check(reply: dict[str, Any], prompt: list[int], options: dict[str, Any], oracle: Oracle) -> None:
-    """Equal, or different from a tie on; anything else fails, with the oracle's gap."""
-    expected = oracle.continue_(prompt, SamplingParams(**options))
-    labels = oracle.labels(expected)
-    got = reply["choices"][0]["logprobs"]["tokens"]
-    if got == labels:
-        return
-    at = next(i for i, (a, b) in enumerate(zip(got, labels, strict=True)) if a != b)
-    top = list(oracle.top(prompt + expected[:at]))
-    gap = top[0] - top[1]
-    message = (
-        f"{len(prompt)} prompt tokens, {options}: token {at} is {got[at]!r}, the oracle's {labels[at]!r}; its two best are {gap:.2e} apart"
-    )
-    print(message)
-    assert options["temperature"] == 0.0 and gap <= TIE, message
 
 
 def run(cluster: Cluster, oracle: Oracle, count: int, num_tokens: int) -> list[dict[str, Any]]:

@@ -128,10 +128,19 @@ class Cluster:
                 if node.process is not None and node.process.poll() is not None:
                     raise RuntimeError(f"{node.name} ended with {node.process.returncode}:\n{self.log(node.name).read_text()}")
             with contextlib.suppress(httpx.TransportError):
-                return self.get("/ready").status_code == 200
+                return self.get("/ready").status_code == 200 and self.is_whole()
             return False
 
         wait_until("the cluster is ready", ready, START_S, every_s=0.1)
+
+    def is_whole(self) -> bool:
+        """Every node is linked and every pair may push; the router's own readiness gives up waiting for that."""
+        shown = self.get("/v1/cluster").json()
+        num_pairs = len(self.names("prefill")) * len(self.names("decode"))
+        return all(node["link"] == "up" for node in shown["nodes"]) and [p["state"] for p in shown["pairs"]] == ["ready"] * num_pairs
+
+    def names(self, role: str) -> list[str]:
+        return [node.name for node in self.nodes.values() if node.role == role]
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal; after SIGKILL the process is reaped."""

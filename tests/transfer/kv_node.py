@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """A process with a small pool and a `TransferThread`, driven by a test over a pipe. Started by `conftest.py`.
 
 argv: the pipe's file descriptor, first port, last port, layers, blocks, block bytes.
@@ -10,6 +11,9 @@ import zlib
 from multiprocessing.connection import Connection
 
 import numpy as np
+
+# NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
+sys.modules["torch"] = None  # type: ignore[assignment]
 
 from disaggd.transfer.layout import KVGroup, KVSpec
 from disaggd.transfer.messages import TransferCommand

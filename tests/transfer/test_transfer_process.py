@@ -1,16 +1,17 @@
 """Two and more processes, real NIXL, loopback: what only the real thing can show."""
 
-import os
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from disaggd.errors import ResourceError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.sampling import TokenLogprob
 from disaggd.transfer import messages as m
 from disaggd.transfer.notification import FirstToken
+from disaggd.transfer.ports import is_free
 
 pytestmark = pytest.mark.process
 
@@ -29,9 +30,7 @@ def open_pair(decode: Any, incarnation: str = "one") -> m.PairOpened:
 
 
 def connect(prefill: Any, opened: m.PairOpened, decode: Any) -> None:
-    prefill.submit(
-        m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.base_address, decode.num_blocks)
-    )
+    prefill.submit(m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.base_address, decode.num_blocks))
 
 
 def pair(decode: Any, prefill: Any, incarnation: str = "one") -> AgentId:
@@ -96,9 +95,7 @@ def test_killed_writer_never_lands_and_its_successor_does(start_node: Callable[.
     successor.call("fill", 3)
     other = GrantToken(b"another token...")
     decode.submit(m.Expect(other, P, successor_agent, 16 << 20))
-    successor.submit(
-        m.BeginPush(other, D, successor_agent, 5.0), m.PushBlocks(other, range(4), every, every), m.FinishPush(other, FIRST)
-    )
+    successor.submit(m.BeginPush(other, D, successor_agent, 5.0), m.PushBlocks(other, range(4), every, every), m.FinishPush(other, FIRST))
     assert decode.expect(m.Landed).token == other
     assert decode.call("checksums") == successor.call("checksums")
 
@@ -124,3 +121,105 @@ def test_writes_that_wake_up_after_the_fence_change_nothing(start_node: Callable
     assert prefill.expect(m.PairFailed).agent_id == agent_id
     assert decode.call("checksums") == before
     assert decode.find(m.Landed, 0.1) is None
+
+
+def test_killed_reader_fails_the_pair_and_its_pushes_and_not_the_process(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(block_bytes=1 << 18), start_node(block_bytes=1 << 18)
+    agent_id = pair(decode, prefill)
+    every = blocks(*range(16))
+    decode.signal(signal.SIGSTOP)
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every))
+    assert prefill.find(m.HandleDone, 0.2) is None
+    decode.kill()
+    assert prefill.expect(m.HandleDone) == m.HandleDone(TOKEN, every, 0)
+    assert not prefill.expect(m.PushEnded).clean
+    assert prefill.expect(m.PairFailed).agent_id == agent_id
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0))
+    assert prefill.expect(m.PushEnded).clean, "nothing was posted, so nothing can be under way"
+    assert prefill.stop() == 0
+
+
+def test_peer_that_died_while_idle_is_noticed_at_the_next_push(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(), start_node()
+    agent_id = pair(decode, prefill)
+    decode.kill()
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), blocks(1), blocks(1)))
+    assert prefill.expect(m.HandleDone).kv_bytes == 0
+    assert not prefill.expect(m.PushEnded).clean
+    prefill.expect(m.PairFailed)
+
+
+def test_stop_ends_with_writes_in_flight(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(block_bytes=1 << 18), start_node(block_bytes=1 << 18)
+    agent_id = pair(decode, prefill)
+    every = blocks(*range(16))
+    decode.signal(signal.SIGSTOP)
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every))
+    assert prefill.find(m.HandleDone, 0.2) is None
+    assert prefill.stop() == 0
+    decode.signal(signal.SIGCONT)
+    assert decode.stop() == 0
+
+
+def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(), start_node()
+    old = open_pair(decode)
+    decode.submit(m.Fence(P, old.agent_id))
+    new = decode.expect(m.PairOpened)
+    connect(prefill, old, decode)
+    assert prefill.expect(m.PairFailed).agent_id == old.agent_id
+    connect(prefill, m.PairOpened(P, old.peer_incarnation, old.agent_id, new.metadata, new.base_address), decode)
+    assert "announced with the metadata of" in prefill.expect(m.PairFailed).reason
+    assert decode.find(m.PairProbed, 0.2) is None
+    connect(prefill, new, decode)
+    assert decode.expect(m.PairProbed).agent_id == new.agent_id
+
+
+def test_garbage_for_metadata_fails_the_pair(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(), start_node()
+    opened = open_pair(decode)
+    for metadata in (b"", b"garbage", opened.metadata[:100]):
+        connect(prefill, m.PairOpened(P, opened.peer_incarnation, opened.agent_id, metadata, opened.base_address), decode)
+        prefill.expect(m.PairFailed)
+    assert prefill.stop() == 0
+
+
+def test_fenced_port_stays_bound_until_the_new_agent_is_reached(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
+    def taken() -> set[int]:
+        return {port for port in range(port_range[0], port_range[1] + 1) if not is_free(port)}
+
+    decode = start_node()
+    opened = open_pair(decode)
+    burnt = taken()
+    assert len(burnt) == 1
+    decode.submit(m.Fence(P, opened.agent_id))
+    decode.expect(m.Fenced)
+    decode.expect(m.PairOpened)
+    assert burnt < taken() and len(taken()) == 2
+    pair(decode, start_node())
+    assert taken().isdisjoint(burnt)
+
+
+def test_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
+    decode = start_node(ports=(port_range[0], port_range[0]))
+    open_pair(decode)
+    decode.submit(m.OpenPair(NodeName("p1"), Incarnation("one")))
+    error = decode.expect(m.TransferFailed).error
+    assert isinstance(error, ResourceError) and "no free port" in str(error)
+    assert decode.stop() == 0
+
+
+def test_processes_that_race_for_ports_share_the_range(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
+    nodes = [start_node(ports=(port_range[0], port_range[0] + 5)) for _ in range(2)]
+    for peer in ("p0", "p1", "p2"):
+        for node in nodes:
+            node.submit(m.OpenPair(NodeName(peer), Incarnation("one")))
+    for node in nodes:
+        assert {node.expect(m.PairOpened).peer for _ in range(3)} == {"p0", "p1", "p2"}
+
+
+def test_quiesced_reaches_the_peer_without_a_router(start_node: Callable[..., Any]) -> None:
+    decode, prefill = start_node(), start_node()
+    pair(decode, prefill)
+    prefill.submit(m.QuiesceByWire(TOKEN, D, clean=True))
+    assert decode.expect(m.QuiescedByWire) == m.QuiescedByWire(TOKEN, True, P)

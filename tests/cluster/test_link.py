@@ -1,0 +1,362 @@
+"""Links over real loopback sockets, with heartbeats of milliseconds."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from disaggd.cluster.link import Link, LinkServer, LinkSettings, dial, serve_links
+from disaggd.cluster.protocol import PROTOCOL_VERSION, Abort, Credit, Frame, HelloRejected, NodeHello, Ping, RouterHello
+from disaggd.config import Address, NodeConfig
+from disaggd.errors import HelloRefused, ResourceError
+from disaggd.ids import Incarnation, NodeName, SeqId
+from disaggd.transfer.layout import KVSpec
+
+AnyLink = Link[Any, Any, Any]
+
+SETTINGS = LinkSettings(
+    heartbeat_s=0.02, missed_heartbeats=50, reconnect_min_s=0.001, reconnect_max_s=0.01, refused_s=0.005, hello_timeout_s=5.0
+)
+KV = KVSpec(dtype="float32", block_size=64, head_dim=16, groups=())
+ROUTER = RouterHello(PROTOCOL_VERSION, NodeName("r0"), Incarnation("r-1"), "model-a")
+NODE = NodeHello(PROTOCOL_VERSION, NodeName("p0"), "prefill", Incarnation("p-1"), "model-a", KV, 100, 4096, 1)
+
+
+@dataclass
+class End:
+    """Records what one end's callbacks are told."""
+
+    up: asyncio.Queue[AnyLink] = field(default_factory=asyncio.Queue)
+    frames: asyncio.Queue[Frame] = field(default_factory=asyncio.Queue)
+    down: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    ups: int = 0
+    downs: int = 0
+
+    def on_up(self, link: AnyLink) -> None:
+        self.ups += 1
+        self.up.put_nowait(link)
+
+    def on_frame(self, link: AnyLink, frame: Frame) -> None:
+        self.frames.put_nowait(frame)
+
+    def on_down(self, link: AnyLink, reason: str) -> None:
+        self.downs += 1
+        self.down.put_nowait(reason)
+
+    @property
+    def callbacks(self) -> dict[str, Any]:
+        return {"on_up": self.on_up, "on_frame": self.on_frame, "on_down": self.on_down}
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await test
+
+    asyncio.run(limited())
+
+
+def node_at(port: int) -> NodeConfig:
+    return NodeConfig(name=NodeName("p0"), role="prefill", listen=Address(f"127.0.0.1:{port}"))
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    port: int, end: End, hello: NodeHello | HelloRejected = NODE, settings: LinkSettings = SETTINGS
+) -> AsyncIterator[LinkServer]:
+    server = await serve_links(Address(f"127.0.0.1:{port}"), hello=lambda _: hello, settings=settings, **end.callbacks)
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+@contextlib.asynccontextmanager
+async def dialling(
+    port: int, end: End, hello: RouterHello = ROUTER, settings: LinkSettings = SETTINGS, **options: Any
+) -> AsyncIterator[None]:
+    task = asyncio.create_task(dial(node_at(port), hello, settings=settings, **end.callbacks, **options))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.asynccontextmanager
+async def raw_router(port: int) -> AsyncIterator[ClientConnection]:
+    """A router by hand: it has said hello, and sends nothing of itself."""
+    async with connect(f"ws://127.0.0.1:{port}/link", proxy=None, ping_interval=None, compression=None) as socket:
+        await socket.send(msgspec.msgpack.encode(ROUTER))
+        assert isinstance(msgspec.msgpack.decode(await socket.recv(decode=False), type=NodeHello), NodeHello)
+        yield socket
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> str:
+    """The first log message with `text` in it, once there is one."""
+    while True:
+        for record in caplog.records:
+            if text in record.getMessage():
+                return record.getMessage()
+        await asyncio.sleep(0)
+
+
+def aborts(count: int) -> list[Abort]:
+    return [Abort(SeqId(f"r-{number}"), 0) for number in range(count)]
+
+
+def test_frames_arrive_in_order_both_ways(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+        async with serving(port, node), dialling(port, router):
+            to_node, to_router = await router.up.get(), await node.up.get()
+            assert to_node.peer == NODE
+            assert to_router.peer == ROUTER
+            for abort in aborts(500):
+                to_node.send(abort)
+                to_router.send(Credit(int(abort.seq[2:])))
+            assert [await node.frames.get() for _ in range(500)] == aborts(500)
+            assert [await router.frames.get() for _ in range(500)] == [Credit(number) for number in range(500)]
+
+    run(scenario())
+
+
+def test_close_delivers_what_was_sent_before_and_says_why(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+        async with serving(port, node), dialling(port, router):
+            link = await node.up.get()
+            for number in range(100):
+                link.send(Credit(number))
+            link.close("draining")
+            link.send(Credit(-1))
+            assert await node.down.get() == "draining"
+            assert "draining" in await router.down.get()
+            assert [router.frames.get_nowait() for _ in range(100)] == [Credit(number) for number in range(100)]
+            await router.up.get()  # and the router comes back
+            assert router.frames.empty()
+
+    run(scenario())
+
+
+def test_every_up_has_one_down(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+        async with serving(port, node), dialling(port, router):
+            for turn in range(3):
+                (await router.up.get()).close(f"turn {turn}")
+                await router.down.get()
+            await router.up.get()
+        assert (router.ups, router.downs) == (4, 4)
+        assert node.ups == node.downs
+
+    run(scenario())
+
+
+def test_a_restarted_node_is_linked_again(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, router = free_port(), End()
+        async with dialling(port, router):
+            for start in ("p-1", "p-2", "p-3"):
+                async with serving(port, End(), msgspec.structs.replace(NODE, incarnation=Incarnation(start))):
+                    assert (await router.up.get()).peer.incarnation == start
+                await router.down.get()
+
+    run(scenario())
+
+
+def test_several_routers_are_linked_at_once(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, one, two, node = free_port(), End(), End(), End()
+        other = msgspec.structs.replace(ROUTER, router=NodeName("r1"))
+        async with serving(port, node), dialling(port, one), dialling(port, two, other):
+            links = [await node.up.get(), await node.up.get()]
+            assert sorted(link.name for link in links) == ["r0", "r1"]
+            next(link for link in links if link.name == "r1").send(Credit(7))
+            assert await two.frames.get() == Credit(7)
+            assert one.frames.empty()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("hello", "field"),
+    [
+        (msgspec.structs.replace(ROUTER, version=PROTOCOL_VERSION + 1), "version"),
+        (msgspec.structs.replace(ROUTER, model_id="model-b"), "model_id"),
+    ],
+)
+def test_a_differing_hello_is_refused_by_name_and_logged_once(
+    free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, hello: RouterHello, field: str
+) -> None:
+    async def scenario() -> None:
+        port, router, node, answered = free_port(), End(), End(), 0
+
+        def answer(_: RouterHello) -> NodeHello:
+            nonlocal answered
+            answered += 1
+            return NODE
+
+        server = await serve_links(Address(f"127.0.0.1:{port}"), hello=answer, settings=SETTINGS, **node.callbacks)
+        async with dialling(port, router, hello):
+            await logged(caplog, f"hello refused: {field} differs")
+            async with dialling(port, good := End()):  # the node goes on serving others
+                await good.up.get()
+        await server.close()
+        assert (router.ups, answered > 0) == (0, True)
+
+    run(scenario())
+    assert sum("hello refused" in record.getMessage() for record in caplog.records) == 1
+    assert sum("refused router r0" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_node_of_another_name_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, router = free_port(), End()
+        async with serving(port, End(), msgspec.structs.replace(NODE, name=NodeName("p1"))), dialling(port, router):
+            assert "name differs (ours 'p0', theirs 'p1')" in await logged(caplog, "hello refused")
+        assert router.ups == 0
+
+    run(scenario())
+
+
+def test_the_router_may_refuse_a_nodes_geometry(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    def accept(hello: NodeHello) -> None:
+        raise HelloRefused("kv.block_size", 16, hello.kv.block_size)
+
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+        async with serving(port, node), dialling(port, router, accept=accept):
+            await logged(caplog, "kv.block_size differs (ours 16, theirs 64)")
+            await node.down.get()
+        assert router.ups == 0
+
+    run(scenario())
+
+
+def test_a_wrong_secret_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, wrong, missing, right = free_port(), End(), End(), End()
+        secret = replace(SETTINGS, secret="correct horse battery")
+        async with (
+            serving(port, End(), settings=secret),
+            dialling(port, wrong, settings=replace(SETTINGS, secret="wrong horse battery")),
+            dialling(port, missing),
+        ):
+            await logged(caplog, "cluster.secret differs")
+            async with dialling(port, right, settings=secret):
+                await right.up.get()
+        assert (wrong.ups, missing.ups) == (0, 0)
+
+    run(scenario())
+    assert "correct horse" not in caplog.text
+    assert sum("wrong cluster secret" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_undecodable_frame_closes_its_link_only(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, node, router = free_port(), End(), End()
+        async with serving(port, node), dialling(port, router):
+            good = await node.up.get()
+            async with raw_router(port) as socket:
+                await socket.send(b"\xc1 no msgpack")
+                assert "undecodable frame" in await node.down.get()
+            good.send(Credit(1))
+            assert await router.frames.get() == Credit(1)
+
+    run(scenario())
+
+
+def test_garbage_instead_of_a_hello_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node), connect(f"ws://127.0.0.1:{port}/link", proxy=None) as socket:
+            await socket.send(msgspec.msgpack.encode(Ping()))
+            assert "Ping before the hello" in await logged(caplog, "no hello from 127.0.0.1")
+        assert node.ups == 0
+
+    run(scenario())
+
+
+def test_a_silent_peer_is_given_up(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node, settings=replace(SETTINGS, heartbeat_s=0.005, missed_heartbeats=3)), raw_router(port):
+            assert await node.down.get() == "silent for 3 heartbeats"
+
+    run(scenario())
+
+
+def test_heartbeats_keep_an_idle_link_up(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node, settings=replace(SETTINGS, heartbeat_s=0.005, missed_heartbeats=3)), raw_router(port) as socket:
+            for _ in range(12):  # four times what silence would allow
+                assert msgspec.msgpack.decode(await socket.recv(decode=False), type=Ping) == Ping()
+                await socket.send(msgspec.msgpack.encode(Ping()))
+            assert (node.downs, node.frames.empty()) == (0, True)
+
+    run(scenario())
+
+
+def test_a_peer_that_reads_too_slowly_is_cut(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node, settings=replace(SETTINGS, max_buffered_bytes=1000)), raw_router(port):
+            link = await node.up.get()
+            for _ in range(200):  # no turn of the loop between them: nothing drains
+                link.send(Credit(1))
+            assert "reads too slowly" in await node.down.get()
+
+    run(scenario())
+
+
+def test_a_callbacks_fault_is_logged_and_ends_its_link_only(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+
+        def stumble(link: AnyLink, frame: Frame) -> None:
+            raise KeyError(frame)
+
+        server = await serve_links(
+            Address(f"127.0.0.1:{port}"), hello=lambda _: NODE, settings=SETTINGS, **(node.callbacks | {"on_frame": stumble})
+        )
+        async with dialling(port, router):
+            (await router.up.get()).send(Abort(SeqId("r-0"), 0))
+            assert await node.down.get() == "a frame could not be handled"
+            await router.up.get()
+        await server.close()
+
+    run(scenario())
+    assert any(record.exc_info and record.levelno == logging.ERROR for record in caplog.records)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/elsewhere", 404)])
+def test_the_listener_answers_plain_http(free_port: Callable[[], int], path: str, status: int) -> None:
+    async def scenario() -> None:
+        port = free_port()
+        async with serving(port, End()):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: p0\r\n\r\n".encode())
+            assert (await reader.readline()).split()[1] == str(status).encode()
+            writer.close()
+            await writer.wait_closed()
+
+    run(scenario())
+
+
+def test_a_taken_port_is_a_resource_error(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        port = free_port()
+        async with serving(port, End()):
+            with pytest.raises(ResourceError, match=f"cannot listen on 127.0.0.1:{port}: .*in use"):
+                await serve_links(Address(f"127.0.0.1:{port}"), hello=lambda _: NODE, settings=SETTINGS, **End().callbacks)
+
+    run(scenario())

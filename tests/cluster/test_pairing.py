@@ -1,0 +1,199 @@
+"""A prefill node's agent meets a decode node's: nothing is granted before that very agent has received its own id."""
+
+import pytest
+
+from disaggd.cluster.pairing import RETRY_S, PairBook
+from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
+from disaggd.cluster.protocol import ConnectPair, OpenPair, PairAgent, PairLost, PairReady, ToNode
+from disaggd.ids import AgentId, Incarnation, NodeName
+from tests.support.routing import D0, D1, P0, P1, hello
+
+OLD, NEW = AgentId("old"), AgentId("new")
+
+
+class Pairing:
+    """A pair book with fake nodes; `sent` by node."""
+
+    def __init__(self) -> None:
+        self.prefills: dict[NodeName, PrefillPeer] = {}
+        self.decodes: dict[NodeName, DecodePeer] = {}
+        self.book = PairBook(self.prefills, self.decodes)
+        self.sent: dict[NodeName, list[ToNode]] = {}
+        self.now = 0.0
+
+    def prefill_up(self, name: NodeName = P0, incarnation: str = "first") -> None:
+        self.sent[name] = []
+        self.prefills[name] = PrefillPeer(name, hello(name, incarnation), self.sent[name].append)
+        self.book.prefill_up(self.prefills[name], self.now)
+
+    def decode_up(self, name: NodeName = D0) -> None:
+        self.sent[name] = []
+        self.decodes[name] = DecodePeer(name, hello(name, "first"), self.sent[name].append)
+        self.book.decode_up(self.decodes[name], self.now)
+
+    def down(self, name: NodeName) -> None:
+        self.prefills.pop(name, None), self.decodes.pop(name, None)
+        self.book.node_down(name)
+
+    def agent(self, agent_id: AgentId, incarnation: str = "p0-first") -> None:
+        frame = PairAgent(P0, Incarnation(incarnation), agent_id, b"metadata", 4096, 64)
+        self.book.on_agent(self.decodes[D0], frame, self.now)
+
+    def ready(self, agent_id: AgentId) -> bool:
+        return self.book.on_ready(self.decodes[D0], PairReady(P0, agent_id))
+
+    def lost(self, agent_id: AgentId) -> None:
+        self.book.on_lost(self.prefills[P0], PairLost(D0, agent_id, "connection reset"), self.now)
+
+    def state(self) -> PairState:
+        (pair,) = self.book
+        return pair.state
+
+    def clear(self) -> None:
+        for frames in self.sent.values():
+            frames.clear()
+
+    def after(self, seconds: float) -> None:
+        self.now += seconds
+        self.book.tick(self.now)
+
+
+def ready_pair() -> Pairing:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up()
+    pairing.agent(OLD)
+    assert pairing.ready(OLD)
+    pairing.clear()
+    return pairing
+
+
+CONNECT = ConnectPair(D0, Incarnation("d0-first"), OLD, b"metadata", 4096, 64)
+
+
+@pytest.mark.parametrize("prefill_first", [True, False])
+def test_a_pair_is_opened_probed_and_then_ready(prefill_first: bool) -> None:
+    pairing = Pairing()
+    for up in (pairing.prefill_up, pairing.decode_up) if prefill_first else (pairing.decode_up, pairing.prefill_up):
+        up()
+    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"))]}
+    pairing.agent(OLD)
+    assert pairing.sent[P0] == [CONNECT]
+    assert not pairing.book.is_ready(P0, D0), "the agent has not received its own id yet"
+    assert pairing.ready(OLD)
+    assert pairing.sent[P0] == [CONNECT, PairReady(D0, OLD)]
+    assert pairing.book.is_ready(P0, D0)
+
+
+def test_every_node_is_paired_with_every_node_of_the_other_kind() -> None:
+    pairing = Pairing()
+    for name in (P0, P1):
+        pairing.prefill_up(name)
+    for name in (D0, D1):
+        pairing.decode_up(name)
+    assert {(pair.prefill, pair.decode) for pair in pairing.book} == {(P0, D0), (P0, D1), (P1, D0), (P1, D1)}
+
+
+def test_only_ready_pairs_are_reachable() -> None:
+    pairing = ready_pair()
+    pairing.prefill_up(P1)
+    assert [peer.name for peer in pairing.book.reachable(D0)] == [P0]
+    assert pairing.book.reachable(D1) == []
+
+
+def test_what_another_agent_received_makes_no_pair_ready() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up()
+    assert not pairing.ready(OLD), "no agent is known"
+    pairing.agent(NEW)
+    assert not pairing.ready(OLD)
+    assert pairing.state() is PairState.PROBING
+    assert PairReady(D0, OLD) not in pairing.sent[P0]
+
+
+def test_a_rebuilt_agent_is_not_ready_before_it_is_probed_anew() -> None:
+    pairing = ready_pair()
+    pairing.agent(NEW)
+    assert not pairing.book.is_ready(P0, D0)
+    assert [frame.agent_id for frame in pairing.sent[P0] if isinstance(frame, ConnectPair)] == [NEW]
+    assert not pairing.ready(OLD)
+    assert pairing.ready(NEW)
+
+
+def test_an_agent_made_for_another_start_of_the_prefill_node_is_ignored() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up(incarnation="second")
+    pairing.agent(OLD, "p0-first")
+    assert pairing.sent[P0] == [] and pairing.state() is PairState.OPENING
+
+
+def test_a_lost_pair_is_probed_again_after_a_pause() -> None:
+    pairing = ready_pair()
+    pairing.lost(OLD)
+    assert not pairing.book.is_ready(P0, D0)
+    pairing.after(RETRY_S / 2)
+    assert pairing.sent[P0] == []
+    pairing.after(RETRY_S)
+    assert pairing.sent[P0] == [CONNECT]
+    assert pairing.ready(OLD)
+
+
+def test_the_loss_of_an_agent_that_was_replaced_changes_nothing() -> None:
+    pairing = ready_pair()
+    pairing.agent(NEW)
+    pairing.ready(NEW)
+    pairing.lost(OLD)
+    assert pairing.book.is_ready(P0, D0)
+
+
+def test_a_confirmation_older_than_the_loss_makes_no_pair_ready() -> None:
+    """Prefill would push into a connection that it has given up, and never report the loss again."""
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up()
+    pairing.agent(OLD)
+    pairing.lost(OLD)
+    assert not pairing.ready(OLD)
+    pairing.after(2 * RETRY_S)
+    assert pairing.ready(OLD)
+
+
+def test_a_silent_pair_is_asked_again() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up()
+    pairing.clear()
+    pairing.after(6 * RETRY_S)
+    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"))]}
+    pairing.agent(OLD)
+    pairing.clear()
+    pairing.after(6 * RETRY_S)
+    assert pairing.sent == {P0: [CONNECT], D0: []}
+
+
+def test_a_ready_pair_is_left_alone() -> None:
+    pairing = ready_pair()
+    pairing.after(1000.0)
+    assert pairing.sent == {P0: [], D0: []}
+
+
+@pytest.mark.parametrize("name", [P0, D0])
+def test_a_nodes_pairs_go_with_it_and_come_back_unready(name: NodeName) -> None:
+    pairing = ready_pair()
+    pairing.down(name)
+    assert list(pairing.book) == []
+    pairing.after(1000.0)
+    (pairing.prefill_up if name == P0 else pairing.decode_up)()
+    assert pairing.state() is PairState.OPENING
+
+
+def test_frames_about_nodes_that_left_are_ignored() -> None:
+    pairing = ready_pair()
+    decode, prefill = pairing.decodes[D0], pairing.prefills[P0]
+    pairing.down(P0)
+    pairing.agent(NEW)
+    assert not pairing.book.on_ready(decode, PairReady(P0, OLD))
+    pairing.book.on_lost(prefill, PairLost(D0, OLD, ""), 0.0)
+    assert list(pairing.book) == []

@@ -1,0 +1,42 @@
+"""Many completions at once, and their comparison with the oracle."""
+
+import asyncio
+from typing import Any
+
+import httpx
+from clusters import Cluster
+from oracle import Oracle
+
+from disaggd.sampling import SamplingParams
+
+TIE = 1e-4
+"""Two logits this close may change places with the order of a float32 sum: a tie, and the only excuse."""
+
+
+async def complete_all(cluster: Cluster, work: list[tuple[list[int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    async with httpx.AsyncClient(timeout=240, limits=httpx.Limits(max_connections=len(work))) as client:
+
+        async def one(prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
+            body = {"model": "tiny", "prompt": prompt, "logprobs": 0, **options}
+            reply = await client.post(cluster.url + "/v1/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            return dict(reply.json())
+
+        return await asyncio.gather(*(one(prompt, options) for prompt, options in work))
+
+
+def check(reply: dict[str, Any], prompt: list[int], options: dict[str, Any], oracle: Oracle) -> None:
+    """Equal, or different from a tie on; anything else fails, with the oracle's gap."""
+    expected = oracle.continue_(prompt, SamplingParams(**options))
+    labels = oracle.labels(expected)
+    got = reply["choices"][0]["logprobs"]["tokens"]
+    if got == labels:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(got, labels, strict=True)) if a != b)
+    top = list(oracle.top(prompt + expected[:at]))
+    gap = top[0] - top[1]
+    message = (
+        f"{len(prompt)} prompt tokens, {options}: token {at} is {got[at]!r}, the oracle's {labels[at]!r}; its two best are {gap:.2e} apart"
+    )
+    print(message)
+    assert options["temperature"] == 0.0 and gap <= TIE, message

@@ -1,0 +1,200 @@
+"""A dispatcher among nodes that only record what they are sent: every test scripts the answers, in any order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from disaggd.cluster.decision import Override
+from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.protocol import (
+    Credit,
+    Decided,
+    Generate,
+    Grant,
+    Granted,
+    JobEnded,
+    NeedPrefill,
+    NodeHello,
+    PairAgent,
+    PairReady,
+    Prefilled,
+    TokenRun,
+    Tokens,
+    ToNode,
+    ToRouter,
+)
+from disaggd.cluster.request import RoutedSequence
+from disaggd.errors import RequestError
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
+from disaggd.transfer.layout import KVGroup, KVSpec
+
+KV = KVSpec(dtype="float32", block_size=4, head_dim=8, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=256),))
+P0, P1, D0, D1 = (NodeName(name) for name in ("p0", "p1", "d0", "d1"))
+
+F = TypeVar("F", bound=ToNode)
+
+
+@dataclass
+class Client:
+    """Whoever waits for a sequence."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: RequestError | None = None
+    seq: SeqId = field(init=False)
+    attempt: int = 0
+    """The scripts' idea of the attempt under way."""
+
+    def deliver(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] | None, finish: FinishReason | None) -> None:
+        assert self.finish is None and self.error is None, "nothing comes after the end"
+        self.tokens += tokens
+        self.logprobs += logprobs or ()
+        self.finish = finish
+
+    def fail(self, error: RequestError) -> None:
+        assert self.finish is None and self.error is None
+        self.error = error
+
+
+class Routing:
+    """`sent[name]` is what the router sent to a node since `clear`; `say` is what a node answers."""
+
+    def __init__(self, prefills: Sequence[NodeName] = (P0,), decodes: Sequence[NodeName] = (D0,), *, credit: int = 1000) -> None:
+        self.now = 100.0
+        self.sent: dict[NodeName, list[ToNode]] = {}
+        self.updates: list[tuple[SeqId, int]] = []
+        """(sequence, its `kv_bytes`) at each `on_update`."""
+        self.dispatcher = Dispatcher(
+            Incarnation("r"),
+            max_retries=2,
+            grant_patience_s=3.0,
+            request_timeout_s=60.0,
+            clock=lambda: self.now,
+            on_update=lambda record: self.updates.append((record.seq, record.kv_bytes)),
+        )
+        for name in decodes:
+            self.decode_up(name)
+        for name in prefills:
+            self.prefill_up(name, credit)
+        self.pair_all()
+        self.clear()
+
+    # ── nodes ──
+
+    def prefill_up(self, name: NodeName, credit: int = 1000, incarnation: str = "first") -> None:
+        self.dispatcher.prefill_up(PrefillPeer(name, hello(name, incarnation), self.sent.setdefault(name, []).append))
+        self.say(name, Credit(credit))
+
+    def decode_up(self, name: NodeName, incarnation: str = "first") -> None:
+        self.dispatcher.decode_up(DecodePeer(name, hello(name, incarnation), self.sent.setdefault(name, []).append))
+
+    def pair_all(self) -> None:
+        for prefill in self.dispatcher.prefills.values():
+            for decode in self.dispatcher.decodes:
+                self.say(decode, PairAgent(prefill.name, prefill.hello.incarnation, agent(prefill.name, decode), b"", 0, 64))
+                self.say(decode, PairReady(prefill.name, agent(prefill.name, decode)))
+
+    def down(self, name: NodeName) -> None:
+        self.dispatcher.node_down(name)
+
+    def say(self, name: NodeName, *frames: ToRouter) -> None:
+        for frame in frames:
+            self.dispatcher.on_frame(name, frame)
+
+    def clear(self) -> None:
+        for frames in self.sent.values():
+            frames.clear()
+
+    def frames(self, name: NodeName, kind: type[F]) -> list[F]:
+        return [frame for frame in self.sent[name] if isinstance(frame, kind)]
+
+    def last(self, name: NodeName, kind: type[F]) -> F:
+        return self.frames(name, kind)[-1]
+
+    # ── the usual way of a request ──
+
+    def submit(self, num_tokens: int = 40, max_tokens: int = 8, override: Override = "auto", seed: int = 7) -> Client:
+        client = Client()
+        self.now += 0.001
+        sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
+        client.seq = self.dispatcher.submit("request", tuple(range(num_tokens)), sampling, override, client)
+        return client
+
+    def queued(self, num_tokens: int = 40, max_tokens: int = 8) -> Client:
+        """A request whose decode node wants it prefilled elsewhere, and has given no grant."""
+        client = self.submit(num_tokens, max_tokens)
+        self.need_prefill(client)
+        return client
+
+    def prefilling(self, num_tokens: int = 40, max_tokens: int = 8) -> Client:
+        """A request whose job is with a prefill node, with a grant if it needs one."""
+        client = self.queued(num_tokens, max_tokens)
+        if max_tokens > 1:
+            self.granted(client)
+        return client
+
+    def decoding(self, num_tokens: int = 40, max_tokens: int = 8) -> Client:
+        """A request that its decode node prefills by itself."""
+        client = self.submit(num_tokens, max_tokens)
+        self.say(self.decode_of(client), Decided(client.seq, client.attempt, "short: by itself", 0))
+        return client
+
+    def need_prefill(self, client: Client, grant: Grant | None = None) -> None:
+        self.say(self.decode_of(client), NeedPrefill(client.seq, client.attempt, "long: enough", 0, grant))
+
+    def granted(self, client: Client) -> Grant:
+        record = self.record(client)
+        assert record.prefill is not None
+        grant = make_grant(client, record.prefill, self.decode_of(client))
+        self.say(self.decode_of(client), Granted(client.seq, client.attempt, grant))
+        return grant
+
+    def first_token(self, client: Client, token: int, finish: FinishReason | None = None, *, start: int = 0) -> None:
+        prefill = self.record(client).prefill
+        assert prefill is not None
+        self.say(prefill, Prefilled(client.seq, client.attempt, start, token, None, finish, 0, 5.0, 5.0))
+
+    def job_ended(self, client: Client, name: NodeName = P0, *, clean: bool = True, kv_bytes: int = 0, attempt: int | None = None) -> None:
+        attempt = client.attempt if attempt is None else attempt
+        self.say(name, JobEnded(client.seq, attempt, clean, "" if clean else "the push failed", kv_bytes, 1.0, 2.0))
+
+    def tokens(self, client: Client, start: int, *tokens: int, finish: FinishReason | None = None, attempt: int | None = None) -> None:
+        attempt = client.attempt if attempt is None else attempt
+        self.say(self.decode_of(client), Tokens((TokenRun(client.seq, attempt, start, tokens, None, finish),)))
+
+    # ── what the router knows ──
+
+    def record(self, client: Client) -> RoutedSequence:
+        return self.dispatcher.sequences[client.seq]
+
+    def decode_of(self, client: Client) -> NodeName:
+        decode = self.record(client).decode
+        assert decode is not None
+        return decode
+
+    def credit_used(self, name: NodeName = P0) -> int:
+        return sum(self.dispatcher.prefills[name].jobs.values())
+
+    def is_retried(self, client: Client) -> Generate:
+        """Asserts that a next attempt was placed, follows it, and returns its `Generate`."""
+        client.attempt += 1
+        assert self.record(client).attempt == client.attempt
+        generate = self.last(self.decode_of(client), Generate)
+        assert (generate.seq, generate.attempt) == (client.seq, client.attempt)
+        return generate
+
+
+def agent(prefill: NodeName, decode: NodeName) -> AgentId:
+    return AgentId(f"{decode}-for-{prefill}")
+
+
+def make_grant(client: Client, prefill: NodeName = P0, decode: NodeName = D0) -> Grant:
+    token = GrantToken(f"{client.seq}/{client.attempt}".encode())
+    return Grant(token, decode, prefill, agent(prefill, decode), 0, (BlockId(1), BlockId(2)), 5.0)
+
+
+def hello(name: NodeName, incarnation: str) -> NodeHello:
+    return NodeHello(1, name, "prefill" if name.startswith("p") else "decode", Incarnation(f"{name}-{incarnation}"), "model", KV, 64, 4096)

@@ -1,0 +1,64 @@
+"""`ScriptedAgent`: stands where an `Agent` stands, records what it is asked, and moves nothing."""
+
+from dataclasses import dataclass, field
+
+from disaggd.ids import AgentId
+from disaggd.transfer.agent import HandleId, PeerLost
+from disaggd.transfer.notification import AnyNotification, decode, encode
+from disaggd.transfer.pool import Indices, Pool
+
+
+@dataclass
+class ScriptedPort:
+    is_released: bool = False
+
+    def release(self) -> None:
+        self.is_released = True
+
+
+@dataclass
+class ScriptedAgent:
+    agent_id: AgentId
+    port: ScriptedPort = field(default_factory=ScriptedPort)
+    arriving: list[bytes] = field(default_factory=list)
+    sent: list[AnyNotification | None] = field(default_factory=list)
+    done: set[HandleId] = field(default_factory=set)
+    is_lost: bool = False
+    is_destroyed: bool = False
+
+    @property
+    def metadata(self) -> bytes:
+        return b"metadata of " + self.agent_id.encode()
+
+    def arrive(self, *notifications: AnyNotification) -> None:
+        self.arriving += map(encode, notifications)
+
+    def notifications(self) -> list[bytes]:
+        arrived, self.arriving = self.arriving, []
+        return arrived
+
+    def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
+        self._reach()
+
+    def notify(self, message: bytes) -> None:
+        self._reach()
+        self.sent.append(decode(message))
+
+    def write(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        """Handles are numbered by their place in `sent`."""
+        self._reach()
+        self.sent.append(decode(message))
+        return HandleId(len(self.sent) - 1)
+
+    def poll(self, handle: HandleId) -> bool:
+        self._reach()
+        return handle in self.done
+
+    def destroy(self) -> None:
+        assert not self.is_destroyed
+        self.is_destroyed = True
+
+    def _reach(self) -> None:
+        assert not self.is_destroyed
+        if self.is_lost:
+            raise PeerLost("gone")

@@ -1,0 +1,186 @@
+"""The command line: what a user sees, and the exit code that a script sees. Real processes where imports matter."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+import disaggd
+from disaggd import cli
+from disaggd.errors import HelloRefused, ModelError, ResourceError
+
+ROOT = Path(__file__).parent.parent
+ROUTER = '[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:8000"\n'
+DECODE = '[[node]]\nname = "d0"\nrole = "decode"\nlisten = "127.0.0.1:8102"\nkv_cache = "32MiB"\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.toml"
+    path.write_text('[model]\ndtype = "float32"\n' + ROUTER + DECODE)
+    return path
+
+
+def disaggd_process(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "disaggd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100, check=False, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture
+def roles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Stands in for the roles' modules, and for the re-execution; records who was asked to serve what."""
+    served: list[tuple[str, str]] = []
+
+    def import_module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(run=lambda config, node: served.append((name, node.name)))
+
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    monkeypatch.setattr(cli, "reexec_with", lambda wanted: None)
+    monkeypatch.setattr(cli, "configure_logging", lambda node: None)
+    return served
+
+
+def run(*arguments: str) -> int:
+    return cli._run([*arguments])
+
+
+def test_a_role_serves_its_node(config: Path, roles: list[tuple[str, str]]) -> None:
+    assert run("--role", "decode", "--config", str(config)) == 0
+    assert run("--name", "router", "--config", str(config)) == 0
+    assert roles == [("disaggd.roles.decode", "d0"), ("disaggd.roles.router", "router")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --role or --name"),
+        (["--role", "judge"], "'judge' is not one of 'router', 'prefill', 'decode'"),
+        (["--role", "prefill"], "disaggd: the file has no prefill node"),
+        (["--name", "d9"], "disaggd: no node 'd9'; the file has router, d0"),
+        (["--role", "router", "check"], "--role and --name mean one node"),
+        (["chekc"], "No such command 'chekc'"),
+        (["generate"], "Missing argument 'PROMPT'"),
+        (["generate", "x", "--max-tokens", "0"], "'--max-tokens': 0 is not in the range x>=1"),
+    ],
+)
+def test_bad_usage_exits_2_and_says_why(config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run("--config", str(config), *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_bad_file_is_one_line_and_exits_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(ROUTER + DECODE + "blok_size = 16\n")
+    assert run("check", "--config", str(config)) == 2
+    assert capsys.readouterr().err == f"disaggd: {config}: node[1].blok_size: unknown key (block_size?)\n"
+
+
+def test_a_missing_file_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "--config", "/absent.toml") == 2
+    assert capsys.readouterr().err == "disaggd: /absent.toml: no such file (name one with --config or $DISAGGD_CONFIG)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ResourceError("port taken"), 3),
+        (ModelError("no shard"), 2),
+        (HelloRefused("dtype", "float32", "bfloat16"), 1),
+        (KeyboardInterrupt(), 130),
+        (ExceptionGroup("a role's tasks", [ExceptionGroup("inner", [ResourceError("port taken")])]), 3),
+    ],
+)
+def test_what_ends_a_role_becomes_the_exit_code(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_serve", fail)
+    assert run("--role", "decode", "--config", str(config)) == code
+    assert len(capsys.readouterr().err.split("\n")) == 2  # one line, or none and the end of the terminal's ^C
+
+
+def test_a_fault_of_ours_is_not_hidden(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ExceptionGroup("a role's tasks", [KeyError("ours"), ResourceError("port taken")])
+
+    monkeypatch.setattr(cli, "_serve", fail)
+    with pytest.raises(ExceptionGroup):
+        run("--role", "decode", "--config", str(config))
+
+
+def test_check_shows_the_resolved_cluster(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "--config", str(config)) == 0
+    shown = capsys.readouterr().out
+    assert "d0" in shown
+    assert "127.0.0.1:8102" in shown
+    assert "32 MiB" in shown
+    assert "every prompt is prefilled by its decode node" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('kv_cache = "1KiB"', "node 'd0': kv_cache (1 KiB) is less than one block"),
+        ('[model]\npath = "builtin:huge"', "builtin:huge: no such built-in model"),
+        ('[transfer]\ntransports = "pigeon"', "[transfer] transports = 'pigeon'"),
+    ],
+)
+def test_check_refuses_what_no_node_could_start_with(config: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    config.write_text(ROUTER + DECODE.replace('kv_cache = "32MiB"\n', "") + line)
+    assert run("check", "--config", str(config)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["up"], ["check"], ["generate"]])
+def test_help_reads_well(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: disaggd")
+    assert "$DISAGGD_CONFIG, else ./config.toml" in " ".join(shown.split())
+
+
+def test_the_version_is_the_packages() -> None:
+    process = disaggd_process("--version")
+    assert (process.stdout, process.returncode) == (f"disaggd {disaggd.__version__}\n", 0)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` here, without the re-execution that would replace the tests."""
+    monkeypatch.setattr(cli, "reexec_with", lambda wanted: None)
+    monkeypatch.setattr(cli, "configure_logging", lambda node: None)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_generate_is_repeatable_across_processes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One engine, end to end; the other process takes seconds to import torch."""
+    arguments = ("generate", "--config", str(config), "--max-tokens", "8", "--temperature", "1", "--seed", "7", "--json", "def f(x):")
+    process = disaggd_process(*arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out == process.stdout
+    reply = msgspec.json.decode(process.stdout)
+    assert reply["model"] == "tiny"
+    assert len(reply["tokens"]) == 8 or reply["finish_reason"] == "stop"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_generate_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISAGGD_CONFIG", raising=False)
+    assert run("generate", "--max-tokens", "4", "import os") == 0
+    assert capsys.readouterr().out.startswith("import os")
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "the prompt is empty"), ("\udcff", "the prompt is not valid UTF-8"), ("x y " * 5000, "tokens, but the model's context")],
+)
+def test_generate_refuses_a_bad_prompt(config: Path, prompt: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--config", str(config), prompt) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""`disaggd up` over stand-ins for nodes: tiny processes, real signals."""
+
+import asyncio
+import io
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from disaggd.config import Address, NodeConfig, Role, parse_config
+from disaggd.errors import ConfigError, ResourceError
+from disaggd.ids import NodeName
+from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
+
+WAIT = "import signal; print('up', flush=True); signal.sigwait({signal.SIGTERM}); print('ended', flush=True)"
+"""A node that ends when it is told to. SIGTERM must be blocked to be waited for."""
+BLOCKED = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+ROUTER = (
+    BLOCKED
+    + """
+import socket, sys, threading
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+def answer():
+    while True:
+        client, _ = server.accept()
+        client.recv(4096)
+        client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+        client.close()
+threading.Thread(target=answer, daemon=True).start()
+"""
+    + WAIT
+)
+ENGINE = BLOCKED + WAIT
+STUBBORN = BLOCKED + "import signal; print('up', flush=True); signal.pause()"
+
+
+class Screen(io.StringIO):
+    """What the terminal shows; calls `reaction` once when `awaited` has been shown."""
+
+    def __init__(self, awaited: str = "\0", reaction: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._awaited, self._reaction = awaited, reaction
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self._awaited in text:
+            self._awaited = "\0"
+            self._reaction()
+        return written
+
+    @property
+    def lines(self) -> list[str]:
+        return self.getvalue().splitlines()
+
+
+def node(name: str, role: Role, port: int) -> NodeConfig:
+    return NodeConfig(name=NodeName(name), role=role, listen=Address(f"127.0.0.1:{port}"))
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: Callable[[], None] = lambda: None, grace_s: float = 10.0) -> int:
+    async def limited() -> int:
+        supervisor = Supervisor(
+            tuple(programs),
+            lambda node: [sys.executable, "-I", "-S", "-c", programs[node], str(node.listen.port)],
+            on_ready,
+            out=screen,
+            grace_s=grace_s,
+            restart_pause_s=0.001,
+        )
+        async with asyncio.timeout(30):
+            return await supervisor.run()
+
+    return asyncio.run(limited())
+
+
+def test_one_signal_ends_the_router_first_and_then_the_engines(free_port: Callable[[], int]) -> None:
+    screen = Screen()
+    programs = {node("d0", "decode", free_port()): ENGINE, node("router", "router", free_port()): ROUTER}
+    assert supervise(programs, screen, on_ready=terminate) == 0
+    assert [line for line in screen.lines if "ended" in line] == ["[router] ended", "[d0] ended"]
+
+
+def test_ctrl_c_exits_130(free_port: Callable[[], int]) -> None:
+    assert supervise({node("router", "router", free_port()): ROUTER}, Screen(), on_ready=interrupt) == 130
+
+
+def test_a_node_that_cannot_start_ends_everything_with_its_code(free_port: Callable[[], int]) -> None:
+    screen = Screen()
+    refused = "import sys; print('[p0] 15:04:05 error: port taken'); sys.exit(3)"
+    programs = {node("router", "router", free_port()): ROUTER.replace("200 OK", "503 Wait"), node("p0", "prefill", free_port()): refused}
+    assert supervise(programs, screen) == 3
+    assert "[p0] 15:04:05 error: port taken" in screen.lines
+    assert any(line.endswith("error: could not start (exit code 3); ending the other nodes") for line in screen.lines)
+
+
+def test_a_node_that_dies_later_is_restarted(free_port: Callable[[], int], tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    dies_once = (
+        f"import os\nif os.path.exists({str(first)!r}):\n    os.remove({str(first)!r})\n    os.kill(os.getpid(), 9)\n"
+        "print('second life', flush=True)\n"
+    )
+    first.touch()
+    gate = tmp_path / "gate"  # opened once the cluster is ready, so that the death comes after
+    os.mkfifo(gate)
+    programs = {
+        node("router", "router", free_port()): ROUTER,
+        node("d0", "decode", free_port()): f"open({str(gate)!r}).close()\n" + BLOCKED + dies_once + WAIT,
+    }
+    writers: list[int] = []
+    screen = Screen("second life", terminate)
+    assert supervise(programs, screen, on_ready=lambda: writers.append(os.open(gate, os.O_RDWR))) == 0
+    assert any(line.endswith("error: died (killed by SIGKILL); restarting it") for line in screen.lines)
+    for writer in writers:
+        os.close(writer)
+
+
+def test_a_node_that_dies_too_often_ends_everything(free_port: Callable[[], int]) -> None:
+    screen = Screen()
+    engine = node("d0", "decode", free_port())
+    assert supervise({engine: "raise SystemExit(7)"}, screen) == 7  # no router to wait for: ready from the start
+    assert sum("restarting it" in line for line in screen.lines) == 5
+    assert any("died again (exit code 7), 6 times in a minute" in line for line in screen.lines)
+
+
+def test_what_outlives_its_grace_is_killed(free_port: Callable[[], int]) -> None:
+    screen = Screen("up", terminate)
+    assert supervise({node("d0", "decode", free_port()): STUBBORN}, screen, grace_s=0.05) == 0
+
+
+def test_a_second_ctrl_c_kills_at_once(free_port: Callable[[], int]) -> None:
+    def twice() -> None:
+        interrupt()
+        asyncio.get_running_loop().call_later(0.01, interrupt)
+
+    assert supervise({node("d0", "decode", free_port()): STUBBORN}, Screen("up", twice), grace_s=1000.0) == 130
+
+
+def test_no_node_survives_a_kill_of_its_supervisor(free_port: Callable[[], int]) -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from disaggd.config import Address, NodeConfig\n"
+        "from disaggd.supervisor import Supervisor\n"
+        f"node = NodeConfig(name='d0', role='decode', listen=Address('127.0.0.1:{free_port()}'))\n"
+        "child = [sys.executable, '-I', '-S', '-c', 'import os, signal; print(os.getpid(), flush=True); signal.pause()']\n"
+        "asyncio.run(Supervisor((node,), lambda _: child, lambda: None, out=sys.stdout).run())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as up:
+        assert up.stdout is not None
+        child = os.pidfd_open(int(up.stdout.readline().removeprefix("[d0] ")))
+        up.kill()
+        assert select.select([child], [], [], 20.0)[0] == [child]  # readable: the process has ended
+        os.close(child)
+
+
+def test_a_taken_port_is_found_before_anything_starts(free_port: Callable[[], int]) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"node 'd0': 127.0.0.1:{port} is in use by another process"):
+            check_ports([node("d0", "decode", port)])
+    check_ports([node("d0", "decode", port)])
+
+
+def test_nodes_of_other_hosts_are_left_to_them(free_port: Callable[[], int]) -> None:
+    here = node("d0", "decode", free_port())
+    elsewhere = NodeConfig(name=NodeName("d1"), role="decode", listen=Address("192.0.2.7:8101"))
+    assert local_nodes([here, elsewhere]) == (here,)
+    with pytest.raises(ConfigError, match="no node of the file listens on an address of this host"):
+        local_nodes([elsewhere])
+
+
+def test_the_banner_shows_a_curl_line_for_this_cluster() -> None:
+    config = parse_config(
+        '[cluster]\nsecret = "0123456789abcdef"\n'
+        '[[node]]\nname = "router"\nrole = "router"\nlisten = "0.0.0.0:9000"\n'
+        '[[node]]\nname = "d0"\nrole = "decode"\nlisten = "127.0.0.1:8101"\n'
+    )
+    text = banner(config, config.node("router"))
+    assert "tiny on 1 router, 0 prefill, 1 decode" in text
+    assert "curl -N http://127.0.0.1:9000/v1/completions" in text
+
+
+def test_a_child_is_this_package_under_the_same_interpreter() -> None:
+    command = node_command(Path("/etc/cluster.toml"))(node("p0", "prefill", 8101))
+    assert command == [sys.executable, "-m", "disaggd", "--role", "prefill", "--name", "p0", "--config", "/etc/cluster.toml"]

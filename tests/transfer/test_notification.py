@@ -1,0 +1,27 @@
+"""Notifications survive the wire; what is not one of ours is told apart."""
+
+import pytest
+
+from disaggd.ids import AgentId, GrantToken
+from disaggd.sampling import TokenLogprob
+from disaggd.transfer.notification import AnyNotification, Connect, FirstToken, Piece, WireQuiesced, decode, encode
+
+TOKEN = GrantToken(bytes(range(16)))
+
+
+@pytest.mark.parametrize(
+    "notification",
+    [
+        Connect(AgentId("f00")),
+        Piece(TOKEN, 1, 2, 1 << 40),
+        Piece(TOKEN, 0, 3, 0, total=4, first=FirstToken(9, TokenLogprob(-0.25, ((9, -0.25),)))),
+        WireQuiesced(TOKEN, clean=False),
+    ],
+)
+def test_round_trip(notification: AnyNotification) -> None:
+    assert decode(encode(notification)) == notification
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", b"\xc1", b"\x92\xa7Connect", b"\x92\xa7Unknown\xa1x", b"\x92\xa7Connect\x01"])
+def test_foreign_bytes_are_none(raw: bytes) -> None:
+    assert decode(raw) is None

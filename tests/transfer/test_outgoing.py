@@ -1,0 +1,231 @@
+"""The sending side over scripted message orders: pairs, handles, cancels, leases."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from scripted_agent import ScriptedAgent
+
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.transfer import messages as m
+from disaggd.transfer.agent import HandleId
+from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
+from disaggd.transfer.outgoing import Outgoing
+from disaggd.transfer.pool import Pool
+
+D0 = NodeName("d0")
+FAR = AgentId("far")
+TOKEN = GrantToken(bytes(16))
+FIRST = FirstToken(7)
+BLOCK_BYTES = 8
+POOL = Pool(4096, KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=BLOCK_BYTES),)), 4)
+BLOCKS = (BlockId(0), BlockId(3))
+WRITE = m.PushBlocks(TOKEN, range(0, 2), BLOCKS, BLOCKS)
+WRITE_BYTES = 2 * 2 * BLOCK_BYTES
+
+
+@dataclass
+class Bench:
+    """An `Outgoing` with scripted agents, in the order of their making, and a scripted clock."""
+
+    agents: list[ScriptedAgent] = field(default_factory=list)
+    events: list[m.TransferEvent] = field(default_factory=list)
+    now: float = 0.0
+    next_is_lost: bool = False
+
+    def __post_init__(self) -> None:
+        self.outgoing = Outgoing(POOL, 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+
+    def _make(self) -> ScriptedAgent:
+        self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost))
+        return self.agents[-1]
+
+    def connect(self, agent_id: AgentId = FAR) -> None:
+        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), agent_id, b"", 0, num_blocks=4))
+
+    def begin(self, agent_id: AgentId = FAR) -> None:
+        self.outgoing.begin(m.BeginPush(TOKEN, D0, agent_id, lease_s=5.0))
+
+    def turn(self) -> list[m.TransferEvent]:
+        """Poll; the events since the last turn."""
+        self.outgoing.poll()
+        events, self.events[:] = list(self.events), []
+        return events
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """Connected to FAR."""
+    bench = Bench()
+    bench.connect()
+    assert bench.turn() == [m.PairConnected(D0, FAR)]
+    return bench
+
+
+def ended(
+    clean: bool, finished: bool, kv_bytes: int = 0, first_post_at: float | None = None, last_done_at: float | None = None
+) -> m.PushEnded:
+    return m.PushEnded(TOKEN, clean, finished, kv_bytes, first_post_at, last_done_at)
+
+
+def test_connecting_sends_the_remote_agent_its_own_id(bench: Bench) -> None:
+    assert bench.agents[0].sent == [Connect(FAR)]
+
+
+def test_connecting_again_to_the_same_agent_probes_it_again(bench: Bench) -> None:
+    bench.connect()
+    assert bench.turn() == [m.PairConnected(D0, FAR)]
+    assert bench.agents[0].sent == [Connect(FAR)] * 2
+    assert len(bench.agents) == 1
+
+
+def test_connecting_to_an_unreachable_agent_fails_and_leaves_none_behind() -> None:
+    bench = Bench(next_is_lost=True)
+    bench.connect()
+    assert bench.turn() == [m.PairFailed(D0, FAR, "gone")]
+    assert bench.agents[0].is_destroyed and bench.agents[0].port.is_released
+
+
+def test_pieces_are_numbered_and_the_first_token_does_not_wait_for_the_handles(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    assert bench.agents[0].sent[1:] == [
+        Piece(TOKEN, 0, 0, WRITE_BYTES),
+        Piece(TOKEN, 0, 1, WRITE_BYTES),
+        Piece(TOKEN, 0, 2, 0, total=3, first=FIRST),
+    ]
+    assert bench.turn() == [], "both handles are in flight"
+
+
+def test_push_ends_with_its_last_handle(bench: Bench) -> None:
+    bench.now = 1.0
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    bench.agents[0].done.add(HandleId(1))
+    bench.now = 2.0
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES), ended(True, True, WRITE_BYTES, 1.0, 2.0)]
+    assert not bench.outgoing.is_in_flight
+
+
+def test_cancelled_push_gives_references_back_only_when_handles_end(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.cancel(TOKEN)
+    assert bench.turn() == []
+    bench.outgoing.push_blocks(WRITE)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)], "the dropped one's come back at once"
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    assert len(bench.agents[0].sent) == 2, "nothing more is posted or sent"
+    bench.agents[0].done.add(HandleId(1))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES), ended(True, False, WRITE_BYTES, 0.0, 0.0)]
+
+
+def test_push_cancelled_before_anything_was_posted_ends_clean_at_once(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.cancel(TOKEN)
+    assert bench.events == [ended(True, False)]
+
+
+def test_cancel_of_an_unknown_push_is_ignored(bench: Bench) -> None:
+    bench.outgoing.cancel(TOKEN)
+    assert bench.turn() == []
+
+
+def test_lost_pair_ends_every_handle_of_it_at_once(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.push_blocks(WRITE)
+    bench.agents[0].is_lost = True
+    assert bench.turn() == [
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        ended(False, False, first_post_at=0.0),
+        m.PairFailed(D0, FAR, "gone"),
+    ]
+    assert bench.agents[0].is_destroyed
+
+
+def test_write_that_cannot_be_posted_ends_unclean(bench: Bench) -> None:
+    bench.begin()
+    bench.agents[0].is_lost = True
+    bench.outgoing.push_blocks(WRITE)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(False, False, first_post_at=0.0), m.PairFailed(D0, FAR, "gone")]
+
+
+def test_push_whose_handles_were_all_done_is_clean_though_its_pair_is_lost(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.agents[0].done.add(HandleId(1))
+    bench.turn()
+    bench.agents[0].is_lost = True
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    (end, failed) = bench.turn()
+    assert isinstance(end, m.PushEnded) and end.clean
+    assert failed == m.PairFailed(D0, FAR, "gone")
+
+
+def test_push_to_a_lost_or_other_agent_ends_at_once(bench: Bench) -> None:
+    bench.begin(AgentId("not the one connected to"))
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
+
+
+def test_connecting_to_a_new_agent_ends_what_was_pushed_to_the_old_one(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.connect(AgentId("rebuilt"))
+    assert bench.turn() == [
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        ended(False, False, first_post_at=0.0),
+        m.PairConnected(D0, AgentId("rebuilt")),
+    ]
+    assert [agent.is_destroyed for agent in bench.agents] == [True, False]
+
+
+def test_no_handle_is_posted_after_the_lease(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.now = 5.0
+    bench.outgoing.push_blocks(WRITE)
+    assert len(bench.agents[0].sent) == 2
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)]
+    bench.agents[0].done.add(HandleId(1))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES), ended(True, False, WRITE_BYTES, 0.0, 5.0)]
+
+
+def test_lease_that_runs_out_while_nothing_is_in_flight_ends_the_push(bench: Bench) -> None:
+    bench.begin()
+    bench.now = 4.0
+    bench.outgoing.renew(TOKEN)
+    bench.now = 8.9
+    assert bench.turn() == []
+    bench.now = 9.0
+    assert bench.turn() == [ended(True, False)]
+
+
+def test_target_outside_the_peers_pool_is_never_written(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), BLOCKS, (BlockId(0), BlockId(4))))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
+    assert bench.agents[0].sent == [Connect(FAR)]
+
+
+def test_quiesce_by_wire_goes_to_the_pairs_agent_and_survives_its_loss(bench: Bench) -> None:
+    bench.outgoing.quiesce_by_wire(m.QuiesceByWire(TOKEN, D0, True))
+    assert bench.agents[0].sent[1:] == [WireQuiesced(TOKEN, True)]
+    bench.agents[0].is_lost = True
+    bench.outgoing.quiesce_by_wire(m.QuiesceByWire(TOKEN, D0, True))
+    bench.outgoing.quiesce_by_wire(m.QuiesceByWire(TOKEN, D0, True))
+    assert bench.turn() == [m.PairFailed(D0, FAR, "gone")], "once"
+
+
+def test_closed_pair_ends_its_pushes_without_a_failure(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.close(D0)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(False, False, first_post_at=0.0)]
+    assert bench.outgoing.num_agents == 0

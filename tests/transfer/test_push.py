@@ -1,0 +1,92 @@
+"""A push over scripted orders of posts, ends, cancels and leases."""
+
+import pytest
+
+from disaggd.ids import AgentId, GrantToken, NodeName
+from disaggd.transfer.push import MOVES, Push, PushState
+
+
+@pytest.fixture
+def push() -> Push:
+    return Push(token=GrantToken(bytes(16)), peer=NodeName("d0"), agent_id=AgentId("a"), lease_s=5.0, lease_until=5.0)
+
+
+def test_pieces_are_numbered_in_order_and_the_first_token_closes_the_count(push: Push) -> None:
+    assert [push.posted(0.0), push.posted(0.1), push.finish()] == [0, 1, 2]
+    assert not push.may_post
+
+
+def test_done_only_when_finished_and_every_handle_has_ended(push: Push) -> None:
+    push.posted(1.0)
+    push.posted(2.0)
+    push.ended(10, 3.0)
+    push.finish()
+    assert not push.settle()
+    push.ended(20, 4.0)
+    assert push.settle()
+    assert not push.settle(), "a push ends once"
+    assert (push.state, push.clean, push.kv_bytes, push.first_post_at, push.last_done_at) == (PushState.DONE, True, 30, 1.0, 4.0)
+
+
+def test_active_push_with_nothing_in_flight_is_not_over(push: Push) -> None:
+    push.posted(0.0)
+    push.ended(10, 0.1)
+    assert not push.settle()
+
+
+def test_cancelled_before_anything_was_posted_is_clean(push: Push) -> None:
+    push.drain()
+    assert push.settle()
+    assert (push.clean, push.finished, push.first_post_at) == (True, False, None)
+
+
+def test_cancelled_push_waits_for_its_handles(push: Push) -> None:
+    push.posted(0.0)
+    push.drain()
+    assert not push.may_post
+    assert not push.settle()
+    push.ended(10, 1.0)
+    assert push.settle()
+    assert (push.clean, push.finished, push.kv_bytes) == (True, False, 10)
+
+
+def test_one_failed_handle_makes_it_unclean_and_brings_no_bytes(push: Push) -> None:
+    push.posted(0.0)
+    push.posted(0.0)
+    push.ended(None, 1.0)
+    push.ended(10, 2.0)
+    push.drain()
+    assert push.settle()
+    assert (push.clean, push.kv_bytes) == (False, 10)
+
+
+def test_nothing_is_posted_after_the_lease(push: Push) -> None:
+    push.expire(4.9)
+    assert push.may_post
+    push.expire(5.0)
+    assert push.state is PushState.DRAINING
+
+
+def test_renewed_lease_starts_anew_but_an_expired_one_does_not_come_back(push: Push) -> None:
+    push.renew(4.0)
+    assert push.lease_until == 9.0
+    push.renew(9.0)
+    assert push.lease_until == 9.0
+    push.expire(9.0)
+    assert not push.may_post
+
+
+def test_finished_push_needs_no_lease(push: Push) -> None:
+    push.posted(0.0)
+    push.finish()
+    push.expire(1e6)
+    assert push.state is PushState.ACTIVE
+    push.ended(10, 1e6)
+    assert push.settle()
+    assert push.finished
+
+
+def test_table_of_moves_is_the_drawn_one() -> None:
+    moves = {(before, after) for before, afters in MOVES.items() for after in afters}
+    active, draining, done = PushState.ACTIVE, PushState.DRAINING, PushState.DONE
+    assert moves == {(active, done), (active, draining), (draining, done)}

@@ -93,7 +93,7 @@ class Dispatcher:
         self.queue = PrefillQueue()
         self.sequences: dict[SeqId, RoutedSequence] = {}
         self.dropped_frames: Counter[str] = Counter()
-        """Frames of older attempts or of sequences that are over, by type."""
+        """Frames of older attempts or of sequences that are over, by type; whoever reads them clears them."""
         self._incarnation = incarnation
         self._counter = itertools.count(1)
         self._max_retries = max_retries

@@ -372,6 +372,8 @@ class Gauges(Frame, frozen=True):
     blocks_granted: int
     blocks_held: int
     blocks_quarantined: int
+    preemptions: int
+    """Since the node's start."""
 
 
 ToNode = (

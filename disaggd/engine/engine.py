@@ -55,6 +55,8 @@ class EngineGauges:
     queued: int
     blocks_free: int
     blocks_used: int
+    preemptions: int
+    """Since the start."""
 
 
 class Engine:
@@ -180,6 +182,7 @@ class Engine:
             queued=sum(sequence.state is SequenceState.QUEUED for sequence in self.sequences.values()),
             blocks_free=self.pool.num_free,
             blocks_used=sum(len(sequence.block_table) for sequence in running),
+            preemptions=self._scheduler.num_preemptions,
         )
 
     # ── arrival and end ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -79,6 +79,7 @@ class Scheduler:
         """The preempted, then the others; each by age."""
         self.running: list[Sequence] = []
         """By age, the oldest first."""
+        self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
 
@@ -144,6 +145,7 @@ class Scheduler:
         sequence.move(SequenceState.WAITING)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         self.wait(sequence)
 
     def _admit(self, step: "_Step") -> None:

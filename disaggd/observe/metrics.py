@@ -55,8 +55,10 @@ class Metrics:
         self._blocks = Gauge("disaggd_kv_blocks", "KV blocks", ["node", "state"], registry=registry)
         self._sequences = Gauge("disaggd_sequences", "Sequences in a node's engine", ["node", "state"], registry=registry)
         self._queue_depth = Gauge("disaggd_prefill_queue_depth", "Jobs in the prefill queue", registry=registry)
-        self._retries = Counter("disaggd_retries", "Sequences placed again", ["reason"], registry=registry)
-        self._dropped_frames = Counter("disaggd_dropped_frames", "Frames not obeyed", ["node", "reason"], registry=registry)
+        self._preemptions = Counter("disaggd_num_preemptions", "Sequences preempted for want of blocks", ["node"], registry=registry)
+        self._seen_preemptions: dict[str, int] = {}
+        self._retries = Counter("disaggd_retries", "Sequences placed again after a loss", registry=registry)
+        self._dropped_frames = Counter("disaggd_dropped_frames", "Frames of attempts that are over", ["frame"], registry=registry)
 
     # ── told by the gateway ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -85,6 +87,7 @@ class Metrics:
         self._cached_tokens.inc(receipt.num_cached)
         self._generation_tokens.inc(receipt.output_tokens)
         self._kv_bytes.inc(receipt.kv_bytes)
+        self._retries.inc(receipt.retries)
         self._finished.labels(receipt.finish_reason or "error").inc()
         if receipt.decision is not None:
             self._decisions.labels(receipt.decision, reason).inc()
@@ -120,13 +123,15 @@ class Metrics:
     def set_queue_depth(self, jobs: int) -> None:
         self._queue_depth.set(jobs)
 
-    def count_retry(self, reason: str) -> None:
-        """A sequence starts another attempt."""
-        self._retries.labels(reason).inc()
+    def count_preemptions(self, node: str, total: int) -> None:
+        """`total` is the node's own count, which begins anew with the node."""
+        seen = self._seen_preemptions.get(node, 0)
+        self._preemptions.labels(node).inc(total - seen if total >= seen else total)
+        self._seen_preemptions[node] = total
 
-    def count_dropped_frame(self, node: str, reason: str) -> None:
-        """A frame of an older attempt, or about nothing we know."""
-        self._dropped_frames.labels(node, reason).inc()
+    def count_dropped_frames(self, frame: str, count: int) -> None:
+        """Frames of that type that came for an older attempt, or about a sequence that is over."""
+        self._dropped_frames.labels(frame).inc(count)
 
     def render(self) -> bytes:
         """The exposition that `/metrics` serves, of type `content_type`."""

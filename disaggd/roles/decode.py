@@ -50,7 +50,7 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
-from disaggd.engine.sequence import Sequence
+from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import ContextTooLong
 from disaggd.ids import GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
@@ -187,7 +187,7 @@ class DecodeRole:
         placed = self._current(frame.seq, frame.attempt)
         if placed is None:
             self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
-        elif placed.grant is None and placed.sequence.num_computed:
+        elif placed.sequence.state is not SequenceState.QUEUED:
             self._outbox.send(link, Landed(frame.seq, frame.attempt, 0.0))
         else:
             self._release(placed, "its prefill node is lost")
@@ -231,15 +231,12 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.LandingFailed) -> None:
-        if (record := self._grants.get(event.token)) is not None:
-            self._release(self._placed[record.seq_id], event.reason)
+        self._give_up(event.token, event.reason)
 
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
         """The prefill node lost its router, perhaps before we did: what has not landed by now never will."""
-        record = self._grants.get(event.token)
-        if record is not None and record.state is GrantState.GRANTED:
-            self._release(self._placed[record.seq_id], "its prefill node lost its router")
+        self._give_up(event.token, "its prefill node lost its router")
         self._free(self._grants.quiesced(event.token, event.clean))
 
     @_on_event.register
@@ -255,6 +252,9 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.Fenced) -> None:
+        agent = self._agents.get(event.peer)
+        if agent is not None and agent.agent_id == event.agent_id:
+            del self._agents[event.peer]  # granted no more; `PairOpened` brings the next
         for record in self._grants.fenced(event.peer, event.agent_id):
             self._free(record)
             placed = self._placed.get(record.seq_id)
@@ -292,6 +292,8 @@ class DecodeRole:
                 self._outbox.send(link, Room(self._pool.num_free))
 
     def next_deadline(self) -> float | None:
+        if any(self._has_room(need) for need in self._refused_room.values()):
+            return self._clock()  # a step has freed it, and nothing else may come in
         return self._grants.next_deadline()
 
     def gauges(self) -> Gauges:
@@ -307,6 +309,7 @@ class DecodeRole:
             blocks_granted=granted,
             blocks_held=0,
             blocks_quarantined=quarantined,
+            preemptions=engine.preemptions,
         )
 
     # ── grants ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,6 +362,12 @@ class DecodeRole:
         if placed.grant is not None and (record := self._grants.quarantine(placed.grant, reason)) is not None:
             self._submit(transfer.Forget(record.token))
             self._outbox.send(placed.link, Cancel(record.token, record.peer, self._name))
+
+    def _give_up(self, token: GrantToken, reason: str) -> None:
+        """Release the sequence that waits for this grant; nothing if the grant was given up before."""
+        record = self._grants.get(token)
+        if record is not None and record.state is GrantState.GRANTED:
+            self._release(self._placed[record.seq_id], reason)
 
     def _give_up_grants_of(self, agent: transfer.PairOpened, reason: str) -> None:
         for placed in list(self._placed.values()):

@@ -335,6 +335,7 @@ class PrefillRole:
             blocks_granted=0,
             blocks_held=held,
             blocks_quarantined=0,
+            preemptions=engine.preemptions,
         )
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -199,10 +199,14 @@ class RouterBackend:
     def tick(self) -> None:
         self.dispatcher.tick()
         self._metrics.set_queue_depth(len(self.dispatcher.queue))
+        for frame, count in self.dispatcher.dropped_frames.items():
+            self._metrics.count_dropped_frames(frame, count)
+        self.dispatcher.dropped_frames.clear()
 
     def _show_gauges(self, node: NodeName, gauges: Gauges) -> None:
         self._metrics.set_blocks(node, _blocks(gauges))
         self._metrics.set_sequences(node, {"waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued})
+        self._metrics.count_preemptions(node, gauges.preemptions)
 
     def _on_update(self, record: RoutedSequence) -> None:
         receipt = make_receipt(record, self.model_name)
@@ -326,6 +330,7 @@ async def _serve_http(app: ASGIApp, listener: socket.socket) -> None:
     settings = uvicorn.Config(
         app,
         http="httptools",
+        ws="none",
         loop="none",
         lifespan="off",
         log_config=None,

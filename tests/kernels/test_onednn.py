@@ -29,10 +29,15 @@ def test_an_unsupported_dtype_stays_as_it_is(monkeypatch):
     assert onednn.pack(weight) is weight
 
 
-def test_a_float32_row_is_the_same_alone_and_in_a_batch():
-    if not onednn._has_kernel(torch.float32):
-        pytest.skip("no oneDNN in this torch")
-    packed, x = onednn.pack(torch.randn(96, 64)), torch.randn(64, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 1024, 1040, 2048])
+def test_a_row_is_the_same_alone_and_in_a_batch(dtype, width):
+    if not onednn._has_kernel(dtype):
+        pytest.skip(f"this CPU has no oneDNN kernel for {dtype}")
+    generator = torch.Generator().manual_seed(2)
+    packed = onednn.pack(torch.randn(96, width, generator=generator).to(dtype))
+    x = torch.randn(64, width, generator=generator).to(dtype)
     together = onednn.linear(x, packed, None)
     for count in (1, 2, 8, 33):
-        assert torch.equal(onednn.linear(x[:count], packed, None), together[:count])
+        parts = [onednn.linear(part, packed, None) for part in x.split(count)]
+        assert torch.equal(torch.cat(parts), together)

@@ -75,8 +75,12 @@ def test_a_node_that_went_down_holds_nothing(metrics: Metrics, registry: Any) ->
     assert registry.get_sample_value("disaggd_kv_blocks", {"node": "d1", "state": "free"}) == 7
 
 
-def test_retries_and_dropped_frames_have_reasons(metrics: Metrics, registry: Any) -> None:
-    metrics.count_retry("prefill_lost")
-    metrics.count_dropped_frame("d0", "old_attempt")
-    assert registry.get_sample_value("disaggd_retries_total", {"reason": "prefill_lost"}) == 1
-    assert registry.get_sample_value("disaggd_dropped_frames_total", {"node": "d0", "reason": "old_attempt"}) == 1
+def test_preemptions_are_counted_over_a_nodes_restarts(metrics: Metrics, registry: Any) -> None:
+    for total in (0, 3, 5, 1):  # the last is a restarted node's
+        metrics.count_preemptions("d0", total)
+    assert registry.get_sample_value("disaggd_num_preemptions_total", {"node": "d0"}) == 6
+
+
+def test_dropped_frames_are_counted_by_type(metrics: Metrics, registry: Any) -> None:
+    metrics.count_dropped_frames("Tokens", 2)
+    assert registry.get_sample_value("disaggd_dropped_frames_total", {"frame": "Tokens"}) == 2

@@ -55,3 +55,4 @@ def test_preemption_by_a_small_pool_changes_no_token(directory: Path, oracle: Or
     small = {"kv_cache": 40 * oracle.kv_spec.bytes_per_block}
     with running(Cluster(directory, nodes=small)) as cluster:
         run(cluster, oracle, 32, 80)
+        assert cluster.metric("disaggd_num_preemptions_total")["d0",] > 0, "the pool was not small enough"

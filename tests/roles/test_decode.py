@@ -1,0 +1,351 @@
+"""The decode role over scripted frames, transfer events and time: decisions, grants, landings, tokens."""
+
+import pytest
+
+from disaggd.cluster.protocol import (
+    Abort,
+    Cancel,
+    Decided,
+    Generate,
+    Grant,
+    Granted,
+    Landed,
+    NeedPrefill,
+    NoRoom,
+    OpenPair,
+    PairAgent,
+    PairReady,
+    PrefillLost,
+    Refused,
+    Released,
+    RequestGrant,
+    Room,
+    Tokens,
+    pack_tokens,
+)
+from disaggd.engine.sequence import SequenceState
+from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
+from disaggd.roles.compute import LinkId
+from disaggd.roles.decode import DecodeRole
+from disaggd.sampling import SamplingParams
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.notification import FirstToken
+from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, RoleNode, expected, make_decode_node, next_token, prompt
+
+P0 = NodeName("p0")
+AGENT = AgentId("agent-1")
+S = SeqId("s")
+
+Node = RoleNode[DecodeRole]
+
+
+def generate(
+    tokens: list[int],
+    seq: SeqId = S,
+    *,
+    attempt: int = 0,
+    max_tokens: int = 4,
+    num_prompt: int | None = None,
+    policy: str = "auto",
+    nodes: int = 1,
+    depth: int = 0,
+    grant_for: NodeName | None = None,
+    stop: tuple[int, ...] = (),
+) -> Generate:
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True)
+    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, policy, nodes, depth, grant_for)
+
+
+def granted(node: Node, seq: SeqId = S, length: int = 20, **options: object) -> Grant:
+    """A remote sequence whose blocks are out."""
+    node.say(generate(prompt(length), seq, **options), RequestGrant(seq, 0, P0))
+    return node.last(Granted).grant
+
+
+def landed(node: Node, grant: Grant, length: int = 20) -> None:
+    node.event(transfer.Landed(grant.token, FirstToken(next_token(prompt(length))), 0))
+
+
+def delivered(node: Node, seq: SeqId = S) -> list[int]:
+    """Tokens reported so far; asserts that their indexes run on."""
+    tokens: list[int] = []
+    for run in (run for frame in node.frames(Tokens) for run in frame.runs if run.seq == seq):
+        assert run.start == len(tokens)
+        tokens += run.tokens
+    return tokens
+
+
+def is_empty(node: Node) -> bool:
+    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks
+
+
+# ── decisions ──
+
+
+def test_a_short_prompt_is_prefilled_here() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(16)))
+    decided = node.last(Decided)
+    assert (decided.seq, decided.attempt, decided.reason.partition(":")[0]) == (S, 0, "short")
+    node.run()
+    assert delivered(node) == expected(prompt(16), 4)
+    assert node.frames(Tokens)[-1].runs[0].finish_reason == "length"
+    assert is_empty(node)
+
+
+def test_a_long_prompt_is_parked_and_holds_no_blocks_until_a_grant_is_asked_for() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(17)))
+    assert node.last(NeedPrefill).grant is None
+    assert node.engine.sequences[S].state is SequenceState.QUEUED
+    assert node.pool.num_free == node.pool.num_blocks
+
+
+@pytest.mark.parametrize(("options", "code"), [({"nodes": 0}, "no_prefill_node"), ({"depth": 4}, "queue_full")])
+def test_a_long_prompt_stays_here_when_it_cannot_go_elsewhere(options: dict[str, int], code: str) -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(100), **options))
+    assert node.last(Decided).reason.partition(":")[0] == code
+    node.run()
+    assert delivered(node) == expected(prompt(100), 4)
+
+
+def test_a_request_may_override_the_decision() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(3), SeqId("a"), policy="remote"), generate(prompt(200), SeqId("b"), policy="local", max_tokens=1))
+    assert (node.last(NeedPrefill).seq, node.last(Decided).seq) == ("a", "b")
+
+
+@pytest.mark.parametrize("nodes", [0, 1])
+def test_a_prompt_that_the_pool_can_never_hold_is_refused_with_both_numbers(nodes: int) -> None:
+    node = make_decode_node(num_blocks=8)
+    node.say(generate(prompt(32), nodes=nodes))
+    refused = node.last(Refused)
+    assert refused.code == "context_length_exceeded" and "32" in refused.message and "31" in refused.message
+    assert is_empty(node) and len(node.sent) == 1
+
+
+def test_a_retry_continues_the_indexes_of_what_was_sent() -> None:
+    node = make_decode_node()
+    tokens = prompt(10)
+    sent = expected(tokens, 3)
+    node.say(generate(tokens + sent, num_prompt=10, max_tokens=5, attempt=1))
+    node.run()
+    runs = [run for frame in node.frames(Tokens) for run in frame.runs]
+    assert [(run.start, run.tokens) for run in runs] == [(i, (token,)) for i, token in enumerate(expected(tokens, 5))][3:]
+    assert runs[-1].finish_reason == "length"
+
+
+def test_a_newer_attempt_replaces_an_older_one_and_an_older_one_changes_nothing() -> None:
+    node = make_decode_node()
+    grant = granted(node)
+    node.say(generate(prompt(20), attempt=1))
+    assert node.last(Cancel).token == grant.token
+    node.clear()
+    node.say(generate(prompt(20), attempt=1), generate(prompt(20), attempt=0), Abort(S, 0), PrefillLost(S, 0))
+    assert node.engine.sequences[S].attempt == 1
+    assert node.sent == [(1, Released(S, 0, "unknown sequence"))]
+
+
+def test_one_output_token_is_left_to_the_prefill_node_alone() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(20), max_tokens=1, grant_for=P0))
+    assert node.last(NeedPrefill).grant is None
+    assert is_empty(node)
+    node.say(Abort(S, 0))
+
+
+def test_the_last_token_of_a_retry_needs_no_grant_either() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(23), num_prompt=20, max_tokens=4, attempt=1, grant_for=P0))
+    assert node.last(NeedPrefill).grant is None
+    assert is_empty(node)
+
+
+# ── grants ──
+
+
+@pytest.mark.parametrize(("length", "need"), [(19, 5), (20, 6), (21, 6)])
+def test_a_grant_holds_the_prompt_and_the_first_generated_token(length: int, need: int) -> None:
+    node = make_decode_node()
+    grant = granted(node, length=length)
+    assert len(set(grant.block_ids)) == need
+    assert (grant.prefill, grant.decode, grant.agent_id, grant.first_token_index, grant.lease_s) == (P0, "d0", AGENT, 0, LEASE_S)
+    assert len(grant.token) == 16
+    assert node.role.gauges().blocks_granted == need
+    assert node.pool.num_free == node.pool.num_blocks - need
+
+
+def test_what_shall_land_is_expected_before_the_grant_leaves() -> None:
+    """The bytes of the prompt's blocks; the block of the token generated first may lie beyond them."""
+    node = make_decode_node()
+    grant = granted(node, length=20)
+    assert node.commands == [transfer.Expect(grant.token, P0, AGENT, 5 * BYTES_PER_BLOCK)]
+
+
+def test_every_grant_has_a_token_of_its_own() -> None:
+    node = make_decode_node()
+    tokens = {granted(node, SeqId(str(i))).token for i in range(8)}
+    assert len(tokens) == 8
+
+
+def test_a_grant_may_ride_on_need_prefill() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(20), grant_for=P0))
+    grant = node.last(NeedPrefill).grant
+    assert grant is not None and len(grant.block_ids) == 6
+    landed(node, grant)
+    assert delivered(node) == expected(prompt(20), 1)
+
+
+def test_asking_again_takes_back_the_grant_that_rode_along() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(20), grant_for=P0))
+    first = node.last(NeedPrefill).grant
+    node.say(RequestGrant(S, 0, P0))
+    assert first is not None and node.last(Granted).grant.token != first.token
+    assert node.role.gauges().blocks_granted == 6 and node.role.gauges().blocks_quarantined == 0
+    landed(node, first)
+    assert node.frames(Tokens) == []
+
+
+def test_no_grant_for_a_prefill_node_that_has_no_agent_here() -> None:
+    node = make_decode_node()
+    node.say(generate(prompt(20), grant_for=NodeName("p9")))
+    assert node.last(NeedPrefill).grant is None
+    node.say(RequestGrant(S, 0, NodeName("p9")))
+    assert node.last(NoRoom) == NoRoom(S, 0)
+
+
+def test_a_fenced_agent_is_granted_no_more() -> None:
+    node = make_decode_node()
+    node.event(transfer.Fenced(P0, AGENT))
+    node.say(generate(prompt(20), grant_for=P0))
+    assert node.last(NeedPrefill).grant is None
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AgentId("agent-2"), b"", 0))
+    node.say(RequestGrant(S, 0, P0))
+    assert node.last(Granted).grant.agent_id == "agent-2"
+
+
+def test_a_grant_for_an_unknown_sequence_is_released() -> None:
+    node = make_decode_node()
+    node.say(RequestGrant(S, 0, P0))
+    assert node.last(Released) == Released(S, 0, "unknown sequence")
+
+
+# ── room ──
+
+
+def test_without_room_the_router_hears_of_it_and_again_when_there_is_some() -> None:
+    node = make_decode_node(num_blocks=16)
+    first = granted(node, SeqId("first"), 36)
+    node.say(generate(prompt(36)), RequestGrant(S, 0, P0))
+    assert node.last(NoRoom) == NoRoom(S, 0)
+    node.after(0.1)
+    assert node.frames(Room) == []
+    landed(node, first, 36)
+    node.say(Abort(SeqId("first"), 0))
+    node.after(0.1)
+    assert node.frames(Room) == [Room(16)]
+    node.after(0.1)
+    assert len(node.frames(Room)) == 1, "once for each NoRoom"
+    node.say(RequestGrant(S, 0, P0))
+    assert node.last(Granted).seq == S
+
+
+def test_room_is_due_as_soon_as_a_step_has_freed_it() -> None:
+    """Nothing may come in any more: the thread must not fall asleep over it."""
+    node = make_decode_node(num_blocks=16)
+    node.say(generate(prompt(16), SeqId("local"), max_tokens=2))
+    node.step()
+    node.say(generate(prompt(48)), RequestGrant(S, 0, P0))
+    assert node.frames(NoRoom) and node.role.next_deadline() is None
+    node.run()
+    assert node.role.next_deadline() == node.now
+
+
+def test_growth_of_running_sequences_comes_before_grants() -> None:
+    """Free blocks must leave one for each running sequence and 5 % of the pool."""
+    node = make_decode_node(num_blocks=20)
+    node.say(generate(prompt(16), SeqId("local"), max_tokens=50))
+    node.step()
+    assert node.pool.num_free == 16
+    node.say(generate(prompt(59)), RequestGrant(S, 0, P0))
+    assert node.frames(NoRoom), "15 blocks and one to grow into, and one spare, are more than 16"
+    node.say(generate(prompt(55), SeqId("smaller")), RequestGrant(SeqId("smaller"), 0, P0))
+    assert node.last(Granted).seq == "smaller"
+
+
+# ── landing ──
+
+
+def test_a_landed_sequence_continues_from_the_pushed_blocks() -> None:
+    node = make_decode_node()
+    grant = granted(node)
+    node.now += 0.25
+    landed(node, grant)
+    assert node.last(Landed) == Landed(S, 0, 250.0)
+    assert delivered(node) == expected(prompt(20), 1), "the first token starts at index 0 here too"
+    assert node.engine.sequences[S].block_table == list(grant.block_ids)
+    assert node.role.gauges().blocks_granted == 0
+    node.run()
+    assert delivered(node) == expected(prompt(20), 4)
+    assert is_empty(node)
+
+
+def test_the_landing_is_told_before_its_tokens() -> None:
+    node = make_decode_node()
+    landed(node, granted(node))
+    kinds = [type(frame) for _, frame in node.sent]
+    assert kinds.index(Landed) < kinds.index(Tokens)
+
+
+def test_a_first_token_that_ends_the_sequence_here_finishes_it() -> None:
+    node = make_decode_node()
+    grant = granted(node, stop=(next_token(prompt(20)),))
+    landed(node, grant)
+    assert node.last(Tokens).runs[0].finish_reason == "stop"
+    assert is_empty(node)
+
+
+def test_one_frame_a_step_carries_the_tokens_of_all_sequences_of_a_router() -> None:
+    node = make_decode_node()
+    other = LinkId(2)
+    node.link_up(other)
+    node.say(generate(prompt(3, 1), SeqId("a")), generate(prompt(4, 2), SeqId("b")))
+    node.say(generate(prompt(5, 3), SeqId("c")), link=other)
+    node.clear()
+    node.step()
+    runs = {link: [run.seq for run in frame.runs] for link, frame in node.sent if isinstance(frame, Tokens)}
+    assert runs == {1: ["a", "b"], 2: ["c"]}
+    assert len(node.sent) == 2
+
+
+# ── pairs ──
+
+
+def test_a_router_that_opens_a_pair_gets_the_agent_and_hears_of_its_probe() -> None:
+    node = make_decode_node()
+    node.say(OpenPair(P0, Incarnation("p0-first")))
+    assert node.commands == [transfer.OpenPair(P0, Incarnation("p0-first"))]
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AGENT, b"metadata", 4096))
+    assert node.last(PairAgent) == PairAgent(P0, Incarnation("p0-first"), AGENT, b"metadata", 4096, 64)
+    node.event(transfer.PairProbed(P0, AGENT))
+    assert node.last(PairReady) == PairReady(P0, AGENT)
+
+
+def test_the_grants_of_a_restarted_prefill_node_are_given_up_at_once_and_freed_by_the_fence() -> None:
+    node = make_decode_node()
+    granted(node)
+    node.say(OpenPair(P0, Incarnation("p0-second")))
+    assert node.last(Released).seq == S
+    assert node.role.gauges().blocks_quarantined == 6
+    node.event(transfer.Fenced(P0, AGENT), transfer.PairOpened(P0, Incarnation("p0-second"), AgentId("agent-2"), b"", 0))
+    assert is_empty(node)
+
+
+def test_opening_a_pair_again_touches_no_grant() -> None:
+    node = make_decode_node()
+    granted(node)
+    node.say(OpenPair(P0, Incarnation("p0-first")))
+    assert not node.frames(Released) and node.role.gauges().blocks_granted == 6

@@ -355,6 +355,8 @@ class Dispatcher:
         idle for a long one.
         """
         for seq in self.queue:
+            if seq not in self.queue:
+                continue  # a retry below dispatched it already
             record = self.sequences[seq]
             assert record.decode is not None
             decode, reachable = self.decodes.get(record.decode), self.pairs.reachable(record.decode)

@@ -133,12 +133,12 @@ class Link(Generic[Out, In, Hello]):
         """Runs the link to its end. Cancelling it closes the link; `on_down` is called in any case."""
         log.info("link to %s is up", self.name)
         on_up(self)
-        reason = "this node is stopping"
+        reason, level = "stopping", logging.INFO
         try:
-            reason = await self._run(on_frame)
+            reason, level = await self._run(on_frame), logging.WARNING
         finally:
             self._close_reason = self._close_reason or reason
-            log.warning("link to %s is down: %s", self.name, reason)
+            log.log(level, "link to %s is down: %s", self.name, reason)
             on_down(self, reason)
             await self._socket.close(reason=reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
 
@@ -241,7 +241,7 @@ class LinkServer:
     async def close(self) -> None:
         """Stops listening and closes every link; returns when each `on_down` has been called."""
         if self._server is not None:
-            self._server.close(reason="the node is stopping")
+            self._server.close(reason="stopping")
             await self._server.wait_closed()
 
     def _admit(self, socket: ServerConnection, request: Request) -> Response | None:
@@ -326,6 +326,7 @@ async def dial(
     Each standing trouble is logged once.
     """
     troubles = _Repeated()
+    absent = logging.INFO  # until it was there once: nodes start in any order
     pause_s = settings.reconnect_min_s
     while True:
         try:
@@ -334,10 +335,11 @@ async def dial(
             troubles.warn(f"no link to {node.name} at {node.listen}: {error}")
             pause_s = settings.refused_s
         except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError) as error:
-            troubles.warn(f"no link to {node.name} at {node.listen}, trying again: {_why(error)}")
+            troubles.warn(f"no link to {node.name} at {node.listen}, trying again: {_why(error)}", absent)
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
         else:
             troubles.forget()
+            absent = logging.WARNING
             pause_s = settings.reconnect_min_s
             await link.carry(on_up, on_frame, on_down)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -399,9 +401,9 @@ class _Repeated:
     def __init__(self) -> None:
         self._last: str | None = None
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, level: int = logging.WARNING) -> None:
         if message != self._last:
-            log.warning("%s", message)
+            log.log(level, "%s", message)
         self._last = message
 
     def forget(self) -> None:

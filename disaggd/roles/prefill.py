@@ -261,8 +261,10 @@ class PrefillRole:
     def _push(self, grant: Grant, chunk: Chunk, layers: range) -> None:
         """One handle: these layers of the blocks that the chunk filled. Chunks end on blocks, so each goes out once."""
         size = self._pool.block_size
-        first, last = chunk.start // size, -(-chunk.end // size)
         skip = grant.first_token_index // size
+        first, last = max(skip, chunk.start // size), -(-chunk.end // size)
+        if first >= last:
+            return  # decode has it all
         source = tuple(chunk.sequence.block_table[first:last])
         target = grant.block_ids[first - skip : last - skip]
         self._pool.retain(source)

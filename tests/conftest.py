@@ -1,10 +1,13 @@
 """Fixtures for every test. No test sleeps, and none reaches beyond loopback."""
 
+import os
 import socket
 from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy host more threads only wait for each other
 
 settings.register_profile("disaggd", deadline=None, derandomize=True)
 settings.load_profile("disaggd")

@@ -17,6 +17,7 @@ import asyncio
 import hmac
 import http
 import logging
+import os
 import random
 from collections import deque
 from collections.abc import Callable
@@ -236,7 +237,7 @@ class LinkServer:
                 **_SOCKET_OPTIONS,
             )
         except OSError as error:
-            raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
+            raise ResourceError(f"cannot listen on {address}: {_reason(error)}") from error
 
     async def close(self) -> None:
         """Stops listening and closes every link; returns when each `on_down` has been called."""
@@ -430,6 +431,9 @@ def _remote(socket: Connection) -> str:
 def _why(error: BaseException) -> str:
     if isinstance(error, ConnectionClosed):
         return f"closed by the peer: {error.rcvd.reason or error.rcvd.code}" if error.rcvd else "connection lost"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+    return _reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+
+
+def _reason(error: OSError) -> str:
+    """In the system's words: asyncio's own name the address again."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__

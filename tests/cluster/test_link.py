@@ -25,7 +25,7 @@ SETTINGS = LinkSettings(
 )
 KV = KVSpec(dtype="float32", block_size=64, head_dim=16, groups=())
 ROUTER = RouterHello(PROTOCOL_VERSION, NodeName("r0"), Incarnation("r-1"), "model-a")
-NODE = NodeHello(PROTOCOL_VERSION, NodeName("p0"), "prefill", Incarnation("p-1"), "model-a", KV, 100, 4096, 1)
+NODE = NodeHello(PROTOCOL_VERSION, NodeName("p0"), "prefill", Incarnation("p-1"), "model-a", KV, 100, 4096)
 
 
 @dataclass

@@ -6,8 +6,6 @@ from disaggd.cluster.protocol import (
     Abort,
     Cancel,
     Decided,
-    Generate,
-    Grant,
     Granted,
     Landed,
     NeedPrefill,
@@ -21,63 +19,13 @@ from disaggd.cluster.protocol import (
     RequestGrant,
     Room,
     Tokens,
-    pack_tokens,
 )
 from disaggd.engine.sequence import SequenceState
 from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
-from disaggd.roles.decode import DecodeRole
-from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
-from disaggd.transfer.notification import FirstToken
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, RoleNode, expected, make_decode_node, next_token, prompt
-
-P0 = NodeName("p0")
-AGENT = AgentId("agent-1")
-S = SeqId("s")
-
-Node = RoleNode[DecodeRole]
-
-
-def generate(
-    tokens: list[int],
-    seq: SeqId = S,
-    *,
-    attempt: int = 0,
-    max_tokens: int = 4,
-    num_prompt: int | None = None,
-    policy: str = "auto",
-    nodes: int = 1,
-    depth: int = 0,
-    grant_for: NodeName | None = None,
-    stop: tuple[int, ...] = (),
-) -> Generate:
-    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True)
-    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, policy, nodes, depth, grant_for)
-
-
-def granted(node: Node, seq: SeqId = S, length: int = 20, **options: object) -> Grant:
-    """A remote sequence whose blocks are out."""
-    node.say(generate(prompt(length), seq, **options), RequestGrant(seq, 0, P0))
-    return node.last(Granted).grant
-
-
-def landed(node: Node, grant: Grant, length: int = 20) -> None:
-    node.event(transfer.Landed(grant.token, FirstToken(next_token(prompt(length))), 0))
-
-
-def delivered(node: Node, seq: SeqId = S) -> list[int]:
-    """Tokens reported so far; asserts that their indexes run on."""
-    tokens: list[int] = []
-    for run in (run for frame in node.frames(Tokens) for run in frame.runs if run.seq == seq):
-        assert run.start == len(tokens)
-        tokens += run.tokens
-    return tokens
-
-
-def is_empty(node: Node) -> bool:
-    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks
-
+from tests.support.decode_scripts import AGENT, P0, S, delivered, generate, granted, is_empty, landed, make_decode_node
+from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, expected, next_token, prompt
 
 # ── decisions ──
 

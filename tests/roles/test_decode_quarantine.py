@@ -8,8 +8,8 @@ from disaggd.cluster.protocol import Abort, Cancel, Gauges, Landed, PrefillLost,
 from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
-from tests.roles.test_decode import AGENT, P0, Node, S, delivered, generate, granted, is_empty, landed
-from tests.support.role_nodes import LEASE_S, QUIESCE_S, expected, make_decode_node, prompt
+from tests.support.decode_scripts import AGENT, P0, Node, S, delivered, generate, granted, is_empty, landed, make_decode_node
+from tests.support.role_nodes import LEASE_S, QUIESCE_S, expected, prompt
 
 D0 = NodeName("d0")
 

@@ -4,71 +4,32 @@ import pytest
 
 from disaggd.cluster.protocol import (
     Abort,
-    ConnectPair,
     Credit,
-    Grant,
     JobEnded,
     PairLost,
     PairReady,
-    Prefill,
     Prefilled,
     Progress,
-    pack_tokens,
 )
-from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.ids import AgentId, BlockId, GrantToken, SeqId
 from disaggd.roles.compute import LinkId
-from disaggd.roles.prefill import PrefillRole
-from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
-from tests.support.role_nodes import BLOCK, LAYER_GROUPS, LEASE_S, QUIESCE_S, RoleNode, make_prefill_node, next_token, prompt
-
-D0, P0 = NodeName("d0"), NodeName("p0")
-AGENT = AgentId("agent-1")
-S = SeqId("s")
-T = GrantToken(b"token")
-
-Node = RoleNode[PrefillRole]
-
-
-def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT) -> Grant:
-    """What decode reserves for a prompt: target block 100 + i for its i-th block that is not left out, one more for the output."""
-    num_blocks = -(-(length + 1 - first_token_index) // BLOCK)
-    return Grant(token, D0, P0, agent, first_token_index, tuple(BlockId(100 + i) for i in range(num_blocks)), LEASE_S)
-
-
-def prefill(
-    tokens: list[int], grant: Grant | None, seq: SeqId = S, *, attempt: int = 0, num_prompt: int | None = None, **sampling: object
-) -> Prefill:
-    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
-    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, grant)
-
-
-def ready_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
-    node = make_prefill_node(num_blocks, max_step_tokens)
-    connect(node, AGENT)
-    node.say(PairReady(D0, AGENT))
-    node.clear()
-    return node
-
-
-def connect(node: Node, agent: AgentId, link: LinkId = LinkId(1)) -> None:
-    node.say(ConnectPair(D0, Incarnation("d0-first"), agent, b"", 0, 64), link=link)
-
-
-def handles_done(node: Node, kv_bytes: int = 10) -> None:
-    """The transfer thread ends every handle that was submitted since the last `clear`."""
-    for push in node.submitted(transfer.PushBlocks):
-        node.event(transfer.HandleDone(push.token, push.source, kv_bytes))
-
-
-def push_ended(node: Node, token: GrantToken = T, *, clean: bool = True, finished: bool = True, kv_bytes: int = 60) -> None:
-    node.event(transfer.PushEnded(token, clean, finished, kv_bytes, node.now - 0.5, node.now))
-
-
-def is_idle(node: Node) -> bool:
-    return node.pool.num_free == node.pool.num_blocks and not node.engine.sequences and not node.role._jobs and not node.role._pushes
-
+from tests.support.prefill_scripts import (
+    AGENT,
+    D0,
+    S,
+    T,
+    connect,
+    grant_for,
+    handles_done,
+    is_idle,
+    make_prefill_node,
+    prefill,
+    push_ended,
+    ready_node,
+)
+from tests.support.role_nodes import BLOCK, LAYER_GROUPS, LEASE_S, QUIESCE_S, next_token, prompt
 
 # ── a job from its prompt to its report ──
 

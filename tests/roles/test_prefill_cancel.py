@@ -6,7 +6,7 @@ from disaggd.cluster.protocol import Abort, Cancel, JobEnded, Prefilled, Quiesce
 from disaggd.ids import GrantToken
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
-from tests.roles.test_prefill import D0, P0, S, T, grant_for, handles_done, is_idle, prefill, push_ended, ready_node
+from tests.support.prefill_scripts import D0, P0, S, T, grant_for, handles_done, is_idle, prefill, push_ended, ready_node
 from tests.support.role_nodes import prompt
 
 CANCEL = Cancel(T, P0, D0)

@@ -1,0 +1,93 @@
+"""A decode node `d0` among scripted surroundings, and the messages that its tests send most."""
+
+from disaggd.cluster.decision import DecisionRule
+from disaggd.cluster.protocol import Generate, Grant, Granted, RequestGrant, Tokens, pack_tokens
+from disaggd.engine.engine import Engine
+from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
+from disaggd.roles.compute import Outbox
+from disaggd.roles.decode import DecodeRole
+from disaggd.sampling import SamplingParams
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.notification import FirstToken
+from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, Clock, RoleNode, Submit, next_token, prompt
+
+P0 = NodeName("p0")
+AGENT = AgentId("agent-1")
+S = SeqId("s")
+
+Node = RoleNode[DecodeRole]
+
+
+def make_decode_node(num_blocks: int = 64) -> Node:
+    """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
+
+    def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> DecodeRole:
+        rule = DecisionRule(max_local_prefill_tokens=16, max_prefill_queue=4)
+        return DecodeRole(
+            NodeName("d0"),
+            engine,
+            rule,
+            lease_s=LEASE_S,
+            quiesce_s=QUIESCE_S,
+            bytes_per_block=BYTES_PER_BLOCK,
+            outbox=outbox,
+            submit=submit,
+            clock=clock,
+        )
+
+    node = RoleNode(make_role, num_blocks=num_blocks)
+    node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", 0))
+    node.clear()
+    node.invariant = lambda: check_decode_pool(node)
+    return node
+
+
+def check_decode_pool(node: Node) -> None:
+    """Every block is free, a running sequence's, granted or quarantined; every sequence and grant has its owner."""
+    gauges, engine = node.role.gauges(), node.engine.gauges()
+    assert gauges.blocks_used == engine.blocks_used
+    assert gauges.blocks_free + engine.blocks_used + gauges.blocks_granted + gauges.blocks_quarantined == node.pool.num_blocks
+    placed = node.role._placed
+    assert {p.sequence for p in placed.values()} == set(node.engine.sequences.values())
+    grants = [p.grant for p in placed.values() if p.grant is not None]
+    assert node.role._grants.blocks_granted == sum(len(record.blocks) for token in grants if (record := node.role._grants.get(token)))
+
+
+def generate(
+    tokens: list[int],
+    seq: SeqId = S,
+    *,
+    attempt: int = 0,
+    max_tokens: int = 4,
+    num_prompt: int | None = None,
+    policy: str = "auto",
+    nodes: int = 1,
+    depth: int = 0,
+    grant_for: NodeName | None = None,
+    stop: tuple[int, ...] = (),
+) -> Generate:
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True)
+    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, policy, nodes, depth, grant_for)
+
+
+def granted(node: Node, seq: SeqId = S, length: int = 20, **options: object) -> Grant:
+    """A remote sequence whose blocks are out."""
+    node.say(generate(prompt(length), seq, **options), RequestGrant(seq, 0, P0))
+    return node.last(Granted).grant
+
+
+def landed(node: Node, grant: Grant, length: int = 20) -> None:
+    node.event(transfer.Landed(grant.token, FirstToken(next_token(prompt(length))), 0))
+
+
+def delivered(node: Node, seq: SeqId = S) -> list[int]:
+    """Tokens reported so far; asserts that their indexes run on."""
+    tokens: list[int] = []
+    for run in (run for frame in node.frames(Tokens) for run in frame.runs if run.seq == seq):
+        assert run.start == len(tokens)
+        tokens += run.tokens
+    return tokens
+
+
+def is_empty(node: Node) -> bool:
+    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks

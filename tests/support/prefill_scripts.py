@@ -1,0 +1,75 @@
+"""A prefill node `p0` among scripted surroundings, and the messages that its tests send most."""
+
+from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, pack_tokens
+from disaggd.engine.engine import Engine
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.prefill import PrefillRole
+from disaggd.sampling import SamplingParams
+from disaggd.transfer import messages as transfer
+from tests.support.role_nodes import BLOCK, LEASE_S, LINK, QUIESCE_S, Clock, RoleNode, Submit
+
+D0, P0 = NodeName("d0"), NodeName("p0")
+AGENT = AgentId("agent-1")
+S = SeqId("s")
+T = GrantToken(b"token")
+
+Node = RoleNode[PrefillRole]
+
+
+def make_prefill_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
+    """A prefill node that knows no decode node yet."""
+
+    def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> PrefillRole:
+        return PrefillRole(engine, credit_tokens=1000, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock)
+
+    node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
+    node.invariant = lambda: check_prefill_pool(node)
+    return node
+
+
+def check_prefill_pool(node: Node) -> None:
+    """Every block is free, a running sequence's, or held by a push; and no push reads a free block."""
+    gauges, engine = node.role.gauges(), node.engine.gauges()
+    assert gauges.blocks_used == engine.blocks_used
+    assert gauges.blocks_free + engine.blocks_used + gauges.blocks_held == node.pool.num_blocks
+    assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._reading.items())
+
+
+def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT) -> Grant:
+    """What decode reserves for a prompt: target block 100 + i for its i-th block that is not left out, one more for the output."""
+    num_blocks = -(-(length + 1 - first_token_index) // BLOCK)
+    return Grant(token, D0, P0, agent, first_token_index, tuple(BlockId(100 + i) for i in range(num_blocks)), LEASE_S)
+
+
+def prefill(
+    tokens: list[int], grant: Grant | None, seq: SeqId = S, *, attempt: int = 0, num_prompt: int | None = None, **sampling: object
+) -> Prefill:
+    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
+    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, grant)
+
+
+def ready_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
+    node = make_prefill_node(num_blocks, max_step_tokens)
+    connect(node, AGENT)
+    node.say(PairReady(D0, AGENT))
+    node.clear()
+    return node
+
+
+def connect(node: Node, agent: AgentId, link: LinkId = LINK) -> None:
+    node.say(ConnectPair(D0, Incarnation("d0-first"), agent, b"", 0, 64), link=link)
+
+
+def handles_done(node: Node, kv_bytes: int = 10) -> None:
+    """The transfer thread ends every handle that was submitted since the last `clear`."""
+    for push in node.submitted(transfer.PushBlocks):
+        node.event(transfer.HandleDone(push.token, push.source, kv_bytes))
+
+
+def push_ended(node: Node, token: GrantToken = T, *, clean: bool = True, finished: bool = True, kv_bytes: int = 60) -> None:
+    node.event(transfer.PushEnded(token, clean, finished, kv_bytes, node.now - 0.5, node.now))
+
+
+def is_idle(node: Node) -> bool:
+    return node.pool.num_free == node.pool.num_blocks and not node.engine.sequences and not node.role._jobs and not node.role._pushes

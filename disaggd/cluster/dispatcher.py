@@ -14,8 +14,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import singledispatchmethod
-from typing import Protocol
 
+from disaggd.cluster.credits import Credits
 from disaggd.cluster.decision import Override
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.pairing import PairBook
@@ -51,21 +51,12 @@ from disaggd.cluster.protocol import (
     ToRouter,
     pack_tokens,
 )
-from disaggd.cluster.request import Phase, RoutedSequence, Sink, Timeline
+from disaggd.cluster.request import Addressed, Phase, RoutedSequence, Sink, Timeline
 from disaggd.errors import InvalidRequest, RequestError, RequestFailed, Unavailable
 from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
-
-
-class Addressed(Protocol):
-    """A frame, or a part of one, that names a sequence and an attempt."""
-
-    @property
-    def seq(self) -> SeqId: ...
-    @property
-    def attempt(self) -> int: ...
 
 
 class Dispatcher:
@@ -90,6 +81,7 @@ class Dispatcher:
         self.decodes: dict[NodeName, DecodePeer] = {}
         self.pairs = PairBook(self.prefills, self.decodes)
         self.grants = GrantRelay(self.prefills, self.decodes)
+        self.credits = Credits(self.prefills)
         self.queue = PrefillQueue()
         self.sequences: dict[SeqId, RoutedSequence] = {}
         self.dropped_frames: Counter[str] = Counter()
@@ -101,8 +93,6 @@ class Dispatcher:
         self._request_timeout_s = request_timeout_s
         self._clock = clock
         self._on_update = on_update
-        self._ended: dict[tuple[SeqId, int], RoutedSequence] = {}
-        """Done sequences whose prefill node still holds credit: its report completes their receipts."""
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,7 +116,7 @@ class Dispatcher:
 
     def awaits_report(self, record: RoutedSequence) -> bool:
         """Whether its prefill node has yet to say how the push of the last attempt ended."""
-        return record.job in self._ended
+        return self.credits.is_owed_report(record)
 
     def tick(self) -> None:
         """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take."""
@@ -156,7 +146,8 @@ class Dispatcher:
             elif prefill is not None and record.prefill == name:
                 self._prefill_lost(record)
         if prefill is not None:
-            self._give_up_reports(prefill)
+            for record in self.credits.prefill_down(prefill):
+                self._on_update(record)
         if decode is not None:
             self.grants.decode_down(name)
         self._dispatch()
@@ -179,7 +170,7 @@ class Dispatcher:
         record = self._current(frame)
         if record is None or record.phase is not Phase.PLACED:
             return self._drop(frame)
-        self._return_credit(record)
+        self.credits.give_back(record)
         record.move(Phase.DECODING)
         record.was_remote, record.reason, record.cached_at_decode = False, frame.reason, frame.num_cached
         return self._dispatch()
@@ -193,7 +184,7 @@ class Dispatcher:
         record.timeline.queued = self._clock()
         if frame.grant is not None and (prefill := self.prefills.get(frame.grant.prefill)) is not None:
             return self._forward(record, prefill, frame.grant)
-        self._return_credit(record)
+        self.credits.give_back(record)
         return self._enqueue(record)
 
     @_from_decode.register
@@ -217,7 +208,7 @@ class Dispatcher:
         if record is None or record.phase is not Phase.GRANTING:
             return self._drop(frame)
         peer.is_full = True
-        self._return_credit(record)
+        self.credits.give_back(record)
         return self._enqueue(record)
 
     @_from_decode.register
@@ -283,8 +274,7 @@ class Dispatcher:
     @_from_prefill.register
     def _(self, frame: JobEnded, peer: PrefillPeer) -> None:
         job = (frame.seq, frame.attempt)
-        peer.jobs.pop(job, None)
-        record = self._current(frame) or self._ended.pop(job, None)
+        record = self.credits.reported(peer, job) or self._current(frame)
         if record is not None:
             record.kv_bytes += frame.kv_bytes
             if record.job == job:
@@ -326,9 +316,9 @@ class Dispatcher:
         record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
         decode.load_tokens += record.placed_tokens
         grant_for = None
-        if not self.queue and record.num_remaining > 1 and (candidate := self._with_credit(reachable, record)) is not None:
-            record.prefill = grant_for = candidate.name
-            candidate.jobs[record.job] = record.num_tokens
+        if not self.queue and record.num_remaining > 1 and (candidate := self.credits.choose(reachable, record)) is not None:
+            self.credits.take(record, candidate)
+            grant_for = candidate.name
         decode.send(
             Generate(
                 record.seq,
@@ -366,15 +356,14 @@ class Dispatcher:
                 self.queue.discard(seq)
                 self._again(record, "local")
             elif reachable and not decode.is_full:
-                prefill = self._with_credit(reachable, record)
+                prefill = self.credits.choose(reachable, record)
                 if prefill is None:
                     return
                 self.queue.discard(seq)
                 self._start_job(record, prefill, decode)
 
     def _start_job(self, record: RoutedSequence, prefill: PrefillPeer, decode: DecodePeer) -> None:
-        record.prefill = prefill.name
-        prefill.jobs[record.job] = record.num_tokens
+        self.credits.take(record, prefill)
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
             decode.send(RequestGrant(record.seq, record.attempt, prefill.name))
@@ -392,8 +381,7 @@ class Dispatcher:
         record.timeline.dispatched = self._clock()
         if grant is not None:
             self.grants.forwarded(record.job, grant, prefill)
-        prefill.jobs[record.job] = record.num_tokens
-        record.prefill = prefill.name
+        self.credits.take(record, prefill)
         record.grant = grant
         prefill.send(Prefill(record.seq, record.attempt, pack_tokens(record.tokens), len(record.prompt), record.sampling, grant))
 
@@ -444,7 +432,7 @@ class Dispatcher:
         record.finish_reason = reason
         record.timeline.finished = self._clock()
         del self.sequences[record.seq]
-        self._await_report(record)
+        self.credits.leave(record)
         self._on_update(record)
         self._dispatch()
 
@@ -460,7 +448,7 @@ class Dispatcher:
     def _again(self, record: RoutedSequence, override: Override | None) -> None:
         self._leave_nodes(record)
         record.move(Phase.PLACED)
-        self._await_report(record)
+        self.credits.leave(record)
         record.attempt += 1
         if not self.decodes:
             return self._fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
@@ -473,10 +461,9 @@ class Dispatcher:
         if decode is not None:
             decode.load_tokens -= record.placed_tokens
             decode.send(Abort(record.seq, record.attempt))  # harmless if it ended there by itself
-        prefill = self.prefills.get(record.prefill) if record.prefill is not None else None
         if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
-            self._return_credit(record)
-        elif prefill is not None and record.job in prefill.jobs:
+            self.credits.give_back(record)
+        elif (prefill := self.credits.holder(record)) is not None:
             prefill.send(Abort(record.seq, record.attempt))
 
     # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -499,35 +486,11 @@ class Dispatcher:
         assert record.decode is not None
         return self.decodes[record.decode].send(PrefillLost(record.seq, record.attempt))
 
-    def _give_up_reports(self, prefill: PrefillPeer) -> None:
-        """Nobody will say how these pushes ended."""
-        for job in prefill.jobs:
-            record = self._ended.pop(job, None)
-            if record is not None and record.phase is Phase.DONE:
-                self._on_update(record)
-
     # ── bookkeeping ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _current(self, frame: Addressed) -> RoutedSequence | None:
         record = self.sequences.get(frame.seq)
         return record if record is not None and record.attempt == frame.attempt else None
-
-    def _with_credit(self, candidates: list[PrefillPeer], record: RoutedSequence) -> PrefillPeer | None:
-        """The candidate with the fewest tokens in hand that has credit for the job."""
-        able = [peer for peer in candidates if peer.has_credit(record.num_tokens)]
-        return min(able, key=lambda peer: sum(peer.jobs.values()), default=None)
-
-    def _return_credit(self, record: RoutedSequence) -> None:
-        """For a job that its prefill node has not seen."""
-        if record.prefill is not None and (prefill := self.prefills.get(record.prefill)) is not None:
-            prefill.jobs.pop(record.job, None)
-        record.prefill = None
-
-    def _await_report(self, record: RoutedSequence) -> None:
-        """The prefill node still has this attempt: keep the record until it says what became of it."""
-        prefill = self.prefills.get(record.prefill) if record.prefill is not None else None
-        if prefill is not None and record.job in prefill.jobs:
-            self._ended[record.job] = record
 
     def _drop(self, frame: object) -> None:
         self.dropped_frames[type(frame).__name__] += 1

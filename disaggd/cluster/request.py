@@ -52,6 +52,15 @@ LEGAL_MOVES: dict[Phase, set[Phase]] = {
 }
 
 
+class Addressed(Protocol):
+    """A frame, or a part of one, that names a sequence and an attempt."""
+
+    @property
+    def seq(self) -> SeqId: ...
+    @property
+    def attempt(self) -> int: ...
+
+
 class Sink(Protocol):
     """Where a sequence's tokens go: the HTTP handler that waits for them."""
 

@@ -1,0 +1,60 @@
+"""Which jobs hold a prefill node's credit, and whose reports are still to come. Runs on the router's loop.
+
+A job holds credit from the moment a prefill node is chosen for it until that node reports `JobEnded`, its link is lost,
+or the job turns out not to go there. A sequence may be over, or on its next attempt, long before that report.
+"""
+
+from disaggd.cluster.peers import PrefillPeer
+from disaggd.cluster.request import Phase, RoutedSequence
+from disaggd.ids import NodeName, SeqId
+
+Job = tuple[SeqId, int]
+"""A sequence and the attempt at it."""
+
+
+class Credits:
+    """The jobs of every prefill node. Shares the dispatcher's peer table."""
+
+    def __init__(self, prefills: dict[NodeName, PrefillPeer]) -> None:
+        self._prefills = prefills
+        self._owed: dict[Job, RoutedSequence] = {}
+        """Attempts that are over for the router, and not yet for their prefill node."""
+
+    def choose(self, candidates: list[PrefillPeer], record: RoutedSequence) -> PrefillPeer | None:
+        """The candidate with the fewest tokens in hand that has credit for the job."""
+        able = [peer for peer in candidates if peer.has_credit(record.num_tokens)]
+        return min(able, key=lambda peer: sum(peer.jobs.values()), default=None)
+
+    def take(self, record: RoutedSequence, prefill: PrefillPeer) -> None:
+        """The job is, or will be, with `prefill`."""
+        prefill.jobs[record.job] = record.num_tokens
+        record.prefill = prefill.name
+
+    def give_back(self, record: RoutedSequence) -> None:
+        """The prefill node has not seen the job, and will not."""
+        if (prefill := self.holder(record)) is not None:
+            del prefill.jobs[record.job]
+        record.prefill = None
+
+    def holder(self, record: RoutedSequence) -> PrefillPeer | None:
+        """The prefill node that has, or is to have, this attempt."""
+        prefill = self._prefills.get(record.prefill) if record.prefill is not None else None
+        return prefill if prefill is not None and record.job in prefill.jobs else None
+
+    def leave(self, record: RoutedSequence) -> None:
+        """The attempt is over for the router: keep it in mind if its prefill node still has to report."""
+        if self.holder(record) is not None:
+            self._owed[record.job] = record
+
+    def is_owed_report(self, record: RoutedSequence) -> bool:
+        return record.job in self._owed
+
+    def reported(self, prefill: PrefillPeer, job: Job) -> RoutedSequence | None:
+        """The job has ended there. Returns its record if the attempt was over already."""
+        prefill.jobs.pop(job, None)
+        return self._owed.pop(job, None)
+
+    def prefill_down(self, prefill: PrefillPeer) -> list[RoutedSequence]:
+        """Nobody will report its jobs any more. Returns the sequences that are done and waited for it."""
+        owed = [self._owed.pop(job, None) for job in prefill.jobs]
+        return [record for record in owed if record is not None and record.phase is Phase.DONE]

@@ -14,6 +14,7 @@ from disaggd.cluster.protocol import (
     NeedPrefill,
     Prefill,
     Prefilled,
+    Progress,
     Quiesced,
     Refused,
     RequestGrant,
@@ -231,6 +232,13 @@ def test_a_cancelled_grant_reaches_its_prefill_node_and_the_answer_its_decode_no
     assert not len(routing.dispatcher.grants)
 
 
+def test_renewals_of_a_prefill_node_reach_the_decode_node_that_granted() -> None:
+    routing = Routing()
+    token = make_grant(routing.prefilling()).token
+    routing.say(P0, Progress((token,)))
+    assert routing.sent[D0][-1] == Progress((token,))
+
+
 def in_phase(routing: Routing, phase: Phase) -> Client:
     match phase:
         case Phase.PLACED:
@@ -363,6 +371,18 @@ def test_the_receipt_knows_when_handles_moved_on_the_prefill_nodes_clock() -> No
     times = record.timeline
     assert (times.prefill_ms, times.first_token_reported_ms, times.first_post_ms, times.last_done_ms) == (5.0, 5.0, 3.0, 9.0)
     assert record.kv_bytes == 512
+
+
+def test_the_receipt_knows_when_the_first_token_came_whichever_node_brought_it() -> None:
+    routing = Routing()
+    client = routing.prefilling()
+    times = routing.record(client).timeline
+    routing.now += 1
+    routing.first_token(client, 50)
+    first = routing.now
+    routing.now += 1
+    routing.tokens(client, 0, 50, 51)
+    assert times.first_token == first
 
 
 def test_the_receipt_remembers_the_decision() -> None:

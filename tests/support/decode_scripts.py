@@ -8,6 +8,7 @@ from disaggd.roles.compute import Outbox
 from disaggd.roles.decode import DecodeRole
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
+from disaggd.transfer.grant import GrantState
 from disaggd.transfer.notification import FirstToken
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, Clock, RoleNode, Submit, next_token, prompt
 
@@ -49,8 +50,8 @@ def check_decode_pool(node: Node) -> None:
     assert gauges.blocks_free + engine.blocks_used + gauges.blocks_granted + gauges.blocks_quarantined == node.pool.num_blocks
     placed = node.role._placed
     assert {p.sequence for p in placed.values()} == set(node.engine.sequences.values())
-    grants = [p.grant for p in placed.values() if p.grant is not None]
-    assert node.role._grants.blocks_granted == sum(len(record.blocks) for token in grants if (record := node.role._grants.get(token)))
+    granted = {token for token, record in node.role._grants._records.items() if record.state is GrantState.GRANTED}
+    assert {p.grant for p in placed.values() if p.grant is not None} == granted
 
 
 def generate(

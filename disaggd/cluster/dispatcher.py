@@ -310,8 +310,8 @@ class Dispatcher:
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _place(self, record: RoutedSequence, override: Override | None = None) -> None:
-        """Give the sequence to the least loaded decode node, with a first prefill node in view if nobody waits."""
-        decode = min(self.decodes.values(), key=lambda peer: (peer.load_tokens, peer.name))
+        """Give the sequence to the least loaded decode node that has room, with a first prefill node in view if nobody waits."""
+        decode = min(self.decodes.values(), key=lambda peer: (peer.is_full, peer.load_tokens, peer.name))
         reachable = self.pairs.reachable(decode.name)
         record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
         decode.load_tokens += record.placed_tokens
@@ -355,6 +355,9 @@ class Dispatcher:
             if not reachable and self._patience_is_over(record):
                 self.queue.discard(seq)
                 self._again(record, "local")
+            elif decode.is_full and self._patience_is_over(record) and not all(peer.is_full for peer in self.decodes.values()):
+                self.queue.discard(seq)
+                self._again(record, None)
             elif reachable and not decode.is_full:
                 prefill = self.credits.choose(reachable, record)
                 if prefill is None:
@@ -371,7 +374,7 @@ class Dispatcher:
             self._forward(record, prefill, None)
 
     def _patience_is_over(self, record: RoutedSequence) -> bool:
-        """At once when no prefill node is up at all; after a while when one is but cannot reach the decode node."""
+        """Whether the job should stop waiting for its decode node: to be reached by a prefill node that is up, or to have room."""
         assert record.timeline.queued is not None
         return not self.prefills or self._clock() - record.timeline.queued > self._grant_patience_s
 

@@ -256,6 +256,7 @@ class Prefilled(Frame, frozen=True):
     """Set when this token ends the sequence: nothing more is pushed."""
     num_cached: int
     prefill_ms: float
+    """Computing the prompt, from the first step that had a part of it."""
     reported_ms: float
     """When this was reported, on the prefill node's clock, since the job came in."""
 
@@ -317,8 +318,6 @@ class Landed(Frame, frozen=True):
 
     seq: SeqId
     attempt: int
-    wait_ms: float
-    """From the grant to its landing, on the decode node's clock."""
 
 
 class Released(Frame, frozen=True):

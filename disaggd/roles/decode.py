@@ -69,7 +69,6 @@ class Placed:
     sequence: Sequence
     grant: GrantToken | None = None
     """Out now; None again once it landed."""
-    granted_at: float = 0.0
 
     @property
     def seq(self) -> SeqId:
@@ -188,7 +187,7 @@ class DecodeRole:
         if placed is None:
             self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
         elif placed.sequence.state is not SequenceState.QUEUED:
-            self._outbox.send(link, Landed(frame.seq, frame.attempt, 0.0))
+            self._outbox.send(link, Landed(frame.seq, frame.attempt))
         else:
             self._release(placed, "its prefill node is lost")
 
@@ -220,14 +219,13 @@ class DecodeRole:
     @_on_event.register
     def _(self, event: transfer.Landed) -> None:
         record = self._grants.landed(event.token)
-        if record is None:
-            return  # given up meanwhile: its blocks stay in quarantine
+        if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
+            return self._free(self._grants.quiesced(event.token, clean=True))
         placed = self._placed[record.seq_id]
         placed.grant = None
         output = self._engine.resume(placed.sequence, list(record.blocks), event.first.token, event.first.logprob)
-        wait_ms = (self._clock() - placed.granted_at) * 1e3
-        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt, wait_ms))
-        self.deliver([output])
+        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
+        return self.deliver([output])
 
     @_on_event.register
     def _(self, event: transfer.LandingFailed) -> None:
@@ -235,8 +233,8 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
-        """The prefill node lost its router, perhaps before we did: what has not landed by now never will."""
-        self._give_up(event.token, "its prefill node lost its router")
+        """The prefill node stopped, and no router had asked it to yet: what has not landed by now never will."""
+        self._give_up(event.token, "its prefill node stopped")
         self._free(self._grants.quiesced(event.token, event.clean))
 
     @_on_event.register
@@ -339,7 +337,7 @@ class DecodeRole:
             blocks=blocks,
             lease_s=self._lease_s,
         )
-        placed.grant, placed.granted_at = token, self._clock()
+        placed.grant = token
         kv_bytes = self._pool.blocks_for(len(placed.sequence.tokens)) * self._bytes_per_block
         self._submit(transfer.Expect(token, prefill, agent.agent_id, kv_bytes))
         return Grant(token, self._name, prefill, agent.agent_id, 0, tuple(blocks), self._lease_s)
@@ -360,7 +358,6 @@ class DecodeRole:
         del self._placed[placed.seq]
         self._engine.abort(placed.sequence)
         if placed.grant is not None and (record := self._grants.quarantine(placed.grant, reason)) is not None:
-            self._submit(transfer.Forget(record.token))
             self._outbox.send(placed.link, Cancel(record.token, record.peer, self._name))
 
     def _give_up(self, token: GrantToken, reason: str) -> None:

@@ -64,6 +64,8 @@ class Job:
     sequence: Sequence
     grant: Grant | None
     arrived: float
+    begun: float | None = None
+    """When its first step began."""
     is_computing: bool = True
     is_pushing: bool = False
     stopped_at: float | None = None
@@ -72,7 +74,6 @@ class Job:
     """Routers that passed on a `Cancel` and wait for `Quiesced`."""
     failure: str = ""
     """Why it came to nothing, if it did."""
-    link_lost: bool = False
 
     @property
     def key(self) -> tuple[SeqId, int]:
@@ -86,6 +87,8 @@ class Tombstone:
     link: LinkId
     decode: NodeName
     clean: bool
+    finished: bool
+    """All of it was pushed: decode learns that by itself."""
 
 
 class PrefillRole:
@@ -116,6 +119,8 @@ class PrefillRole:
         self._ready: dict[NodeName, AgentId] = {}
         """Decode nodes whose agent has confirmed the probe."""
         self._renew_at = 0.0
+        self._turn_began = 0.0
+        """A step begins right after the tick."""
         self._reading: dict[BlockId, int] = {}
         """Blocks that posted pushes still read, and how many do."""
 
@@ -127,10 +132,9 @@ class PrefillRole:
     def link_down(self, link: LinkId) -> None:
         """Nobody waits for this router's jobs; its grants are quiesced without it."""
         for job in [j for j in self._jobs.values() if j.link == link]:
-            job.link_lost = True
             self._stop(job, "its router is lost")
         for token, stone in self._tombstones.items():
-            if stone.link == link:  # its `Quiesced` may have been lost with the router
+            if stone.link == link and not stone.finished:  # its `Quiesced` may have been lost with the router
                 self._submit(transfer.QuiesceByWire(token, stone.decode, stone.clean))
         self._share_credit()
 
@@ -194,7 +198,7 @@ class PrefillRole:
             return self._stop(job, "cancelled by decode")
         stone = self._tombstones.get(frame.token)
         if stone is None:
-            stone = self._bury(frame.token, Tombstone(link, frame.decode, clean=True))
+            stone = self._bury(frame.token, Tombstone(link, frame.decode, clean=True, finished=False))
         return self._outbox.send(link, Quiesced(frame.token, frame.decode, stone.clean))
 
     @_on_frame.register
@@ -239,10 +243,10 @@ class PrefillRole:
         job = self._pushes.pop(event.token)
         assert job.grant is not None
         job.is_pushing = False
-        self._bury(event.token, Tombstone(job.link, job.grant.decode, event.clean))
+        self._bury(event.token, Tombstone(job.link, job.grant.decode, event.clean, event.finished))
         for link in job.cancels:
             self._outbox.send(link, Quiesced(event.token, job.grant.decode, event.clean))
-        if job.link_lost:
+        if not event.finished:  # decode may have no router that could ask for it
             self._submit(transfer.QuiesceByWire(event.token, job.grant.decode, event.clean))
         if not (event.clean and event.finished):
             self._stop(job, "the push was stopped" if event.clean else "the push failed")
@@ -254,7 +258,10 @@ class PrefillRole:
         """Push what these layers have just computed, while the next ones are."""
         for chunk in plan.chunks:
             job = self._jobs.get((chunk.sequence.seq_id, chunk.sequence.attempt))
-            if job is not None and job.grant is not None and job.is_pushing:
+            if job is None:
+                continue
+            job.begun = job.begun or self._turn_began
+            if job.grant is not None and job.is_pushing:
                 self._push(job.grant, chunk, layers)
         self._renew_leases()
 
@@ -282,10 +289,9 @@ class PrefillRole:
         job.is_computing = False
         seq, attempt = job.key
         (token,), logprob = output.tokens, output.logprobs[0] if output.logprobs else None
-        reported_ms = (self._clock() - job.arrived) * 1e3
-        self._outbox.send(
-            job.link, Prefilled(seq, attempt, output.start, token, logprob, output.finish_reason, 0, reported_ms, reported_ms)
-        )
+        now = self._clock()
+        prefill_ms, reported_ms = (now - (job.begun or job.arrived)) * 1e3, (now - job.arrived) * 1e3
+        self._outbox.send(job.link, Prefilled(seq, attempt, output.start, token, logprob, output.finish_reason, 0, prefill_ms, reported_ms))
         if job.grant is None:
             self._end(job)
         elif output.finish_reason is None:
@@ -295,8 +301,9 @@ class PrefillRole:
 
     def tick(self) -> None:
         """Leases to renew, and decode nodes that take what is in flight for so long that their pair is given up."""
+        self._turn_began = self._clock()
         self._renew_leases()
-        overdue = self._clock() - self._quiesce_s
+        overdue = self._turn_began - self._quiesce_s
         for peer in {j.grant.decode for j in self._pushes.values() if j.grant and j.stopped_at is not None and j.stopped_at <= overdue}:
             self._close_pair(peer)
 

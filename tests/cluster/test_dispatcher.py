@@ -147,7 +147,7 @@ def test_a_remote_request_from_prompt_to_end() -> None:
     routing.first_token(client, 50)
     assert client.tokens == [50], "before anything has landed"
     routing.job_ended(client, kv_bytes=1024)
-    routing.say(D0, Landed(client.seq, 0, 3.0))
+    routing.say(D0, Landed(client.seq, 0))
     routing.tokens(client, 0, 50)
     routing.tokens(client, 1, 51)
     routing.tokens(client, 2, 52, finish="stop")
@@ -204,7 +204,7 @@ def test_one_frame_brings_the_tokens_of_many_sequences() -> None:
 
 def test_frames_of_an_unknown_sequence_are_counted_and_dropped() -> None:
     routing = Routing()
-    routing.say(D0, Decided("gone", 0, "", 0), Landed("gone", 0, 0.0), Tokens((TokenRun("gone", 0, 0, (1,), None, None),)))
+    routing.say(D0, Decided("gone", 0, "", 0), Landed("gone", 0), Tokens((TokenRun("gone", 0, 0, (1,), None, None),)))
     routing.say(P0, Prefilled("gone", 0, 0, 1, None, None, 0, 0.0, 0.0))
     assert routing.dispatcher.dropped_frames == {"Decided": 1, "Landed": 1, "TokenRun": 1, "Prefilled": 1}
 
@@ -252,7 +252,7 @@ def in_phase(routing: Routing, phase: Phase) -> Client:
             return routing.prefilling()
         case Phase.DECODING:
             client = routing.prefilling()
-            routing.say(D0, Landed(client.seq, 0, 1.0))
+            routing.say(D0, Landed(client.seq, 0))
             return client
         case _:
             client = routing.prefilling()
@@ -304,7 +304,7 @@ def test_tokens_that_cross_the_end_are_dropped() -> None:
     client = routing.prefilling()
     routing.dispatcher.end(client.seq, "abort")
     routing.say(P0, Prefilled(client.seq, 0, 0, 5, None, None, 0, 1.0, 1.0))
-    routing.say(D0, Landed(client.seq, 0, 1.0), Tokens((TokenRun(client.seq, 0, 0, (5, 6), None, None),)))
+    routing.say(D0, Landed(client.seq, 0), Tokens((TokenRun(client.seq, 0, 0, (5, 6), None, None),)))
     assert client.tokens == []
 
 
@@ -312,7 +312,7 @@ def test_a_landing_that_crosses_the_end_leaves_no_grant_behind() -> None:
     routing = Routing()
     client = routing.prefilling()
     routing.dispatcher.end(client.seq, "abort")
-    routing.say(D0, Landed(client.seq, 0, 1.0))
+    routing.say(D0, Landed(client.seq, 0))
     routing.job_ended(client)
     assert not len(routing.dispatcher.grants)
 

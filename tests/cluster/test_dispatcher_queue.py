@@ -1,8 +1,8 @@
 """Jobs that wait for a prefill node: their order, who may overtake, who leaves."""
 
-from disaggd.cluster.protocol import Credit, NoRoom, Released, RequestGrant, Room
+from disaggd.cluster.protocol import Abort, Credit, NoRoom, Released, RequestGrant, Room
 from disaggd.ids import SeqId
-from tests.support.routing import D0, D1, P0, P1, Client, Routing
+from tests.support.routing import D0, D1, GRANT_PATIENCE_S, P0, P1, Client, Routing
 
 
 def asked(routing: Routing, *names: str) -> list[SeqId]:
@@ -43,6 +43,27 @@ def test_jobs_of_other_decode_nodes_overtake_one_that_waits_for_room() -> None:
     second = routing.queued(50)
     assert routing.decode_of(second) == D1
     assert asked(routing, D1) == [second.seq]
+
+
+def test_a_job_whose_decode_node_stays_full_moves_to_one_that_has_room() -> None:
+    routing = Routing(decodes=(D0, D1), credit=100)
+    client = routing.queued(50)
+    no_room(routing, client)
+    routing.now += GRANT_PATIENCE_S + 1
+    routing.dispatcher.tick()
+    assert routing.decode_of(client) == D1
+    assert (client.seq, 0) in [(frame.seq, frame.attempt) for frame in routing.frames(D0, Abort)]
+    assert routing.record(client).retries == 0, "nothing was lost"
+
+
+def test_a_job_waits_for_room_while_every_decode_node_is_full() -> None:
+    routing = Routing()
+    client = routing.queued(50)
+    no_room(routing, client)
+    routing.now += GRANT_PATIENCE_S + 1
+    routing.dispatcher.tick()
+    assert routing.decode_of(client) == D0
+    assert list(routing.dispatcher.queue) == [client.seq]
 
 
 def test_a_short_job_does_not_overtake_a_long_one_that_waits_for_credit() -> None:

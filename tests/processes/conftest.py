@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import Cluster, running
-from oracle import Oracle
+
+from tests.support.clusters import Cluster, running
+from tests.support.oracle import Oracle
 
 
 @pytest.fixture(scope="session")

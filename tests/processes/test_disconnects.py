@@ -4,8 +4,9 @@ import json
 
 import httpx
 import pytest
-from clusters import Cluster, wait_until
-from oracle import Oracle, prompt_of
+
+from tests.support.clusters import Cluster, wait_until
+from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = pytest.mark.process
 

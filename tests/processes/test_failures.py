@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Cluster, running, wait_until
-from completions import check, complete_all
-from oracle import Oracle, prompt_of
+
+from tests.support.clusters import Cluster, running, wait_until
+from tests.support.completions import check, complete_all
+from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = pytest.mark.process
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from clusters import Cluster
-from oracle import Oracle, prompt_of
 
 from disaggd.sampling import SamplingParams
+from tests.support.clusters import Cluster
+from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = pytest.mark.process
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clusters import Cluster, is_root, running, wait_until
-from oracle import Oracle, prompt_of
+
+from tests.support.clusters import Cluster, is_root, running, wait_until
+from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = [
     pytest.mark.process,

@@ -232,7 +232,7 @@ def test_a_landed_sequence_continues_from_the_pushed_blocks() -> None:
     grant = granted(node)
     node.now += 0.25
     landed(node, grant)
-    assert node.last(Landed) == Landed(S, 0, 250.0)
+    assert node.last(Landed) == Landed(S, 0)
     assert delivered(node) == expected(prompt(20), 1), "the first token starts at index 0 here too"
     assert node.engine.sequences[S].block_table == list(grant.block_ids)
     assert node.role.gauges().blocks_granted == 0

@@ -100,6 +100,15 @@ def test_a_quiesce_that_may_have_been_lost_with_its_router_is_said_again_over_th
     assert node.commands == [transfer.QuiesceByWire(T, D0, False)]
 
 
+def test_a_push_that_stops_half_way_says_so_over_the_wire() -> None:
+    """Decode may have lost the router that would carry its `Cancel`; without this a healthy pair would be fenced."""
+    node = ready_node()
+    node.say(prefill([1] * 8, grant_for(8)))
+    node.say(Abort(S, 0))
+    push_ended(node, finished=False, kv_bytes=0)
+    assert node.submitted(transfer.QuiesceByWire) == [transfer.QuiesceByWire(T, D0, True)]
+
+
 def test_a_lost_router_leaves_the_jobs_of_another_alone() -> None:
     node = ready_node()
     node.link_up(LinkId(2))

@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import httpx
-from clusters import Cluster
-from oracle import Oracle
 
 from disaggd.sampling import SamplingParams
+from tests.support.clusters import Cluster
+from tests.support.oracle import Oracle
 
 TIE = 1e-4
 """Two logits this close may change places with the order of a float32 sum: a tie, and the only excuse."""

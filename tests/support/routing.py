@@ -36,6 +36,9 @@ P0, P1, D0, D1 = (NodeName(name) for name in ("p0", "p1", "d0", "d1"))
 F = TypeVar("F", bound=ToNode)
 
 
+GRANT_PATIENCE_S = 3.0
+
+
 @dataclass
 class Client:
     """Whoever waits for a sequence."""
@@ -70,7 +73,7 @@ class Routing:
         self.dispatcher = Dispatcher(
             Incarnation("r"),
             max_retries=2,
-            grant_patience_s=3.0,
+            grant_patience_s=GRANT_PATIENCE_S,
             request_timeout_s=60.0,
             clock=lambda: self.now,
             on_update=lambda record: self.updates.append((record.seq, record.kv_bytes)),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import pytest
-from scripted_agent import ScriptedAgent
 
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
@@ -11,6 +10,7 @@ from disaggd.transfer.incoming import Incoming
 from disaggd.transfer.layout import KVGroup, KVSpec
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.pool import Pool
+from tests.support.scripted_agent import ScriptedAgent
 
 P0, P1 = NodeName("p0"), NodeName("p1")
 ONE, TWO = Incarnation("one"), Incarnation("two")

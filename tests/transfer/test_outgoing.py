@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import pytest
-from scripted_agent import ScriptedAgent
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
@@ -12,6 +11,7 @@ from disaggd.transfer.layout import KVGroup, KVSpec
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
+from tests.support.scripted_agent import ScriptedAgent
 
 D0 = NodeName("d0")
 FAR = AgentId("far")

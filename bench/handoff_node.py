@@ -1,0 +1,196 @@
+# ruff: noqa: E402
+"""One end of a hand-off: a process with a pool and a `TransferThread`. Started by `handoff.py`, which calls its methods.
+
+argv: the file descriptor of a pipe. The first message is a `Geometry`; then `(method, arguments)`, each answered. Times are
+of CLOCK_MONOTONIC, which all processes of a host share, in every namespace.
+"""
+
+import queue
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+# NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
+sys.modules["torch"] = None  # type: ignore[assignment]
+
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.transfer import messages as m
+from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.notification import FirstToken
+from disaggd.transfer.thread import TransferThread
+
+PEER = NodeName("peer")
+INCARNATION = Incarnation("bench")
+EVENT_TIMEOUT_S = 60.0
+RAW_CHUNK_BYTES = 2**20
+LEASE_S = 60.0
+
+Event = TypeVar("Event", bound=m.TransferEvent)
+
+
+class Geometry(msgspec.Struct, frozen=True, kw_only=True):
+    """The pool of one end."""
+
+    layers: int
+    num_blocks: int
+    block_bytes: int
+    """Of one layer."""
+    ports: tuple[int, int]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of all blocks."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.layers * self.layer_bytes
+
+
+class Pushed(msgspec.Struct, frozen=True):
+    began_s: float
+    computed_s: float
+    """When the last layer was computed."""
+    cpu_s: float
+    """Of this process, the emulated compute included."""
+
+
+class HandoffNode:
+    """Either end; which methods are called makes it the sender or the receiver."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._pool = np.empty((geometry.layers * geometry.num_blocks, geometry.block_bytes), dtype=np.uint8)
+        self._pool[:] = np.random.default_rng(0).integers(0, 256, geometry.block_bytes, dtype=np.uint8)  # touches every page
+        self._events: queue.SimpleQueue[tuple[float, m.TransferEvent]] = queue.SimpleQueue()
+        group = KVGroup(layers=geometry.layers, kv_heads=1, head_bytes=geometry.block_bytes)
+        kv = KVSpec(dtype="bfloat16", block_size=1, head_dim=1, groups=(group,))
+        self._thread = TransferThread(self._pool.ctypes.data, self._pool.nbytes, kv, geometry.num_blocks, self._post, geometry.ports)
+        self._thread.start()
+        self._bytes = memoryview(self._pool.reshape(-1).data)
+        self._matrix = np.ones((192, 192), dtype=np.float32)  # a product takes about 0.2 ms, and lets go of the GIL
+        self._socket = socket.socket()
+        self._scratch = np.empty(0, dtype=np.uint8)
+        self._cpu_s = time.process_time()
+
+    def _post(self, event: m.TransferEvent) -> None:
+        self._events.put((time.monotonic(), event))
+
+    def _wait(self, kind: type[Event]) -> tuple[float, Event]:
+        """The next event of that kind, those before it dropped. TimeoutError names it."""
+        while True:
+            try:
+                at, event = self._events.get(timeout=EVENT_TIMEOUT_S)
+            except queue.Empty:
+                raise TimeoutError(f"no {kind.__name__} within {EVENT_TIMEOUT_S:.0f} s") from None
+            if isinstance(event, kind):
+                return at, event
+            if isinstance(event, m.TransferFailed):
+                raise event.error
+
+    # ── the pair ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self) -> m.PairOpened:
+        self._thread.submit(m.OpenPair(PEER, INCARNATION))
+        return self._wait(m.PairOpened)[1]
+
+    def connect(self, opened: m.PairOpened) -> None:
+        blocks = self._geometry.num_blocks
+        self._thread.submit(m.ConnectPair(PEER, INCARNATION, opened.agent_id, opened.metadata, opened.base_address, blocks))
+        self._wait(m.PairConnected)
+
+    def probed(self) -> None:
+        self._wait(m.PairProbed)
+
+    # ── NIXL ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def expect(self, token: bytes, agent_id: str) -> None:
+        self._cpu_s = time.process_time()
+        self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.kv_bytes))
+
+    def landed(self) -> tuple[float, float]:
+        """When the grant was whole, and the processor seconds since `expect`."""
+        at, event = self._wait(m.Landed)
+        assert event.kv_bytes == self._geometry.kv_bytes
+        return at, time.process_time() - self._cpu_s
+
+    def push(self, token: bytes, agent_id: str, layer_group: int, compute_s: float, busy: bool) -> Pushed:
+        """Push the whole pool, each group of layers when it has been "computed"; returns when all of it is written."""
+        grant, blocks = GrantToken(token), tuple(BlockId(block) for block in range(self._geometry.num_blocks))
+        cpu_s, began_s = time.process_time(), time.monotonic()
+        self._thread.submit(m.BeginPush(grant, PEER, AgentId(agent_id), LEASE_S))
+        for first in range(0, self._geometry.layers, layer_group):
+            layers = range(first, min(first + layer_group, self._geometry.layers))
+            self._compute(len(layers) * compute_s, busy)
+            self._thread.submit(m.PushBlocks(grant, layers, blocks, blocks))
+        computed_s = time.monotonic()
+        self._thread.submit(m.FinishPush(grant, FirstToken(1)))
+        _, ended = self._wait(m.PushEnded)
+        assert ended.clean and ended.finished, ended
+        return Pushed(began_s, computed_s, time.process_time() - cpu_s)
+
+    def _compute(self, seconds: float, busy: bool) -> None:
+        """Matrix products for that long, or (`busy` false, a GPU's or another core's work) nothing."""
+        until = time.monotonic() + seconds
+        while busy and time.monotonic() < until:
+            np.dot(self._matrix, self._matrix)
+        time.sleep(max(0.0, until - time.monotonic()))
+
+    # ── what it is compared with ─────────────────────────────────────────────────────────────────────────────────────
+
+    def raw_listen(self, host: str) -> int:
+        self._listener = socket.create_server((host, 0))
+        return int(self._listener.getsockname()[1])
+
+    def raw_accept(self) -> None:
+        self._socket, _ = self._listener.accept()
+
+    def raw_connect(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def raw_send(self) -> float:
+        """When it began; the pool's bytes in one call."""
+        began_s = time.monotonic()
+        self._socket.sendall(self._bytes)
+        return began_s
+
+    def raw_receive(self) -> float:
+        """When the last byte was in the pool."""
+        view, received = self._bytes, 0
+        while received < len(view):
+            num_bytes = self._socket.recv_into(view[received : received + RAW_CHUNK_BYTES])
+            if not num_bytes:
+                raise ConnectionError("the raw socket was closed")
+            received += num_bytes
+        return time.monotonic()
+
+    def memcpy(self) -> float:
+        """Seconds to copy the pool within this process."""
+        if not self._scratch.size:
+            self._scratch = np.zeros_like(self._pool)
+        began = time.perf_counter()
+        np.copyto(self._scratch, self._pool)
+        return time.perf_counter() - began
+
+    def stop(self) -> None:
+        self._thread.stop()
+
+
+def main() -> None:
+    with Connection(int(sys.argv[1])) as connection:
+        node = HandoffNode(connection.recv())
+        connection.send(None)
+        while call := connection.recv():
+            name, arguments = call
+            connection.send(getattr(node, name)(*arguments))
+        node.stop()
+
+
+if __name__ == "__main__":
+    main()

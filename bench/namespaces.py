@@ -1,0 +1,54 @@
+"""Two network namespaces joined by one link of a given rate, for as long as a `with` lasts. Wants root, ip and tc."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+
+import msgspec
+
+DEVICE = "kv0"
+"""The link's name at either end."""
+
+_BURST = "256kb"  # some segments of 64 KiB, which is what leaves a TCP socket at once
+
+
+class Namespace(msgspec.Struct, frozen=True):
+    """One end."""
+
+    name: str
+    address: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """Runs a command in it; also mounts /sys anew, where UCX looks for its device."""
+        return ("ip", "netns", "exec", self.name)
+
+
+@contextlib.contextmanager
+def linked(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
+    """`rate` as tc writes it, such as 1gbit. Both are gone again afterwards, and with them what runs there."""
+    ends = tuple(Namespace(f"disaggd-bench-{side}-{os.getpid()}", f"10.78.0.{number}") for number, side in enumerate("ab", start=1))
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            _sh("ip", "netns", "add", end.name)
+            stack.callback(_sh, "ip", "netns", "del", end.name)
+        _sh("ip", "link", "add", DEVICE, "netns", ends[0].name, "type", "veth", "peer", "name", DEVICE, "netns", ends[1].name)
+        for end in ends:
+            _sh(*end.prefix, "ip", "address", "add", f"{end.address}/24", "dev", DEVICE)
+            _sh(*end.prefix, "ip", "link", "set", DEVICE, "up")
+            _sh(*end.prefix, "ip", "link", "set", "lo", "up")
+            _sh(*end.prefix, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", rate, "burst", _BURST, "latency", "50ms")
+        yield ends[0], ends[1]
+
+
+def bits_per_s(rate: str) -> float:
+    """Of tc's notation: `1gbit`, `200mbit`."""
+    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise ValueError(f"{rate!r} is not a rate such as 1gbit or 200mbit")
+
+
+def _sh(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)

@@ -1,0 +1,300 @@
+"""How many streams and tokens one router carries, and how long it holds a token: see --help.
+
+Three processes: stub decode nodes, the router, and this one, the client. It parses nothing but the ends of events, so that
+a core of its own is enough for what the router can send.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import click
+import msgspec
+from cluster import answers, free_ports
+from machine import Load, LoadMeter, Machine, describe_machine, process_cpu_s
+from models import BUILTIN
+from report import Table, section, show, write_json
+from samples import Spread, spread
+from stub_decode import Pace, Sent, Stub
+
+from disaggd.model.directory import open_directory
+from disaggd.transfer.layout import kv_spec
+
+BLOCK_SIZE = 64
+_EVENT_END = b"\n\n"
+_STALL_S = 20.0
+_WARM_SHARE = 0.1
+"""Of the tokens, the first ones do not count."""
+
+_KEPT_UP = 0.97
+"""A run whose tokens came out at this part of the offered rate, or faster, was carried."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One offered rate."""
+
+    offered_per_s: float
+    carried_per_s: float
+    """Events per second, from the stub's sending of the first that counts to this client's reading of the last."""
+    added_ms: Spread
+    """From the stub's send to this client's read."""
+    router_cores: float
+    router_us_per_token: float
+    stub_late_ms: float
+    """How late at worst the stub sent a frame: large figures are this machine's, not the router's."""
+    is_one_event_per_token: bool
+
+    @property
+    def kept_up(self) -> bool:
+        return self.carried_per_s >= _KEPT_UP * self.offered_per_s
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    machine: Machine
+    load: Load
+    streams: int
+    peers: int
+    runs: list[Run]
+
+
+# ── the client ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stream:
+    """One request's socket; `event_s` has a time for each event that has ended."""
+
+    def __init__(self, address: tuple[str, int], request: bytes) -> None:
+        self.event_s: list[float] = []
+        self.socket = socket.create_connection(address)
+        self.socket.sendall(request)
+        self.socket.setblocking(False)
+        self._ends_open = False
+        """The last read ended in the first half of an event's end."""
+
+    def read(self) -> bool:
+        """Take what is there; False once the server has closed."""
+        data = self.socket.recv(65536)
+        now_s = time.monotonic()
+        if not data:
+            return False
+        num_events = data.count(_EVENT_END) + (self._ends_open and data.startswith(b"\n"))
+        self._ends_open = data.endswith(b"\n") and not data.endswith(_EVENT_END)
+        self.event_s.extend([now_s] * num_events)
+        return True
+
+
+def read_all(streams: list[Stream]) -> None:
+    """To their ends. TimeoutError when nothing comes for a while."""
+    opened = {stream.socket.fileno(): stream for stream in streams}
+    with select.epoll() as poll:
+        for number in opened:
+            poll.register(number, select.EPOLLIN)
+        while opened:
+            ready = poll.poll(_STALL_S)
+            if not ready:
+                raise TimeoutError(f"{len(opened)} streams are open, and nothing came for {_STALL_S:.0f} s")
+            for number, _ in ready:
+                if not opened[number].read():
+                    poll.unregister(number)
+                    opened.pop(number).socket.close()
+
+
+def request_of(stream: int, num_tokens: int, address: tuple[str, int]) -> bytes:
+    """A stream's number is its prompt, so that the stub can tell them apart."""
+    body = {"model": "stub", "prompt": [stream], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    raw = msgspec.json.encode(body)
+    host = f"{address[0]}:{address[1]}"
+    fields = f"host: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\nconnection: close\r\nx-request-id: {stream}"
+    return f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n".encode() + raw
+
+
+# ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench(msgspec.Struct, frozen=True):
+    """The processes that are measured."""
+
+    stub: Connection
+    router_pid: int
+    address: tuple[str, int]
+    num_streams: int
+    num_peers: int
+
+    def run(self, rate: float, seconds: float) -> Run:
+        num_tokens = max(20, round(rate * seconds / self.num_streams))
+        self.stub.send(Pace(num_streams=self.num_streams, num_tokens=num_tokens, step_s=self.num_streams / rate))
+        streams = [Stream(self.address, request_of(number, num_tokens, self.address)) for number in range(1, self.num_streams + 1)]
+        self.stub.recv()  # all are there
+        cpu_s = process_cpu_s(self.router_pid)
+        self.stub.send(None)
+        read_all(streams)
+        cpu_s = process_cpu_s(self.router_pid) - cpu_s
+        sent: Sent = self.stub.recv()
+        event_s = {number: stream.event_s for number, stream in enumerate(streams, start=1)}
+        return self._judge(rate, num_tokens, event_s, sent, cpu_s)
+
+    def _judge(self, rate: float, num_tokens: int, streams: dict[int, list[float]], sent: Sent, cpu_s: float) -> Run:
+        first = int(num_tokens * _WARM_SHARE)
+        added, arrived = [], []
+        for number, event_s in streams.items():
+            stamps_s = sent.stamps_s[sent.node_of_stream[number]]
+            arrived += event_s[first:num_tokens]
+            added += [(at - stamp) * 1e3 for at, stamp in zip(event_s[first:num_tokens], stamps_s[first:], strict=False)]
+        began_s, warm_s = (min(stamps[index] for stamps in sent.stamps_s) for index in (0, first))
+        ended_s = max(arrived)
+        found = spread(added)
+        assert found is not None, "no stream had any token"
+        num_all = num_tokens * self.num_streams
+        return Run(
+            offered_per_s=rate,
+            carried_per_s=len(arrived) / (ended_s - warm_s),
+            added_ms=found,
+            router_cores=cpu_s / (ended_s - began_s),
+            router_us_per_token=cpu_s * 1e6 / num_all,
+            stub_late_ms=sent.worst_late_s * 1e3,
+            is_one_event_per_token=all(len(event_s) == num_tokens + 1 for event_s in streams.values()),  # and [DONE]
+        )
+
+
+@contextlib.contextmanager
+def started(num_streams: int, num_peers: int, pin: bool) -> Iterator[Bench]:
+    """Router and stubs; with two cores or more the router has the last one to itself."""
+    directory = open_directory(BUILTIN)
+    spec = directory.spec()
+    router_port, *ports = free_ports(1 + num_peers)
+    names = tuple(f"d{number}" for number in range(num_peers))
+    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+    stub = Stub(
+        names=names,
+        addresses=addresses,
+        model_id=directory.model_id,
+        kv=kv_spec(spec, BLOCK_SIZE),
+        vocab_size=spec.vocab_size,
+        max_model_len=spec.max_position_embeddings,
+    )
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = root / "config.toml"
+        config.write_text(_config(router_port, names, addresses, num_streams))
+        ours, theirs = Pipe()
+        stub_process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("stub_decode.py")), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
+        stack.callback(_end, stub_process)
+        ours.send(stub)
+        ours.recv()
+        log = stack.enter_context((root / "router.log").open("wb"))
+        router = subprocess.Popen([sys.executable, "-m", "disaggd", "--role", "router", "--config", str(config)], stdout=log, stderr=log)
+        stack.callback(_end, router)
+        _wait_ready(f"http://127.0.0.1:{router_port}", router, root / "router.log")
+        if pin:
+            _pin(router.pid, stub_process.pid)
+        yield Bench(ours, router.pid, ("127.0.0.1", router_port), num_streams, num_peers)
+
+
+def _config(port: int, names: tuple[str, ...], addresses: tuple[str, ...], num_streams: int) -> str:
+    parts = [f'[model]\npath = "{BUILTIN}"\nname = "stub"', f"[router]\nmax_requests = {num_streams + 1}"]
+    parts.append(f'[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:{port}"')
+    parts += [f'[[node]]\nname = "{name}"\nrole = "decode"\nlisten = "{at}"' for name, at in zip(names, addresses, strict=True)]
+    return "\n".join(parts) + "\n"
+
+
+def _wait_ready(url: str, router: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not answers(f"{url}/ready"):
+        if router.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the router did not start:\n{log.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.05)
+
+
+def _pin(router_pid: int, stub_pid: int) -> None:
+    *others, last = sorted(os.sched_getaffinity(0))
+    if others:
+        os.sched_setaffinity(router_pid, {last})
+        os.sched_setaffinity(stub_pid, others)
+        os.sched_setaffinity(0, others)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(runs: list[Run]) -> Table:
+    rows = [
+        (
+            f"{run.offered_per_s:,.0f}",
+            f"{run.carried_per_s:,.0f}{'' if run.kept_up else ' (fell behind)'}",
+            f"{run.added_ms.p50:.2f}",
+            f"{run.added_ms.p99:.2f}",
+            f"{run.added_ms.max:.1f}",
+            f"{run.router_cores:.2f}",
+            f"{run.router_us_per_token:.1f}",
+            f"{run.stub_late_ms:.1f}",
+        )
+        for run in runs
+    ]
+    header = ("offered tok/s", "carried tok/s", "added ms p50", "p99", "max", "router cores", "µs/token", "stub late ms")
+    return Table("One router process, one SSE event per token", header, tuple(rows))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--streams", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that stream at once.")
+@click.option("--peers", type=click.IntRange(min=1), default=4, show_default=True, help="Stub decode nodes that share them.")
+@click.option(
+    "--rate", "rates", type=float, multiple=True, help="Tokens per second, in all; again for more.  [default: 10, 20, 40, 60 thousand]"
+)
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="For each rate.")
+@click.option("--pin/--no-pin", default=True, show_default=True, help="Give the router a core of its own.")
+@click.option("--quick", is_flag=True, help="A few streams and tokens: shows that it runs, not how fast.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Append the section to this file.")
+def main(
+    streams: int,
+    peers: int,
+    rates: tuple[float, ...],
+    seconds: float,
+    pin: bool,
+    quick: bool,
+    json_path: Path | None,
+    markdown: Path | None,
+) -> None:
+    """Measure one router between stub decode nodes, which send tokens at a given rate, and a client that streams them all.
+
+    Every decode node sends a frame per step with one token for each of its streams, as real ones do, and the nodes take turns.
+    A token's added latency is from the stub's send to the client's read. Detokenizing and JSON are included; the model is
+    the built-in one's tokenizer.
+    """
+    if quick:
+        streams, peers, rates, seconds = 16, 2, (1000.0,), 0.5
+    load, runs = LoadMeter(), []
+    with started(streams, peers, pin) as bench:
+        bench.run(1000.0 if quick else 5000.0, 0.5)  # warms up
+        for rate in rates or (10e3, 20e3, 40e3, 60e3):
+            runs.append(bench.run(rate, seconds))
+    report = Report(machine=describe_machine(), load=load.read(), streams=streams, peers=peers, runs=runs)
+    lines = [f"{streams} streams over {peers} decode nodes, {seconds:g} s for each rate"]
+    if not all(run.is_one_event_per_token for run in runs):
+        lines.append("NOT one event per token: the figures mean something else")
+    show(section("Router", report.machine, report.load, [table(runs)], lines), markdown)
+    write_json(json_path, report)
+
+
+if __name__ == "__main__":
+    main()

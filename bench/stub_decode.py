@@ -1,0 +1,170 @@
+"""Decode nodes without an engine: they speak the link protocol and send tokens at a given pace. Started by `router.py`.
+
+argv: the file descriptor of a pipe. The first message is a `Stub`; then, for each run, a `Pace`, answered once all its streams
+are here, and the word to begin, answered by `Sent` once all have had all their tokens. Times are of CLOCK_MONOTONIC. One
+asyncio thread serves all nodes.
+"""
+
+import asyncio
+import logging
+import random
+import sys
+import time
+from functools import partial
+from multiprocessing.connection import Connection
+
+import msgspec
+import uvloop
+
+from disaggd.cluster.link import LinkSettings, NodeLink, serve_links
+from disaggd.cluster.protocol import PROTOCOL_VERSION, Decided, Generate, NodeHello, RouterHello, TokenRun, Tokens, ToNode, unpack_tokens
+from disaggd.config import Address
+from disaggd.ids import Incarnation, NodeName
+from disaggd.sampling import FinishReason
+from disaggd.transfer.layout import KVSpec
+
+NUM_BLOCKS = 1_000_000
+"""No request is ever refused for want of room."""
+
+
+class Stub(msgspec.Struct, frozen=True, kw_only=True):
+    """What the nodes say of themselves."""
+
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
+    model_id: str
+    kv: KVSpec
+    vocab_size: int
+    max_model_len: int
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """One run."""
+
+    num_streams: int
+    num_tokens: int
+    """For each stream."""
+    step_s: float
+    """Between two frames of a node; each brings every stream of it one token."""
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
+    stamps_s: list[list[float]]
+    """Of each node's frames: the k-th carried the k-th token of all its streams."""
+    node_of_stream: dict[int, int]
+    """The stream's number is its prompt's first token."""
+    worst_late_s: float
+    """How late at worst a frame was sent."""
+
+
+class StubNode:
+    """One decode node: the streams of the run that were placed here."""
+
+    def __init__(self, number: int, stub: Stub) -> None:
+        self.number = number
+        self.streams: dict[int, Generate] = {}
+        self.stamps_s: list[float] = []
+        self.worst_late_s = 0.0
+        self._stub = stub
+        self._link: NodeLink | None = None
+        self._words = [random.Random(number).randrange(1, stub.vocab_size) for _ in range(997)]  # coprime to any batch of streams
+
+    def hello(self, _: RouterHello) -> NodeHello:
+        stub = self._stub
+        name, incarnation = NodeName(stub.names[self.number]), Incarnation(f"stub-{self.number}")
+        return NodeHello(PROTOCOL_VERSION, name, "decode", incarnation, stub.model_id, stub.kv, NUM_BLOCKS, stub.max_model_len)
+
+    def up(self, link: NodeLink) -> None:
+        self._link = link
+
+    def accept(self, frame: Generate) -> None:
+        assert self._link is not None
+        self.streams[unpack_tokens(frame.tokens)[0]] = frame
+        self._link.send(Decided(frame.seq, frame.attempt, "threshold: short", 0))
+
+    async def run(self, pace: Pace, begin_s: float) -> None:
+        self.stamps_s, self.worst_late_s = [], 0.0
+        for index in range(pace.num_tokens):
+            due_s = begin_s + index * pace.step_s
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            now_s = time.monotonic()
+            self.worst_late_s = max(self.worst_late_s, now_s - due_s)
+            self.stamps_s.append(now_s)
+            self._send(index, is_last=index == pace.num_tokens - 1)
+        self.streams.clear()
+
+    def _send(self, index: int, *, is_last: bool) -> None:
+        assert self._link is not None
+        finish: FinishReason | None = "length" if is_last else None
+        words = self._words
+        runs = [
+            TokenRun(frame.seq, frame.attempt, index, (words[(index + stream) % len(words)],), None, finish)
+            for stream, frame in self.streams.items()
+        ]
+        self._link.send(Tokens(tuple(runs)))
+
+
+class StubNodes:
+    """All nodes of the process, and the run they are in."""
+
+    def __init__(self, stub: Stub) -> None:
+        self._stub = stub
+        self.nodes = [StubNode(number, stub) for number in range(len(stub.names))]
+        self._pace: Pace | None = None
+        self._is_full = asyncio.Event()
+
+    async def listen(self) -> None:
+        for node, address in zip(self.nodes, self._stub.addresses, strict=True):
+            await serve_links(
+                Address(address),
+                hello=node.hello,
+                on_up=node.up,
+                on_frame=partial(self._on_frame, node),
+                on_down=lambda link, reason: None,
+                settings=LinkSettings(),
+            )
+
+    def _on_frame(self, node: StubNode, link: NodeLink, frame: ToNode) -> None:
+        if isinstance(frame, Generate):
+            node.accept(frame)
+            if self._pace is not None and sum(len(one.streams) for one in self.nodes) == self._pace.num_streams:
+                self._is_full.set()
+
+    async def gather(self, pace: Pace) -> None:
+        """Until the streams are here."""
+        self._pace = pace
+        self._is_full.clear()
+        await self._is_full.wait()
+
+    async def run(self, pace: Pace) -> Sent:
+        """Send; the nodes' steps are spread evenly over a step's time."""
+        node_of_stream = {stream: node.number for node in self.nodes for stream in node.streams}
+        begin_s = time.monotonic() + 0.05
+        offset_s = pace.step_s / len(self.nodes)
+        async with asyncio.TaskGroup() as group:
+            for node in self.nodes:
+                group.create_task(node.run(pace, begin_s + node.number * offset_s))
+        return Sent(
+            stamps_s=[node.stamps_s for node in self.nodes],
+            node_of_stream=node_of_stream,
+            worst_late_s=max(node.worst_late_s for node in self.nodes),
+        )
+
+
+async def serve(connection: Connection) -> None:
+    loop = asyncio.get_running_loop()
+    nodes = StubNodes(connection.recv())
+    await nodes.listen()
+    connection.send(None)
+    while True:
+        pace = await loop.run_in_executor(None, connection.recv)
+        await nodes.gather(pace)
+        connection.send(None)
+        await loop.run_in_executor(None, connection.recv)
+        connection.send(await nodes.run(pace))
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # the router's leaving is no news
+    with Connection(int(sys.argv[1])) as pipe:
+        uvloop.run(serve(pipe))

@@ -359,8 +359,12 @@ def _check_blocks(config: Config) -> None:
         if node.block_size != engines[0].block_size:
             one, size = engines[0].name, engines[0].block_size
             raise ConfigError(f"block_size must be the same on all nodes: {one!r} has {size}, {node.name!r} has {node.block_size}")
-        if node.max_step_tokens < node.block_size:
-            raise ConfigError(f"node {node.name!r}: max_step_tokens ({node.max_step_tokens}) is less than block_size ({node.block_size})")
+        least = node.block_size + node.max_sequences
+        if node.max_step_tokens < least:
+            raise ConfigError(
+                f"node {node.name!r}: max_step_tokens is {node.max_step_tokens}, but a step must hold a token of each sequence and a block "
+                f"of a prefill: block_size + max_sequences = {least}"
+            )
 
 
 def _check_transfer_ports(config: Config) -> None:

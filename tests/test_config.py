@@ -99,7 +99,7 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (CLUSTER.replace("8102", "8101"), "nodes 'p0' (127.0.0.1:8101) and 'd0' (127.0.0.1:8101) listen on one port"),
         (REMOTE, "node 'd0' listens beyond loopback (10.0.0.2:8102): set cluster.secret"),
         (CLUSTER + "block_size = 16", "block_size must be the same on all nodes: 'p0' has 64, 'd0' has 16"),
-        (CLUSTER + "max_step_tokens = 63", "node 'd0': max_step_tokens (63) is less than block_size (64)"),
+        (CLUSTER + "max_step_tokens = 63", "node 'd0': max_step_tokens is 63, but a step must hold"),
         (
             f'[transfer]\nport_range = "18500-18506"\n{CLUSTER}',
             "transfer.port_range 18500-18506 is too small: the nodes on 127.0.0.1 need 8 ports",

@@ -15,48 +15,23 @@ from collections import Counter
 from collections.abc import Callable
 from functools import singledispatchmethod
 
+from disaggd.cluster import protocol
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.decision import Override
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.prefill_queue import PrefillQueue
-from disaggd.cluster.protocol import (
-    Abort,
-    Cancel,
-    Credit,
-    Decided,
-    Gauges,
-    Generate,
-    Grant,
-    Granted,
-    JobEnded,
-    Landed,
-    NeedPrefill,
-    NoRoom,
-    PairAgent,
-    PairLost,
-    PairReady,
-    Prefill,
-    Prefilled,
-    PrefillLost,
-    Progress,
-    Quiesced,
-    Refused,
-    Released,
-    RequestGrant,
-    Room,
-    TokenRun,
-    Tokens,
-    ToRouter,
-    pack_tokens,
-)
+from disaggd.cluster.protocol import Grant, TokenRun, ToRouter, pack_tokens
 from disaggd.cluster.request import Addressed, Phase, RoutedSequence, Sink, Timeline
 from disaggd.errors import InvalidRequest, RequestError, RequestFailed, Unavailable
 from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
+
+DECODE_PATIENCE_S = 10.0
+"""So long a request that lost the last decode node waits for one: a node that is restarted is back in seconds."""
 
 
 class Dispatcher:
@@ -124,6 +99,8 @@ class Dispatcher:
         self.pairs.tick(now)
         for record in [r for r in self.sequences.values() if now > r.deadline]:
             self._fail(record, RequestFailed(f"not finished within {self._request_timeout_s:g} s", code="timeout"))
+        for record in [r for r in self.sequences.values() if r.decode is None and now > r.homeless_until]:
+            self._fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
         self._dispatch()
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,6 +112,8 @@ class Dispatcher:
     def decode_up(self, peer: DecodePeer) -> None:
         self.decodes[peer.name] = peer
         self.pairs.decode_up(peer, self._clock())
+        for record in [r for r in self.sequences.values() if r.decode is None]:
+            self._place(record)
 
     def node_down(self, name: NodeName) -> None:
         """Its link is lost: everything it worked on goes elsewhere, or is asked for at the arbiter."""
@@ -166,7 +145,7 @@ class Dispatcher:
         self._drop(frame)
 
     @_from_decode.register
-    def _(self, frame: Decided, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Decided, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None or record.phase is not Phase.PLACED:
             return self._drop(frame)
@@ -176,7 +155,7 @@ class Dispatcher:
         return self._dispatch()
 
     @_from_decode.register
-    def _(self, frame: NeedPrefill, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.NeedPrefill, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None or record.phase is not Phase.PLACED:
             return self._drop(frame)
@@ -188,14 +167,14 @@ class Dispatcher:
         return self._enqueue(record)
 
     @_from_decode.register
-    def _(self, frame: Refused, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Refused, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None:
             return self._drop(frame)
         return self._fail(record, InvalidRequest(frame.message, param="prompt", code=frame.code))
 
     @_from_decode.register
-    def _(self, frame: Granted, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Granted, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None or record.phase is not Phase.GRANTING:
             return self._drop(frame)  # its sequence was aborted there: decode cancels the grant, and we answer for it
@@ -203,7 +182,7 @@ class Dispatcher:
         return self._arbitrate(record) if prefill is None else self._forward(record, prefill, frame.grant)
 
     @_from_decode.register
-    def _(self, frame: NoRoom, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.NoRoom, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None or record.phase is not Phase.GRANTING:
             return self._drop(frame)
@@ -212,45 +191,46 @@ class Dispatcher:
         return self._enqueue(record)
 
     @_from_decode.register
-    def _(self, frame: Room, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Room, peer: DecodePeer) -> None:
         peer.is_full = False
         self._dispatch()
 
     @_from_decode.register
-    def _(self, frame: Landed, peer: DecodePeer) -> None:
-        self.grants.landed((frame.seq, frame.attempt))  # though nobody may wait for the sequence any more
+    def _(self, frame: protocol.Landed, peer: DecodePeer) -> None:
+        self.grants.over((frame.seq, frame.attempt))  # though nobody may wait for the sequence any more
         record = self._current(frame)
         if record is None or record.phase not in (Phase.PREFILLING, Phase.ARBITRATION):
             return self._drop(frame)
         return self._landed(record)
 
     @_from_decode.register
-    def _(self, frame: Released, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Released, peer: DecodePeer) -> None:
         record = self._current(frame)
         if record is None:
             return self._drop(frame)
+        self.grants.over(record.job)  # unless a `Cancel` ended it already
         log.warning("%s: prefill on %s came to nothing: %s", record.request_id, record.prefill, frame.reason)
         return self._retry(record)
 
     @_from_decode.register
-    def _(self, frame: Tokens, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Tokens, peer: DecodePeer) -> None:
         for run in frame.runs:
             self._run(run)
 
     @_from_decode.register
-    def _(self, frame: Cancel, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Cancel, peer: DecodePeer) -> None:
         self.grants.on_cancel(peer, frame)
 
     @_from_decode.register
-    def _(self, frame: Gauges, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.Gauges, peer: DecodePeer) -> None:
         peer.gauges = frame
 
     @_from_decode.register
-    def _(self, frame: PairAgent, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.PairAgent, peer: DecodePeer) -> None:
         self.pairs.on_agent(peer, frame, self._clock())
 
     @_from_decode.register
-    def _(self, frame: PairReady, peer: DecodePeer) -> None:
+    def _(self, frame: protocol.PairReady, peer: DecodePeer) -> None:
         if self.pairs.on_ready(peer, frame):
             self._dispatch()
 
@@ -261,7 +241,7 @@ class Dispatcher:
         self._drop(frame)
 
     @_from_prefill.register
-    def _(self, frame: Prefilled, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.Prefilled, peer: PrefillPeer) -> None:
         record = self._current(frame)
         if record is None:
             return self._drop(frame)
@@ -272,7 +252,7 @@ class Dispatcher:
         return self._deliver(record, frame.start, (frame.token,), logprobs, frame.finish_reason)
 
     @_from_prefill.register
-    def _(self, frame: JobEnded, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.JobEnded, peer: PrefillPeer) -> None:
         job = (frame.seq, frame.attempt)
         record = self.credits.reported(peer, job) or self._current(frame)
         if record is not None:
@@ -287,24 +267,24 @@ class Dispatcher:
         self._dispatch()
 
     @_from_prefill.register
-    def _(self, frame: Progress, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.Progress, peer: PrefillPeer) -> None:
         self.grants.on_progress(frame)
 
     @_from_prefill.register
-    def _(self, frame: Quiesced, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.Quiesced, peer: PrefillPeer) -> None:
         self.grants.on_quiesced(frame)
 
     @_from_prefill.register
-    def _(self, frame: PairLost, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.PairLost, peer: PrefillPeer) -> None:
         self.pairs.on_lost(peer, frame, self._clock())
 
     @_from_prefill.register
-    def _(self, frame: Credit, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.Credit, peer: PrefillPeer) -> None:
         peer.credit_tokens = frame.limit_tokens
         self._dispatch()
 
     @_from_prefill.register
-    def _(self, frame: Gauges, peer: PrefillPeer) -> None:
+    def _(self, frame: protocol.Gauges, peer: PrefillPeer) -> None:
         peer.gauges = frame
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -320,7 +300,7 @@ class Dispatcher:
             self.credits.take(record, candidate)
             grant_for = candidate.name
         decode.send(
-            Generate(
+            protocol.Generate(
                 record.seq,
                 record.attempt,
                 pack_tokens(record.tokens),
@@ -369,7 +349,7 @@ class Dispatcher:
         self.credits.take(record, prefill)
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
-            decode.send(RequestGrant(record.seq, record.attempt, prefill.name))
+            decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name))
         else:  # the prefill node samples the only token: nothing is to be pushed
             self._forward(record, prefill, None)
 
@@ -386,7 +366,7 @@ class Dispatcher:
             self.grants.forwarded(record.job, grant, prefill)
         self.credits.take(record, prefill)
         record.grant = grant
-        prefill.send(Prefill(record.seq, record.attempt, pack_tokens(record.tokens), len(record.prompt), record.sampling, grant))
+        prefill.send(protocol.Prefill(record.seq, record.attempt, pack_tokens(record.tokens), len(record.prompt), record.sampling, grant))
 
     def _landed(self, record: RoutedSequence) -> None:
         """The KV is at decode."""
@@ -453,9 +433,11 @@ class Dispatcher:
         record.move(Phase.PLACED)
         self.credits.leave(record)
         record.attempt += 1
-        if not self.decodes:
-            return self._fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
-        return self._place(record, override)
+        if self.decodes:
+            return self._place(record, override)
+        record.decode, record.prefill = None, None  # until one is back, or patience ends
+        record.homeless_until = self._clock() + DECODE_PATIENCE_S
+        return None
 
     def _leave_nodes(self, record: RoutedSequence) -> None:
         """Tell the nodes that work on this attempt that it is over, and take it out of the queue."""
@@ -463,11 +445,11 @@ class Dispatcher:
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         if decode is not None:
             decode.load_tokens -= record.placed_tokens
-            decode.send(Abort(record.seq, record.attempt))  # harmless if it ended there by itself
+            decode.send(protocol.Abort(record.seq, record.attempt))  # harmless if it ended there by itself
         if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
             self.credits.give_back(record)
         elif (prefill := self.credits.holder(record)) is not None:
-            prefill.send(Abort(record.seq, record.attempt))
+            prefill.send(protocol.Abort(record.seq, record.attempt))
 
     # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -487,7 +469,7 @@ class Dispatcher:
             return self._retry(record)  # nothing was to land
         record.move(Phase.ARBITRATION)
         assert record.decode is not None
-        return self.decodes[record.decode].send(PrefillLost(record.seq, record.attempt))
+        return self.decodes[record.decode].send(protocol.PrefillLost(record.seq, record.attempt))
 
     # ── bookkeeping ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -34,7 +34,8 @@ class GrantRelay:
     def forwarded(self, job: tuple[SeqId, int], grant: Grant, prefill: PrefillPeer) -> None:
         self._forwarded[grant.token] = Forwarded(job, grant.decode, prefill)
 
-    def landed(self, job: tuple[SeqId, int]) -> None:
+    def over(self, job: tuple[SeqId, int]) -> None:
+        """It landed, or was fenced: nobody will cancel it."""
         self._forwarded = {token: to for token, to in self._forwarded.items() if to.job != job}
 
     def decode_down(self, name: NodeName) -> None:

@@ -106,6 +106,9 @@ class RoutedSequence:
     sent: list[int] = field(default_factory=list)
     """Tokens the client has: never sampled again."""
     decode: NodeName | None = None
+    """None while no decode node is up."""
+    homeless_until: float = 0.0
+    """Then the request fails, if `decode` is still None."""
     prefill: NodeName | None = None
     grant: Grant | None = None
     placed_tokens: int = 0

@@ -169,8 +169,15 @@ class Engine:
     def num_running(self) -> int:
         return len(self._scheduler.running)
 
-    def room_for_grant(self, need: int) -> bool:
-        """Whether `need` blocks may be promised to another node now. Growth comes first, then the preempted, then grants."""
+    def room_for_grant(self, sequence: Sequence, need: int, num_granted: int) -> bool:
+        """Whether `need` blocks may be promised to another node for a parked `sequence` now.
+
+        Growth comes first, then the preempted, then grants. A place among the running must come free too: not counting
+        those of the `num_granted` grants that are out, and of older sequences that wait here.
+        """
+        older = sum(waiting.arrival < sequence.arrival for waiting in self._scheduler.waiting)
+        if self.num_running + num_granted + older >= self.limits.max_sequences:
+            return False
         return self.pool.room_for_grant(need + self._scheduler.blocks_owed(), self.num_running)
 
     def gauges(self) -> EngineGauges:

@@ -26,7 +26,7 @@ class Limits:
     """What one engine takes on at once."""
 
     max_step_tokens: int
-    """Tokens computed in one step; at least a block."""
+    """Tokens computed in one step; at least a block. Less than `max_sequences` more lets decodes hold up prefills."""
     max_sequences: int
     """Admit no further sequence while so many run. Those resumed come on top: their blocks are here already."""
     max_model_len: int

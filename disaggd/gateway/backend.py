@@ -59,7 +59,7 @@ class Backend(Protocol):
         waits for it, aborts the sequence; neither waits for the cluster.
         """
 
-    def stopped(self, request_id: str) -> None:
+    def stopped(self, request: GenerationRequest) -> None:
         """A stop string ended the text: the receipt shall say `stop`. Called just before the generator is closed."""
 
     def ready(self) -> bool:

@@ -35,7 +35,7 @@ class Fields:
         """Refuse every other field, with the nearest known one."""
         for name in self._values:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
+                near = get_close_matches(name[:_SHOWN], known, n=1)
                 raise self.refusal(name[:_SHOWN], f"unknown field{f' ({near[0]}?)' if near else ''}")
 
     def fixed(self, name: str, *allowed: object) -> None:

@@ -74,7 +74,7 @@ class Generation:
                 observe, since_s = self._metrics.observe_inter_token, now_s
                 finish = said.finish_reason
                 if choice.stopped:
-                    self._backend.stopped(request.id)
+                    self._backend.stopped(request)
                     return
         if finish is None:
             raise RequestFailed("the cluster ended the sequence without a reason")

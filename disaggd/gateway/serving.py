@@ -86,6 +86,9 @@ class TextEndpoints:
         return asked.options, [await self._encode(text, add_special_tokens=False)]
 
     async def _encode(self, text: str, add_special_tokens: bool) -> Tokens:
+        least = self._tokenizer.least_tokens(text)
+        if least > self._backend.max_model_len:  # megabytes that cannot fit would keep a core busy for seconds
+            raise ContextTooLong(least, self._backend.max_model_len)
         if len(text) <= _INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -44,15 +44,15 @@ from disaggd.cluster.protocol import (
     TokenRun,
     Tokens,
     ToNode,
-    unpack_tokens,
 )
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
 from disaggd.engine.sequence import Sequence, SequenceState
-from disaggd.errors import ContextTooLong
+from disaggd.errors import InvalidRequest
 from disaggd.ids import GrantToken, NodeName, SeqId
+from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.node import run_engine_node
 from disaggd.transfer import messages as transfer
@@ -91,6 +91,7 @@ class DecodeRole:
         lease_s: float,
         quiesce_s: float,
         bytes_per_block: int,
+        vocab_size: int,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
@@ -101,6 +102,7 @@ class DecodeRole:
         self._rule = rule
         self._lease_s = lease_s
         self._bytes_per_block = bytes_per_block
+        self._vocab_size = vocab_size
         self._outbox = outbox
         self._submit = submit
         self._clock = clock
@@ -108,8 +110,8 @@ class DecodeRole:
         self._placed: dict[SeqId, Placed] = {}
         self._agents: dict[NodeName, transfer.PairOpened] = {}
         """Our agent for each prefill node."""
-        self._refused_room: dict[LinkId, int] = {}
-        """Routers that were told `NoRoom`, and the fewest blocks they wanted."""
+        self._refused: list[tuple[Placed, NodeName]] = []
+        """Grants that were answered `NoRoom`, to whoever has not been told `Room` since."""
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,7 +120,6 @@ class DecodeRole:
 
     def link_down(self, link: LinkId) -> None:
         """The router is gone, and with it everyone who waits for its sequences."""
-        self._refused_room.pop(link, None)
         for placed in [p for p in self._placed.values() if p.link == link]:
             self._forget(placed, "its router is lost")
 
@@ -137,15 +138,13 @@ class DecodeRole:
             if old.attempt >= frame.attempt:
                 return
             self._forget(old, "another attempt began")
-        tokens = unpack_tokens(frame.tokens)
-        sequence = Sequence(frame.seq, tokens, frame.sampling, frame.num_prompt_tokens, attempt=frame.attempt)
         try:
-            self._place(Placed(link, sequence), frame)
-        except ContextTooLong as error:
+            self._place(Placed(link, read_sequence(frame, self._vocab_size)), frame)
+        except InvalidRequest as error:
             self._outbox.send(link, Refused(frame.seq, frame.attempt, error.code or "", error.message))
 
     def _place(self, placed: Placed, frame: Generate) -> None:
-        """Decide. Raises ContextTooLong when the pool could never hold the sequence."""
+        """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
         num_uncached = len(sequence.tokens)
         verdict = decide(self._rule, num_uncached, prefill_nodes=frame.prefill_nodes, queue_depth=frame.queue_depth, override=frame.policy)
@@ -171,8 +170,7 @@ class DecodeRole:
             placed.grant = None
         if (grant := self._grant(placed, frame.prefill)) is not None:
             return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
-        need = self._blocks_needed(placed.sequence)
-        self._refused_room[link] = min(need, self._refused_room.get(link, need))
+        self._refused.append((placed, frame.prefill))
         return self._outbox.send(link, NoRoom(frame.seq, frame.attempt))
 
     @_on_frame.register
@@ -284,13 +282,12 @@ class DecodeRole:
         for peer, agent_id in self._grants.overdue():
             log.warning("%s did not quiesce: fencing its agent", peer)
             self._submit(transfer.Fence(peer, agent_id))
-        for link, need in list(self._refused_room.items()):
-            if self._has_room(need):
-                del self._refused_room[link]
-                self._outbox.send(link, Room(self._pool.num_free))
+        for link in self._links_with_room():
+            self._refused = [(placed, prefill) for placed, prefill in self._refused if placed.link != link]
+            self._outbox.send(link, Room(self._pool.num_free))
 
     def next_deadline(self) -> float | None:
-        if any(self._has_room(need) for need in self._refused_room.values()):
+        if self._links_with_room():
             return self._clock()  # a step has freed it, and nothing else may come in
         return self._grants.next_deadline()
 
@@ -316,16 +313,22 @@ class DecodeRole:
         """For its tokens and the first one generated."""
         return self._pool.blocks_for(len(sequence.tokens) + 1)
 
-    def _has_room(self, need: int) -> bool:
-        return self._engine.room_for_grant(need)
+    def _has_room(self, placed: Placed, prefill: NodeName) -> bool:
+        """Whether a grant for `prefill` could be given now."""
+        need = self._blocks_needed(placed.sequence)
+        return prefill in self._agents and self._engine.room_for_grant(placed.sequence, need, self._grants.num_granted)
+
+    def _links_with_room(self) -> set[LinkId]:
+        """Routers of which a refused grant could be given now."""
+        self._refused = [(placed, prefill) for placed, prefill in self._refused if self._placed.get(placed.seq) is placed]
+        return {placed.link for placed, prefill in self._refused if self._has_room(placed, prefill)}
 
     def _grant(self, placed: Placed, prefill: NodeName) -> Grant | None:
         """Reserve blocks that `prefill` may write; None when there is no room, or no agent for it."""
-        agent = self._agents.get(prefill)
-        need = self._blocks_needed(placed.sequence)
-        if agent is None or not self._has_room(need):
+        if not self._has_room(placed, prefill):
             return None
-        blocks = self._pool.allocate(need)
+        agent = self._agents[prefill]
+        blocks = self._pool.allocate(self._blocks_needed(placed.sequence))
         assert blocks is not None, "room was checked"
         token = GrantToken(os.urandom(16))
         self._grants.add(
@@ -392,6 +395,7 @@ def run(config: Config, node: NodeConfig) -> None:
             lease_s=config.transfer.lease_s,
             quiesce_s=config.transfer.quiesce_s,
             bytes_per_block=loaded.kv_spec.bytes_per_block,
+            vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,
             clock=time.monotonic,

@@ -33,15 +33,15 @@ from disaggd.cluster.protocol import (
     Progress,
     Quiesced,
     ToNode,
-    unpack_tokens,
 )
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
-from disaggd.errors import ContextTooLong
+from disaggd.errors import InvalidRequest
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
+from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.node import run_engine_node
 from disaggd.transfer import messages as transfer
@@ -101,6 +101,7 @@ class PrefillRole:
         credit_tokens: int,
         lease_s: float,
         quiesce_s: float,
+        vocab_size: int,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
@@ -110,6 +111,7 @@ class PrefillRole:
         self._credit_tokens = credit_tokens
         self._renew_every_s = lease_s / RENEWALS_PER_LEASE
         self._quiesce_s = quiesce_s
+        self._vocab_size = vocab_size
         self._outbox = outbox
         self._submit = submit
         self._clock = clock
@@ -154,15 +156,17 @@ class PrefillRole:
 
     @_on_frame.register
     def _(self, frame: Prefill, link: LinkId) -> None:
-        tokens = unpack_tokens(frame.tokens)
-        sequence = Sequence(frame.seq, tokens, frame.sampling, frame.num_prompt_tokens, attempt=frame.attempt, reserve=True, output_limit=1)
-        job = Job(link, sequence, frame.grant, self._clock())
-        if (reason := self._refusal(frame.grant)) is not None:
-            return self._refuse(job, reason)
+        for older in [j for j in self._jobs.values() if j.sequence.seq_id == frame.seq]:
+            if older.sequence.attempt >= frame.attempt:
+                return None
+            self._stop(older, "another attempt began")
         try:
+            sequence = read_sequence(frame, self._vocab_size, reserve=True, output_limit=1)
+            self._check_grant(frame.grant, len(sequence.tokens))
             self._engine.add(sequence)
-        except ContextTooLong as error:
-            return self._refuse(job, error.message)
+        except InvalidRequest as error:
+            return self._outbox.send(link, JobEnded(frame.seq, frame.attempt, False, error.message, 0, None, None))
+        job = Job(link, sequence, frame.grant, self._clock())
         self._jobs[job.key] = job
         if frame.grant is not None:
             job.is_pushing = True
@@ -170,19 +174,19 @@ class PrefillRole:
             self._submit(transfer.BeginPush(frame.grant.token, frame.grant.decode, frame.grant.agent_id, frame.grant.lease_s))
         return None
 
-    def _refusal(self, grant: Grant | None) -> str | None:
+    def _check_grant(self, grant: Grant | None, num_tokens: int) -> None:
+        """Raises InvalidRequest for a grant that cannot, or may not, be written."""
         if grant is None:
-            return None
+            return
         if grant.token in self._tombstones or grant.token in self._pushes:
-            return "the grant was revoked before its job came"
+            raise InvalidRequest("the grant was revoked before its job came")
+        start, count = grant.first_token_index, len(grant.block_ids)
+        if start < 0 or start % self._pool.block_size or self._pool.blocks_for(num_tokens - start) > count:
+            raise InvalidRequest(f"a grant of {count} blocks from token {start} does not hold {num_tokens} tokens")
         if self._ready.get(grant.decode) != grant.agent_id:
-            return f"no KV path to that agent of {grant.decode}"
-        return None
-
-    def _refuse(self, job: Job, reason: str) -> None:
-        job.failure = reason
-        self._jobs[job.key] = job
-        self._end(job)
+            # The router believes in a pair that is gone, perhaps since another router told us to connect elsewhere.
+            self._outbox.broadcast(PairLost(grant.decode, grant.agent_id, "not connected"))
+            raise InvalidRequest(f"no KV path to that agent of {grant.decode}")
 
     @_on_frame.register
     def _(self, frame: Abort, link: LinkId) -> None:
@@ -397,6 +401,7 @@ def run(config: Config, node: NodeConfig) -> None:
             credit_tokens=min(pool.num_blocks * pool.block_size, 2 * loaded.engine.limits.max_model_len),
             lease_s=config.transfer.lease_s,
             quiesce_s=config.transfer.quiesce_s,
+            vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,
             clock=time.monotonic,

@@ -90,7 +90,9 @@ class RouterBackend:
         )
         self._receipts = ReceiptBook(config.router.receipts)
         self._running: dict[str, SeqId] = {}
-        """By request id."""
+        """The latest of each request id: clients may use one twice at a time."""
+        self._sequence_of: dict[int, SeqId] = {}
+        """By `id()` of the GenerationRequest, which `generate` keeps alive."""
         self._starting_until = time.monotonic() + STARTING_S
 
     # ── the gateway's side ───────────────────────────────────────────────────────────────────────────────────────────
@@ -114,6 +116,7 @@ class RouterBackend:
         deltas = DeltaQueue()
         seq = self.dispatcher.submit(request.id, tuple(request.tokens), request.sampling, request.policy, deltas)
         self._running[request.id] = seq
+        self._sequence_of[id(request)] = seq
         try:
             while True:
                 delta = await deltas.next()
@@ -122,12 +125,13 @@ class RouterBackend:
                     return
         finally:
             self.dispatcher.end(seq, "abort")
+            del self._sequence_of[id(request)]
             if self._running.get(request.id) == seq:
                 del self._running[request.id]
 
-    def stopped(self, request_id: str) -> None:
+    def stopped(self, request: GenerationRequest) -> None:
         """See `Backend.stopped`."""
-        if (seq := self._running.get(request_id)) is not None:
+        if (seq := self._sequence_of.get(id(request))) is not None:
             self.dispatcher.end(seq, "stop")
 
     def receipt(self, request_id: str) -> Receipt | None:

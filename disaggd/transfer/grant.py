@@ -159,6 +159,10 @@ class GrantBook:
         return min(deadlines, default=None)
 
     @property
+    def num_granted(self) -> int:
+        return len(self._in(GrantState.GRANTED))
+
+    @property
     def blocks_granted(self) -> int:
         return sum(len(record.blocks) for record in self._in(GrantState.GRANTED))
 

@@ -106,8 +106,10 @@ class Incoming:
             self.close(peer)
 
     def _renew(self, pair: _Pair) -> None:
+        del self._pairs[pair.peer]  # no agent stands behind it until the next one is open
         self._destroy(pair)
         pair.agent = self._open_agent()
+        self._pairs[pair.peer] = pair
 
     def _destroy(self, pair: _Pair) -> None:
         agent_id = pair.agent.agent_id

@@ -98,10 +98,12 @@ class TransferThread:
 
     def _main(self) -> None:
         failure = self._serve_until_failure()
-        self._outgoing.close_all()
-        self._incoming.close_all()
-        if failure is not None:
-            self._post(m.TransferFailed(failure))
+        try:
+            self._outgoing.close_all()
+            self._incoming.close_all()
+        finally:  # whatever happens here, the node must hear that nobody moves KV any more
+            if failure is not None:
+                self._post(m.TransferFailed(failure))
 
     def _serve_until_failure(self) -> Exception | None:
         try:

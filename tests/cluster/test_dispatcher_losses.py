@@ -2,6 +2,7 @@
 
 import pytest
 
+from disaggd.cluster.dispatcher import DECODE_PATIENCE_S
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -240,10 +241,30 @@ def test_a_decode_node_lost_while_its_prompt_is_pushed_stops_the_push() -> None:
     assert unpack_tokens(routing.is_retried(client).tokens) == [*range(40), 50]
 
 
-def test_the_last_decode_nodes_loss_fails_every_request_loudly() -> None:
+def everyone(routing: Routing) -> list[Client]:
+    """A client in each phase."""
+    return [routing.prefilling(90), routing.queued(90), routing.queued(90), routing.decoding(), routing.submit()]
+
+
+def test_requests_that_lost_the_last_decode_node_go_on_when_it_is_back() -> None:
     routing = Routing(credit=100)
-    clients = [routing.prefilling(90), routing.queued(90), routing.queued(90), routing.decoding(), routing.submit()]
+    clients = everyone(routing)
     routing.down(D0)
+    routing.clear()
+    routing.decode_up(D0, incarnation="second")
+    assert [frame.seq for frame in routing.frames(D0, Generate)] == [client.seq for client in clients]
+    assert all(client.error is None for client in clients)
+
+
+def test_the_last_decode_nodes_loss_fails_every_request_loudly_in_the_end() -> None:
+    routing = Routing(credit=100)
+    clients = everyone(routing)
+    routing.down(D0)
+    routing.now += DECODE_PATIENCE_S
+    routing.dispatcher.tick()
+    assert all(client.error is None for client in clients)
+    routing.now += 0.1
+    routing.dispatcher.tick()
     assert all(isinstance(client.error, RequestFailed) and client.error.code == "no_decode_node" for client in clients)
     assert not routing.dispatcher.sequences and not routing.dispatcher.queue
 

@@ -391,12 +391,29 @@ def test_a_grant_comes_after_what_the_preempted_wait_for() -> None:
     engine.add(old)
     engine.add(young)
     engine.step()
-    assert engine.room_for_grant(38 - 2 - 2)
-    assert not engine.room_for_grant(38 - 2 - 2 + 1)
+    parked = sequence(prompt(3, 4), name="parked")
+    engine.park(parked)
+    assert engine.room_for_grant(parked, 38 - 2 - 2, 0)
+    assert not engine.room_for_grant(parked, 38 - 2 - 2 + 1, 0)
     engine._scheduler._preempt(young)
     owed = 2  # its 5 tokens
-    assert engine.room_for_grant(39 - 2 - 1 - owed)
-    assert not engine.room_for_grant(39 - 2 - 1 - owed + 1)
+    assert engine.room_for_grant(parked, 39 - 2 - 1 - owed, 0)
+    assert not engine.room_for_grant(parked, 39 - 2 - 1 - owed + 1, 0)
+
+
+def test_a_grant_waits_for_a_place_among_the_running_behind_those_who_came_before() -> None:
+    """Else a stream of resumed sequences would keep a local one waiting for ever."""
+    engine = make_engine(num_blocks=64, max_sequences=2)
+    first, waiting = sequence(prompt(1, 4), name="first"), sequence(prompt(2, 4), name="waiting")
+    earlier, later = sequence(prompt(3, 4), name="earlier"), sequence(prompt(4, 4), name="later")
+    engine.add(first)
+    engine.step()
+    engine.park(earlier)
+    engine.add(waiting)
+    engine.park(later)
+    assert engine.room_for_grant(earlier, 2, 0)
+    assert not engine.room_for_grant(earlier, 2, 1), "another grant has the place"
+    assert not engine.room_for_grant(later, 2, 0), "a local sequence came before"
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -468,7 +485,7 @@ class World:
         raise AssertionError(f"still here: {self.engine.sequences}")
 
     def land(self, made: Sequence) -> None:
-        if self.engine.room_for_grant(self.engine.pool.blocks_for(len(made.tokens) + 1)):
+        if self.engine.room_for_grant(made, self.engine.pool.blocks_for(len(made.tokens) + 1), 0):
             blocks = grant(self.engine, made.tokens)
             write_kv(self.engine, blocks, made.tokens)
             self.outputs[made.seq_id].append(self.engine.resume(made, blocks, next_token(made.tokens)))

@@ -52,8 +52,8 @@ class ScriptedBackend:
             self.events.append(f"aborted {request.id}")
             raise
 
-    def stopped(self, request_id: str) -> None:
-        self.events.append(f"stopped {request_id}")
+    def stopped(self, request: GenerationRequest) -> None:
+        self.events.append(f"stopped {request.id}")
 
     def ready(self) -> bool:
         return self.is_ready

@@ -121,6 +121,23 @@ def test_a_layer_group_is_pushed_as_soon_as_it_is_computed() -> None:
     assert [push.layers for push in node.submitted(transfer.PushBlocks)] == list(LAYER_GROUPS)
 
 
+def test_a_second_job_of_a_sequence_ends_the_first_and_an_older_one_is_ignored() -> None:
+    node = ready_node(max_step_tokens=4)
+    node.say(prefill(prompt(30), grant_for(30)))
+    node.step()
+    newer = GrantToken(b"newer")
+    node.say(prefill(prompt(30), grant_for(30, newer), attempt=1))
+    assert node.submitted(transfer.CancelPush) == [transfer.CancelPush(T)]
+    node.say(prefill(prompt(30), grant_for(30, GrantToken(b"older")), attempt=0))
+    assert [command.token for command in node.submitted(transfer.BeginPush)] == [T, newer]
+
+
+def test_a_grant_too_small_for_its_prompt_is_refused() -> None:
+    node = ready_node()
+    node.say(prefill(prompt(30), grant_for(20)))
+    assert "does not hold 30 tokens" in node.last(JobEnded).reason
+
+
 @pytest.mark.parametrize("max_step_tokens", [4, 16, 100])
 @pytest.mark.parametrize("left_out", [4, 8, 20])
 def test_a_prefix_that_decode_has_cached_is_not_pushed(left_out: int, max_step_tokens: int) -> None:

@@ -10,7 +10,7 @@ from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.notification import FirstToken
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, Clock, RoleNode, Submit, next_token, prompt
+from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit, next_token, prompt
 
 P0 = NodeName("p0")
 AGENT = AgentId("agent-1")
@@ -31,6 +31,7 @@ def make_decode_node(num_blocks: int = 64) -> Node:
             lease_s=LEASE_S,
             quiesce_s=QUIESCE_S,
             bytes_per_block=BYTES_PER_BLOCK,
+            vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=submit,
             clock=clock,

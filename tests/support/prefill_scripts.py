@@ -7,7 +7,7 @@ from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill import PrefillRole
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
-from tests.support.role_nodes import BLOCK, LEASE_S, LINK, QUIESCE_S, Clock, RoleNode, Submit
+from tests.support.role_nodes import BLOCK, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
 
 D0, P0 = NodeName("d0"), NodeName("p0")
 AGENT = AgentId("agent-1")
@@ -21,7 +21,16 @@ def make_prefill_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
     """A prefill node that knows no decode node yet."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> PrefillRole:
-        return PrefillRole(engine, credit_tokens=1000, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock)
+        return PrefillRole(
+            engine,
+            credit_tokens=1000,
+            lease_s=LEASE_S,
+            quiesce_s=QUIESCE_S,
+            vocab_size=VOCAB_SIZE,
+            outbox=outbox,
+            submit=submit,
+            clock=clock,
+        )
 
     node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
     node.invariant = lambda: check_prefill_pool(node)

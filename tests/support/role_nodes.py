@@ -14,6 +14,7 @@ from disaggd.transfer.messages import TransferCommand, TransferEvent
 BLOCK = 4
 VOCAB = 97
 LINK = LinkId(1)
+VOCAB_SIZE = 1000
 LEASE_S = 5.0
 QUIESCE_S = 10.0
 BYTES_PER_BLOCK = 96

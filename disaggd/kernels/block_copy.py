@@ -3,11 +3,11 @@
     gather:  staging[l, i, h] = pool[layers[l], block_ids[i], heads[h]]
     scatter: pool[layers[l], block_ids[i], heads[h]] = staging[l, i, h]
 
-A head's keys and values of one block, [2, block_size, head_dim], are one run of memory on both sides and stay as they are; the dtype is cast
-where the sides differ.
+A head's keys and values of one block, [2, block_size, head_dim], are one run of memory on both sides and stay as they are; where the sides
+differ in dtype they are cast.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -48,8 +48,10 @@ def _copy(
 
 
 def gather_blocks(staging: Tensor, kv: Tensor, block_ids: Tensor, *, layers: range, heads: range) -> None:
-    """Fill `staging` [len(layers), len(block_ids), len(heads), 2, block_size, head_dim] from the pool `kv` [layers, num_blocks, kv_heads, 2,
-    block_size, head_dim]. `block_ids` is int32 or int64, on the pool's device; every range has step 1."""
+    """Fill `staging` [len(layers), len(block_ids), len(heads), 2, block_size, head_dim] from the pool.
+
+    `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim]; `block_ids` int32 or int64, on the pool's device; ranges of step 1.
+    """
     _launch(staging, kv, block_ids, layers, heads, scatter=False)
 
 

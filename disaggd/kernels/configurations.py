@@ -1,13 +1,19 @@
 """How the Triton kernels are tiled: plain data, one row per kind of work. Knows no tensors and no devices.
 
 Nothing is tuned at run time: a tuning run would stall the first requests, and differ between the nodes of a cluster. Each row is compiled
-for sm_90 by `tests/kernels/test_compile_sm90.py`, which fails on register spills and on more shared memory than a Hopper SM has; the
-comments carry what `python tools/compile_kernels.py` printed. How fast the rows are only a GPU can say: nothing here has been timed.
+for sm_90 by `tests/kernels/compile_sm90.py`, which fails on register spills and on more shared memory than a Hopper SM has, and prints what
+the comments quote. How fast the rows are only a GPU can say: nothing here has been timed.
 """
 
 from dataclasses import dataclass
 
 MAX_HEAD_DIM = 256
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The row of `DECODE` and `PREFILL` for heads of so many coordinates: the next power of two, 32 at least."""
+    assert 0 < head_dim <= MAX_HEAD_DIM, f"the attention kernels take heads of up to {MAX_HEAD_DIM} coordinates, not {head_dim}"
+    return max(32, 1 << (head_dim - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +46,31 @@ class RowTile:
     warps: int
 
 
-# By (head_dim rounded up to a power of two, bytes per element). bf16 and float16 compile to the same tensor-core shapes. float32 multiplies
+# By (`padded_head_dim`, bytes per element). bf16 and float16 compile to the same tensor-core shapes. float32 multiplies
 # without them, exactly: it is for checking a model's numbers, not for serving it.
+#
+# A tile of K waits for its block id, so the compiler spends every other stage on ids: 3 stages keep one tile of K and V in flight, 5 keep
+# two (by the shared memory they take: 38 and 70 KB for 64 keys of 128 in decode, 96 and 129 in prefill).
 DECODE = {
-    (16, 2): DecodeTile(keys=128, warps=4, stages=3, programs=4),
-    (32, 2): DecodeTile(keys=128, warps=4, stages=3, programs=4),
-    (64, 2): DecodeTile(keys=128, warps=4, stages=3, programs=2),
-    (128, 2): DecodeTile(keys=64, warps=4, stages=3, programs=2),
-    (256, 2): DecodeTile(keys=32, warps=4, stages=3, programs=2),
-    (16, 4): DecodeTile(keys=64, warps=4, stages=2, programs=2),
-    (32, 4): DecodeTile(keys=64, warps=4, stages=2, programs=2),
-    (64, 4): DecodeTile(keys=32, warps=4, stages=2, programs=2),
-    (128, 4): DecodeTile(keys=32, warps=4, stages=2, programs=2),
-    (256, 4): DecodeTile(keys=16, warps=4, stages=2, programs=2),
+    (32, 2): DecodeTile(keys=128, warps=4, stages=5, programs=4),
+    (64, 2): DecodeTile(keys=128, warps=4, stages=5, programs=3),
+    (128, 2): DecodeTile(keys=64, warps=4, stages=5, programs=3),
+    (256, 2): DecodeTile(keys=32, warps=4, stages=5, programs=3),
+    (32, 4): DecodeTile(keys=64, warps=4, stages=3, programs=4),
+    (64, 4): DecodeTile(keys=32, warps=4, stages=3, programs=3),
+    (128, 4): DecodeTile(keys=32, warps=8, stages=3, programs=3),
+    (256, 4): DecodeTile(keys=16, warps=8, stages=3, programs=3),
 }
 
 PREFILL = {
-    (16, 2): PrefillTile(rows=128, keys=64, warps=4, stages=3),
-    (32, 2): PrefillTile(rows=128, keys=64, warps=4, stages=3),
-    (64, 2): PrefillTile(rows=128, keys=64, warps=4, stages=3),
-    (128, 2): PrefillTile(rows=128, keys=64, warps=8, stages=3),
+    (32, 2): PrefillTile(rows=128, keys=64, warps=8, stages=5),
+    (64, 2): PrefillTile(rows=128, keys=64, warps=8, stages=5),  # 127 registers: two programs a multiprocessor
+    (128, 2): PrefillTile(rows=128, keys=64, warps=8, stages=5),  # 190; 128 keys take 254
     (256, 2): PrefillTile(rows=128, keys=32, warps=8, stages=3),
-    (16, 4): PrefillTile(rows=32, keys=32, warps=4, stages=2),
-    (32, 4): PrefillTile(rows=32, keys=32, warps=4, stages=2),
-    (64, 4): PrefillTile(rows=32, keys=32, warps=4, stages=2),
-    (128, 4): PrefillTile(rows=32, keys=32, warps=8, stages=2),
-    (256, 4): PrefillTile(rows=16, keys=16, warps=8, stages=2),
+    (32, 4): PrefillTile(rows=32, keys=32, warps=4, stages=3),
+    (64, 4): PrefillTile(rows=32, keys=32, warps=4, stages=3),
+    (128, 4): PrefillTile(rows=32, keys=16, warps=8, stages=3),
+    (256, 4): PrefillTile(rows=16, keys=16, warps=8, stages=3),
 }
 
 MIN_SPLIT_KEYS = 256
@@ -81,9 +86,11 @@ NORM = (RowTile(1024, 4), RowTile(2048, 4), RowTile(4096, 8), RowTile(8192, 16),
 
 SILU_MUL = RowTile(1024, 4)  # 8 elements a thread: one 128-bit load of bf16
 
-ROTATE = RowTile(8, 4)
+ROTATE = RowTile(8, 1)  # 128-bit loads from a head_dim of 64 on
 
 COPY = RowTile(4096, 4)  # 128-bit loads, 4 in flight per thread
 
 VOCABULARY = RowTile(2048, 4)
 """A program of the samplers' kernels: 75 of them share a row of 152k logits, so that one row alone keeps half of an H100 busy."""
+
+COUNT = RowTile(512, 8)  # of those, entries whose digits are counted at a time, each against all 16: 32 64-bit sums a thread

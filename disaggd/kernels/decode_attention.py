@@ -9,16 +9,17 @@ leaves its part's attention and log₂ Σ exp₂ in float32; a second kernel add
 Sequences with another number of new tokens are left alone: `prefill_attention` is for them. An empty context gives zeros.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from disaggd.kernels.configurations import COMBINE_SPLITS, DECODE, MAX_HEAD_DIM, MAX_SPLITS, MIN_SPLIT_KEYS, DecodeTile
+from disaggd.kernels.configurations import COMBINE_SPLITS, DECODE, MAX_SPLITS, MIN_SPLIT_KEYS, padded_head_dim
 from disaggd.kernels.pool import check_batch, check_floats, check_pool, token_offsets
 
 _LEAST_ROWS = 16  # of a tensor-core product
@@ -36,7 +37,8 @@ def _parts(context_len, window, splits, KEYS: tl.constexpr, MIN_KEYS: tl.constex
     return first, length, tl.cdiv(span, length)
 
 
-@triton.jit
+# What changes from step to step is not specialized on: a new parity of it would compile anew, under a request.
+@triton.jit(do_not_specialize=["stride_table"])
 def _attend(
     out,
     parts_out,  # float32 [num_sequences, heads, splits, HEAD_DIM]
@@ -120,7 +122,7 @@ def _attend(
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=of_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     out,
     parts_out,
@@ -167,6 +169,7 @@ def _combine(
     tl.store(out + at, mixed.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
+@lru_cache(maxsize=1024)  # 10 µs, once a layer
 def num_splits(programs: int, max_context: int, slots: int) -> int:
     """Into how many parts to split each context: `programs` of one part each, `slots` of which run at once.
 
@@ -201,10 +204,11 @@ def decode_attention(
     check_floats(out, queries, kv)
     check_pool(kv, kv_heads, head_dim)
     check_batch(query_start, context_lens, block_tables)
-    assert out.shape == queries.shape and num_heads % kv_heads == 0 and head_dim <= MAX_HEAD_DIM
+    assert out.shape == queries.shape and num_heads % kv_heads == 0
     if num_sequences == 0:
         return
-    tile = tile_for(head_dim, kv.itemsize)
+    width = padded_head_dim(head_dim)
+    tile = DECODE[width, kv.itemsize]
     max_context = block_tables.shape[1] * kv.shape[3]
     splits = num_splits(num_sequences * kv_heads, min(max_context, window or max_context), processors * tile.programs)
     parts_out = parts_log = out  # unused unless split
@@ -214,7 +218,7 @@ def decode_attention(
     group = num_heads // kv_heads
     of_parts = {
         "HEAD_DIM": head_dim,
-        "WIDTH": _padded(head_dim),
+        "WIDTH": width,
         "KEYS": tile.keys,
         "MIN_KEYS": MIN_SPLIT_KEYS,
         "WINDOWED": window is not None,
@@ -256,11 +260,3 @@ def decode_attention(
             **of_parts,
             num_warps=4,
         )
-
-
-def tile_for(head_dim: int, itemsize: int) -> DecodeTile:
-    return DECODE[_padded(head_dim), itemsize]
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, int(triton.next_power_of_2(head_dim)))

@@ -5,7 +5,7 @@
 A token whose slot is negative is not stored: that is how a captured batch is padded.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -51,7 +51,7 @@ def _store(
 
 
 def kv_store(kv: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-    """Write `keys`, `values` [num_tokens, kv_heads, head_dim] into a layer's pool `kv` (see `pool`) at `slot_mapping` int64 [num_tokens]."""
+    """Write `keys`, `values` [num_tokens, kv_heads, head_dim] into a layer's pool `kv` (see `pool`); `slot_mapping` int64 [num_tokens]."""
     num_tokens, kv_heads, head_dim = keys.shape
     check_floats(kv, keys, values)
     check_pool(kv, kv_heads, head_dim)

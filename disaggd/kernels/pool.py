@@ -5,7 +5,7 @@ block `block_table[p // block_size]` at offset `p % block_size`. Block ids are w
 8B model passes 2³¹ elements at 455 blocks.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton

@@ -11,7 +11,7 @@ of a long chunk see most keys and start first.
 Sequences with one new token or none are left alone: `decode_attention` is for them.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import math
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disaggd.kernels.configurations import MAX_HEAD_DIM, PREFILL, PrefillTile
+from disaggd.kernels.configurations import PREFILL, padded_head_dim
 from disaggd.kernels.pool import check_batch, check_floats, check_pool, token_offsets
 
 
@@ -88,7 +88,8 @@ def _walk(
     return mixed, total, best
 
 
-@triton.jit
+# What changes from step to step is not specialized on: a new parity of it would compile anew, under a request.
+@triton.jit(do_not_specialize=["num_sequences", "stride_table"])
 def _attend(
     out,
     q,
@@ -180,10 +181,11 @@ def prefill_attention(
     check_floats(out, queries, kv)
     check_pool(kv, kv_heads, head_dim)
     check_batch(query_start, context_lens, block_tables)
-    assert out.shape == queries.shape and num_heads % kv_heads == 0 and head_dim <= MAX_HEAD_DIM
+    assert out.shape == queries.shape and num_heads % kv_heads == 0
     if num_sequences == 0:
         return
-    tile, group = tile_for(head_dim, kv.itemsize), num_heads // kv_heads
+    width, group = padded_head_dim(head_dim), num_heads // kv_heads
+    tile = PREFILL[width, kv.itemsize]
     assert group <= tile.rows, f"{group} query heads share a KV head, a tile has {tile.rows} rows"
     tiles = num_tokens // (tile.rows // group) + num_sequences
     _attend[(tiles, kv_heads)](
@@ -203,18 +205,10 @@ def prefill_attention(
         GROUP=group,
         ROWS=tile.rows,
         HEAD_DIM=head_dim,
-        WIDTH=_padded(head_dim),
+        WIDTH=width,
         BLOCK_SIZE=kv.shape[3],
         KEYS=tile.keys,
         WINDOWED=window is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-
-
-def tile_for(head_dim: int, itemsize: int) -> PrefillTile:
-    return PREFILL[_padded(head_dim), itemsize]
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, int(triton.next_power_of_2(head_dim)))

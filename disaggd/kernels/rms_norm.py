@@ -1,10 +1,10 @@
 """RMS norm (Zhang & Sennrich 2019), with the residual stream's addition before it.
 
-    x   = x + residual                                 rounded to their dtype, as the unfused sum is
-    out = x / √(mean(x²) + eps) · weight               in float32, rounded once
+x   = x + residual                                 rounded to their dtype, as the unfused sum is
+out = x / √(mean(x²) + eps) · weight               in float32, rounded once
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton

@@ -8,7 +8,7 @@
 All of it in float32 but what is loaded and stored. A negative slot stores no key or value: that is how a captured batch is padded.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -72,12 +72,12 @@ def _rotate_and_store(
     tl.store(to_queries, low_out, mask=real & (heads < num_heads))
     tl.store(to_queries + HALF, high_out, mask=real & (heads < num_heads))
     slot = tl.load(slot_mapping + token)
-    stored = heads - num_heads  # keys, then values
-    in_block = (stored % kv_heads).to(tl.int64) * stride_head + (stored // kv_heads) * stride_value
-    to_pool = kv + slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + in_block + columns
-    kept = real & (stored >= 0) & (slot >= 0)
-    tl.store(to_pool, low_out, mask=kept)
-    tl.store(to_pool + HALF, high_out, mask=kept)
+    if slot >= 0:
+        stored = heads - num_heads  # keys, then values
+        in_block = (stored % kv_heads).to(tl.int64) * stride_head + (stored // kv_heads) * stride_value
+        to_pool = kv + slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + in_block + columns
+        tl.store(to_pool, low_out, mask=real & (stored >= 0))
+        tl.store(to_pool + HALF, high_out, mask=real & (stored >= 0))
 
 
 def rotate_and_store(

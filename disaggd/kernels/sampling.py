@@ -5,17 +5,17 @@
     token    = argmax over kept v of score[v] + gumbel(seed, position, v);   temperature 0: argmax of the logits; ties to the lowest id
     gumbel   = −log(−log((word + ½) / 2³²)),   word: lane v & 3 of Philox4x32-10, key = seed, counter = (v >> 2, position, 0, 0)
 
-A row of logits is shared by many programs, so that one sequence does not wait for one multiprocessor: every pass is a launch, and the passes
-add up in integers, which come out alike in any order. A threshold is found as a radix search over the bits of |score|, four at a time: eight
-passes count (top-k) or weigh (top-p) the entries that begin with the bits found so far, by their next four.
+A row of logits is shared by many programs, so that one sequence does not wait for one multiprocessor: every pass is a launch, and the
+passes add up in integers, which come out alike in any order. A threshold is found by a radix search over the bits of |score|, four at a
+time: eight passes count (top-k) or weigh (top-p) the entries that begin with the bits found so far, by their next four.
 
-Against the torch sampler: scores are the same bits (subtraction and division round alike), and so is top-k. The noise is worked out in
-float64 and rounded to float32 as there; a last-bit difference of `log` changes one noise in 2²⁸. Masses are float32 exponentials summed at a
-resolution of 2⁻⁴⁰ against float64 sums: the nucleus may differ by its last token where the mass up to it is within 10⁻⁶ of p. A tie of two
-sums goes to the lower id on both sides.
+Against the torch sampler: scores are the same bits (subtraction and division round alike), and so are those that top-k keeps. The noise is
+worked out in float64 and rounded to float32 as there; a last-bit difference of the two `log` changes one noise in some 2²⁸. Masses are
+float32 exponentials, summed at a resolution of 2⁻⁴⁰, against float64 ones: the nucleus may differ by its last token where the mass up to it
+is within 10⁻⁶ of p. Equal sums of score and noise go to the lower id on both sides.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disaggd.kernels.configurations import VOCABULARY
+from disaggd.kernels.configurations import COUNT, VOCABULARY
 from disaggd.kernels.pool import FLOATS
 
 _BITS = tl.constexpr(4)  # a digit of the radix search
@@ -79,12 +79,15 @@ def _pick(tokens, values, ids, parts, vocab_size, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _scores(x, values, row, temperature, parts, PARTS: tl.constexpr):
-    """Scores of the logits `x`: 0 at the row's best, as if the temperature were 1 where it is 0."""
+def _best_of_row(values, row, parts, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)
-    best = tl.max(tl.load(values + row * parts + part, mask=part < parts, other=float("-inf")), 0)
-    divisor = tl.where(temperature > 0, temperature, 1.0)
-    return tl.div_rn(x - best, tl.zeros_like(x) + divisor)
+    return tl.max(tl.load(values + row * parts + part, mask=part < parts, other=float("-inf")), 0)
+
+
+@triton.jit
+def _scores(x, best, temperature):
+    """Scores of the logits `x`: 0 at the row's best, as if the temperature were 1 where it is 0."""
+    return tl.div_rn(x - best, tl.zeros_like(x) + tl.where(temperature > 0, temperature, 1.0))
 
 
 @triton.jit
@@ -119,15 +122,19 @@ def _wanted(wanted, sums, row, vocab_size, MASS: tl.constexpr):
 
 
 @triton.jit
-def _found(sums, goal, PASSES: tl.constexpr):
-    """The leading digits of the key at which the sums reach `goal`, by the first PASSES passes."""
+def _found(sums, goal, passes):
+    """The leading digits of the key at which the sums reach `goal`, by the first `passes` passes.
+
+    Reads what later passes will fill as well, and ignores it: loads that wait for nothing come back together.
+    """
     bins = tl.arange(0, _BINS)
     prefix = 0
-    for digit in tl.static_range(PASSES):
+    for digit in tl.static_range(_DIGITS):
         counts = tl.load(sums + digit * _BINS + bins)
         short = tl.cumsum(counts, 0) < goal
         goal -= tl.sum(tl.where(short, counts, 0), 0)
-        prefix = prefix * _BINS + tl.minimum(tl.sum(short.to(tl.int32), 0), _BINS - 1)
+        digits = prefix * _BINS + tl.minimum(tl.sum(short.to(tl.int32), 0), _BINS - 1)
+        prefix = tl.where(digit < passes, digits, prefix)
     return prefix
 
 
@@ -142,7 +149,7 @@ def _limit(wanted, sums, row, vocab_size, MASS: tl.constexpr, SEARCHED: tl.const
     return limit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _count(
     sums,  # int64 [rows, _DIGITS, _BINS], zero at first
     logits,
@@ -154,32 +161,35 @@ def _count(
     parts,
     vocab_size,
     stride_logits,
-    PASS: tl.constexpr,
+    number,
     MASS: tl.constexpr,
     WITHIN_TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Pass number PASS of the search: weigh the entries that begin with the digits found, by their next digit."""
+    """Pass `number` of the search: weigh the entries that begin with the digits found, by their next digit."""
     row = tl.program_id(0).to(tl.int64)
     own = sums + row * _DIGITS * _BINS
     goal, limited = _wanted(wanted, own, row, vocab_size, MASS)
     if not limited:
         return
-    entries = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    x = tl.load(logits + row * stride_logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
-    keys = _keys(_scores(x, values, row, tl.load(temperatures + row), parts, PARTS))
-    weights = _weights(keys, _limit(top_k, top_k_sums, row, vocab_size, False, WITHIN_TOP_K), MASS)
-    digits = keys >> (28 - PASS * _BITS)
-    matching = entries < vocab_size
-    if PASS > 0:
-        matching = matching & (digits >> _BITS == _found(own, goal, PASS))
-    digits = tl.where(matching, digits & (_BINS - 1), _BINS)
-    if tl.min(digits, 0) < _BINS:
-        for digit in tl.static_range(_BINS):
-            part = tl.sum(tl.where(digits == digit, weights, 0), 0)
-            if part > 0:
-                tl.atomic_add(own + PASS * _BINS + digit, part, sem="relaxed")
+    limit = _limit(top_k, top_k_sums, row, vocab_size, False, WITHIN_TOP_K)
+    best = _best_of_row(values, row, parts, PARTS)
+    temperature = tl.load(temperatures + row)
+    prefix = _found(own, goal, number)
+    bins = tl.arange(0, _BINS)
+    counts = tl.zeros([_BINS], tl.int64)
+    first = tl.program_id(1) * SIZE
+    for start in range(first, tl.minimum(first + SIZE, vocab_size), CHUNK):
+        entries = start + tl.arange(0, CHUNK)
+        x = tl.load(logits + row * stride_logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
+        keys = _keys(_scores(x, best, temperature))
+        digits = keys >> (_BITS * (_DIGITS - 1 - number))
+        counted = (entries < vocab_size) & (digits >> _BITS == prefix)
+        counted = counted[:, None] & ((digits & (_BINS - 1))[:, None] == bins[None, :])
+        counts += tl.sum(tl.where(counted, _weights(keys, limit, MASS)[:, None], 0), 0)
+    tl.atomic_add(own + number * _BINS + bins, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -221,7 +231,7 @@ def _draw(
     entries = first + tl.arange(0, SIZE)
     temperature = tl.load(temperatures + row)
     x = tl.load(logits + row * stride_logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
-    scores = _scores(x, values, row, temperature, parts, PARTS)
+    scores = _scores(x, _best_of_row(values, row, parts, PARTS), temperature)
     if temperature > 0:
         limit = tl.minimum(
             _limit(top_k, top_k_sums, row, vocab_size, False, TOP_K), _limit(top_p, top_p_sums, row, vocab_size, True, TOP_P)
@@ -315,12 +325,13 @@ def _search(logits: Tensor, values: Tensor, draws: Draws, wanted: Tensor, top_k_
             parts,
             vocab_size,
             logits.stride(0),
-            PASS=number,
+            number,
             MASS=mass,
             WITHIN_TOP_K=mass and draws.any_top_k,
             PARTS=triton.next_power_of_2(parts),
             SIZE=VOCABULARY.size,
-            num_warps=VOCABULARY.warps,
+            CHUNK=COUNT.size,
+            num_warps=COUNT.warps,
         )
     return sums
 

@@ -1,9 +1,9 @@
 """The gated activation of an MLP, from the fused projection's output.
 
-    out = silu(gate) · up,   silu(x) = x / (1 + e⁻ˣ)     in float32, rounded once
+out = silu(gate) · up,   silu(x) = x / (1 + e⁻ˣ)     in float32, rounded once
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton

@@ -45,9 +45,7 @@ def test_equals_norm_rotation_and_store(heads, kv_heads, head_dim, normalized, d
 def test_a_negative_slot_is_not_stored(generator, where):
     kv = torch.full((2, 1, 2, BLOCK_SIZE, 16), 7.0, device=where)
     projected = torch.randn(2, 3 * 16, generator=generator, device=where)
-    queries = rotate_and_store(
-        kv, projected, None, 0.0, rotation(2, 16, torch.float32, generator), torch.tensor([-1, -5], device=where)
-    )
+    queries = rotate_and_store(kv, projected, None, 0.0, rotation(2, 16, torch.float32, generator), torch.tensor([-1, -5], device=where))
     assert torch.equal(kv, torch.full_like(kv, 7.0))
     assert not queries.isnan().any()
 

@@ -12,6 +12,7 @@ def test_equals_the_formula(columns, dtype, generator, where):
     torch.testing.assert_close(silu_mul(gate_up).double(), gate / (1 + (-gate).exp()) * up, atol=4 * eps, rtol=4 * eps)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's numpy: e²⁰⁰ is meant to be inf
 def test_far_from_zero_it_is_the_gate_or_nothing(where):
     gate_up = torch.tensor([[200.0, -200.0, 3.0, 3.0]], device=where)
     assert silu_mul(gate_up).tolist() == [[600.0, 0.0]]

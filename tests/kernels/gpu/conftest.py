@@ -1,7 +1,7 @@
 """The Triton kernels against the reference, wherever Triton can run: on a GPU, or in its interpreter.
 
-The interpreter must be chosen before triton is first imported, and transformers imports it: `tests/kernels/test_triton.py` runs this folder in
-a process of its own. By hand: `TRITON_INTERPRET=1 pytest tests/kernels/triton`. Anywhere else nothing here is collected.
+The interpreter must be chosen before triton is first imported, and transformers imports it: `tests/kernels/test_gpu.py` runs this folder in
+a process of its own. By hand: `TRITON_INTERPRET=1 pytest tests/kernels/gpu`. Anywhere else nothing here is collected.
 
 The interpreter takes 5–9 ms a program, so shapes are small; and it gets bfloat16 wrong, so that is for GPUs only.
 """

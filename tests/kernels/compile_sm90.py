@@ -1,0 +1,224 @@
+"""Compiles every Triton kernel for sm_90, in every configuration of its table, on a machine without a GPU.
+
+    python -m tests.kernels.compile_sm90            prints what each takes; exits 1 if one spills registers or cannot fit in an SM
+
+Must run in a process of its own: not in one that interprets Triton's kernels. The launchers themselves are called, with tensors that have
+shapes but no memory, and a driver that has a target but no device. So what is compiled is what they would launch, with the alignments and
+widths that Triton reads off their arguments.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from disaggd.kernels import configurations
+from disaggd.kernels.block_copy import gather_blocks, scatter_blocks
+from disaggd.kernels.decode_attention import decode_attention
+from disaggd.kernels.kv_store import kv_store
+from disaggd.kernels.logprobs import logprobs
+from disaggd.kernels.prefill_attention import prefill_attention
+from disaggd.kernels.rms_norm import add_rms_norm, rms_norm
+from disaggd.kernels.rotate_and_store import rotate_and_store
+from disaggd.kernels.sampling import Draws, sample
+from disaggd.kernels.silu_mul import silu_mul
+
+SHARED_BYTES = 227 * 1024  # what one program may have of a Hopper multiprocessor's
+BLOCK_SIZE = 64
+VOCAB_SIZE = 151_936
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What ptxas says of one kernel."""
+
+    case: str
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    async_copies: int
+    wide_loads: int  # of 128 bits
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled_bytes == 0 and self.shared_bytes <= SHARED_BYTES
+
+
+class _NoDevice:
+    """A driver with a target and nothing behind it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_batch(blocks: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    int32 = torch.int32
+    return tensor(9, dtype=int32), tensor(8, dtype=int32), tensor(8, blocks, dtype=int32)
+
+
+def pool(head_dim: int, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> Tensor:
+    return tensor(1024, 8, 2, block_size, head_dim, dtype=dtype)
+
+
+def decode(head_dim: int, itemsize: int, *, group: int = 4, block_size: int = BLOCK_SIZE, window: int | None = None, processors: int = 132):
+    dtype = DTYPES[itemsize]
+    queries = tensor(8, 8 * group, head_dim, dtype=dtype)
+    kv = pool(head_dim, dtype, block_size)
+    decode_attention(torch.empty_like(queries), queries, kv, *attention_batch(), window=window, processors=processors)
+
+
+def prefill(head_dim: int, itemsize: int, *, group: int = 4, block_size: int = BLOCK_SIZE, window: int | None = None):
+    dtype = DTYPES[itemsize]
+    queries = tensor(2048, 8 * group, head_dim, dtype=dtype)
+    prefill_attention(torch.empty_like(queries), queries, pool(head_dim, dtype, block_size), *attention_batch(), window=window)
+
+
+def rotate(head_dim: int, *, normalized: bool):
+    kv, (cos, sin) = pool(head_dim, torch.bfloat16), (tensor(16, 1, head_dim) for _ in range(2))
+    weight = tensor(40, head_dim) if normalized else None
+    rotate_and_store(kv, tensor(16, 48 * head_dim), weight, 1e-6, (cos, sin), tensor(16, dtype=torch.int64))
+
+
+def store(head_dim: int):
+    kv_store(pool(head_dim, torch.bfloat16), tensor(16, 8, head_dim), tensor(16, 8, head_dim), tensor(16, dtype=torch.int64))
+
+
+def norm(dim: int):
+    rms_norm(tensor(16, dim), tensor(dim), 1e-6)
+    add_rms_norm(tensor(16, dim), tensor(16, dim), tensor(dim), 1e-6)
+
+
+def copy():
+    kv, staging, ids = tensor(36, 1024, 8, 2, 64, 128), tensor(36, 16, 4, 2, 64, 128), tensor(16, dtype=torch.int32)
+    gather_blocks(staging, kv, ids, layers=range(36), heads=range(4, 8))
+    scatter_blocks(kv, staging, ids, layers=range(36), heads=range(4, 8))
+
+
+def draw(*, any_top_k: bool, any_top_p: bool):
+    floats = [tensor(16, dtype=torch.float32) for _ in range(3)]
+    temperatures, top_p, floors = floats
+    seeds, positions = (tensor(16, dtype=torch.int64) for _ in range(2))
+    top_k = tensor(16, dtype=torch.int32)
+    draws = Draws(temperatures, top_k, top_p, floors, seeds, positions, any_top_k, any_top_p)
+    sample(tensor(16, VOCAB_SIZE, dtype=torch.float32), draws)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """(its name, what launches it)."""
+    for head_dim, itemsize in configurations.DECODE:
+        name = f"head_dim {head_dim} {DTYPES[itemsize]}".replace("torch.", "")
+        yield f"decode {name}", lambda d=head_dim, i=itemsize: decode(d, i)
+    for head_dim, itemsize in configurations.PREFILL:
+        name = f"head_dim {head_dim} {DTYPES[itemsize]}".replace("torch.", "")
+        yield f"prefill {name}", lambda d=head_dim, i=itemsize: prefill(d, i)
+    for head_dim in (64, 128):
+        yield f"decode window, head_dim {head_dim}", lambda d=head_dim: decode(d, 2, window=4096)
+        yield f"prefill window, head_dim {head_dim}", lambda d=head_dim: prefill(d, 2, window=4096)
+    yield "decode unsplit", lambda: decode(128, 2, processors=1)
+    yield "decode blocks of 16", lambda: decode(128, 2, block_size=16)
+    yield "prefill blocks of 16", lambda: prefill(128, 2, block_size=16)
+    yield "decode head_dim 80", lambda: decode(80, 2)
+    yield "prefill head_dim 80", lambda: prefill(80, 2)
+    yield "prefill head_dim 96, 7 heads a group", lambda: prefill(96, 2, group=7)
+    for head_dim in (64, 80, 128, 256):
+        yield f"rotate and store, head_dim {head_dim}", lambda d=head_dim: rotate(d, normalized=True)
+    yield "rotate and store, not normalized", lambda: rotate(128, normalized=False)
+    yield "KV store", lambda: store(128)
+    for tile in configurations.NORM:
+        yield f"norm of {tile.size}", lambda n=tile.size: norm(n)
+    yield "SiLU-mul", lambda: silu_mul(tensor(16, 2 * 12288))
+    yield "block copy", copy
+    yield "sample", lambda: draw(any_top_k=False, any_top_p=False)
+    yield "sample, top-k and top-p", lambda: draw(any_top_k=True, any_top_p=True)
+    yield "log-probabilities", lambda: logprobs(tensor(16, VOCAB_SIZE, dtype=torch.float32), tensor(16, 21, dtype=torch.int64))
+
+
+def compile_all() -> list[Compiled]:
+    triton.runtime.driver.set_active(_NoDevice())
+    triton.knobs.nvidia.dump_ptxas_log = True
+    found: list[Compiled] = []
+    with tempfile.TemporaryDirectory() as cache:  # a kernel from a cache has no log
+        triton.knobs.cache.dir = cache
+        for case, launch in cases():
+            with _launches_compiled(case, found):
+                launch()
+    return found
+
+
+@contextlib.contextmanager
+def _launches_compiled(case: str, found: list[Compiled]) -> Iterator[None]:
+    """Within, a launch compiles, and adds a row to `found` if it had not been compiled before."""
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            if log.getvalue():
+                found.append(_row(case, kernel.__name__, compiled, log.getvalue()))
+
+        return launch
+
+    with patch.object(triton.runtime.JITFunction, "__getitem__", launcher):
+        yield
+
+
+def _row(case: str, kernel: str, compiled: Any, log: str) -> Compiled:
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        case=case,
+        kernel=kernel,
+        registers=max(int(count) for count in re.findall(r"Used (\d+) registers", log)),
+        spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill", log)),
+        shared_bytes=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        async_copies=ptx.count("cp.async.cg"),
+        wide_loads=len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+    )
+
+
+def table(rows: list[Compiled]) -> str:
+    lines = [f"{'case':40}{'kernel':18}{'regs':>5}{'spill':>6}{'shared KB':>10}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ld.128':>7}"]
+    for row in rows:
+        lines.append(
+            f"{row.case:40}{row.kernel:18}{row.registers:5}{row.spilled_bytes:6}{row.shared_bytes / 1024:10.1f}"
+            f"{row.wgmma:6}{row.mma:5}{row.async_copies:9}{row.wide_loads:7}{'' if row.fits else '  DOES NOT FIT'}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    assert "TRITON_INTERPRET" not in os.environ, "an interpreted kernel cannot be compiled"
+    rows = compile_all()
+    print(f"triton {triton.__version__}, sm_90\n{table(rows)}")
+    return 0 if rows and all(row.fits for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

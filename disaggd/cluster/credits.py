@@ -49,6 +49,10 @@ class Credits:
     def is_owed_report(self, record: RoutedSequence) -> bool:
         return record.job in self._owed
 
+    def owed(self, job: Job) -> RoutedSequence | None:
+        """The record of an attempt that is over, while its prefill node has not reported."""
+        return self._owed.get(job)
+
     def reported(self, prefill: PrefillPeer, job: Job) -> RoutedSequence | None:
         """The job has ended there. Returns its record if the attempt was over already."""
         prefill.jobs.pop(job, None)

@@ -89,6 +89,10 @@ class Dispatcher:
         if record is not None:
             self._finish(record, reason)
 
+    def fail(self, seq: SeqId, error: RequestError) -> None:
+        """End a sequence that is not over, with `error` for its client."""
+        self._fail(self.sequences[seq], error)
+
     def awaits_report(self, record: RoutedSequence) -> bool:
         """Whether its prefill node has yet to say how the push of the last attempt ended."""
         return self.credits.is_owed_report(record)
@@ -151,7 +155,7 @@ class Dispatcher:
             return self._drop(frame)
         self.credits.give_back(record)
         record.move(Phase.DECODING)
-        record.was_remote, record.reason, record.cached_at_decode = False, frame.reason, frame.num_cached
+        record.was_remote, record.reason, record.cached_at_decode = False, record.forced_local or frame.reason, frame.num_cached
         return self._dispatch()
 
     @_from_decode.register
@@ -242,12 +246,14 @@ class Dispatcher:
 
     @_from_prefill.register
     def _(self, frame: protocol.Prefilled, peer: PrefillPeer) -> None:
-        record = self._current(frame)
-        if record is None:
+        record = self._current(frame) or self.credits.owed((frame.seq, frame.attempt))
+        if record is None or record.attempt != frame.attempt:
             return self._drop(frame)
         record.timeline.prefill_ms = frame.prefill_ms
         record.timeline.first_token_reported_ms = frame.reported_ms
         record.cached_at_prefill = frame.num_cached
+        if record.phase is Phase.DONE:
+            return None  # decode was quicker to the end than this frame
         logprobs = None if frame.logprob is None else (frame.logprob,)
         return self._deliver(record, frame.start, (frame.token,), logprobs, frame.finish_reason)
 
@@ -289,7 +295,7 @@ class Dispatcher:
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _place(self, record: RoutedSequence, override: Override | None = None) -> None:
+    def _place(self, record: RoutedSequence) -> None:
         """Give the sequence to the least loaded decode node that has room, with a first prefill node in view if nobody waits."""
         decode = min(self.decodes.values(), key=lambda peer: (peer.is_full, peer.load_tokens, peer.name))
         reachable = self.pairs.reachable(decode.name)
@@ -306,7 +312,7 @@ class Dispatcher:
                 pack_tokens(record.tokens),
                 len(record.prompt),
                 record.sampling,
-                override or record.override,
+                "local" if record.forced_local else record.override,
                 len(reachable),
                 len(self.queue),
                 grant_for,
@@ -334,10 +340,11 @@ class Dispatcher:
                 continue  # its node is being lost right now: its retry is next
             if not reachable and self._patience_is_over(record):
                 self.queue.discard(seq)
-                self._again(record, "local")
+                reason = "cannot reach" if self.prefills else "is up to reach"
+                self._again(record, f"no_prefill_node: none {reason} {record.decode}")
             elif decode.is_full and self._patience_is_over(record) and not all(peer.is_full for peer in self.decodes.values()):
                 self.queue.discard(seq)
-                self._again(record, None)
+                self._again(record)
             elif reachable and not decode.is_full:
                 prefill = self.credits.choose(reachable, record)
                 if prefill is None:
@@ -426,15 +433,16 @@ class Dispatcher:
     def _retry(self, record: RoutedSequence) -> None:
         """Another attempt, from the prompt and everything sent; after `max_retries` the decode node prefills by itself."""
         record.retries += 1
-        self._again(record, "local" if record.retries > self._max_retries else None)
+        self._again(record, f"retries: prefill came to nothing {record.retries} times" if record.retries > self._max_retries else "")
 
-    def _again(self, record: RoutedSequence, override: Override | None) -> None:
+    def _again(self, record: RoutedSequence, forced_local: str = "") -> None:
         self._leave_nodes(record)
         record.move(Phase.PLACED)
         self.credits.leave(record)
         record.attempt += 1
+        record.forced_local = forced_local
         if self.decodes:
-            return self._place(record, override)
+            return self._place(record)
         record.decode, record.prefill = None, None  # until one is back, or patience ends
         record.homeless_until = self._clock() + DECODE_PATIENCE_S
         return None

@@ -115,6 +115,9 @@ class RoutedSequence:
     """What this attempt adds to its decode node's load."""
     was_remote: bool = False
     reason: str = ""
+    """Of the decision: `code: sentence`."""
+    forced_local: str = ""
+    """Why the router had this attempt prefilled by decode, whatever decode would have decided."""
     cached_at_decode: int = 0
     cached_at_prefill: int = 0
     kv_bytes: int = 0

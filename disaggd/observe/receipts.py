@@ -23,6 +23,8 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True):
 
     queue: float | None = None
     """In the prefill queue."""
+    prefill_wait: float | None = None
+    """In the prefill node's engine, before its first step."""
     prefill: float | None = None
     """Computing the prompt, on the clock of the node that did."""
     transfer: float | None = None

@@ -187,7 +187,7 @@ class DecodeRole:
         elif placed.sequence.state is not SequenceState.QUEUED:
             self._outbox.send(link, Landed(frame.seq, frame.attempt))
         else:
-            self._release(placed, "its prefill node is lost")
+            self._release(placed, "its prefill failed or is lost")
 
     @_on_frame.register
     def _(self, frame: Progress, link: LinkId) -> None:

@@ -25,7 +25,7 @@ from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
 from disaggd.cluster.request import RoutedSequence
 from disaggd.config import Address, Config, NodeConfig
-from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError
+from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, GenerationRequest
 from disaggd.gateway.limits import GatewayLimits
@@ -45,8 +45,10 @@ GC_THRESHOLD = 50_000
 """Allocations between two collections: at 40,000 tokens a second the default of 700 collects every few milliseconds."""
 STARTING_S = 20.0
 """A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
-STOP_TIMEOUT_S = 5
+DRAIN_S = 3.0
 """Streams under way may go on for so long after SIGTERM."""
+STOP_TIMEOUT_S = 5
+"""Connections that are open even then are cut."""
 
 
 class DeltaQueue:
@@ -94,6 +96,7 @@ class RouterBackend:
         self._sequence_of: dict[int, SeqId] = {}
         """By `id()` of the GenerationRequest, which `generate` keeps alive."""
         self._starting_until = time.monotonic() + STARTING_S
+        self._stopping_since: float | None = None
 
     # ── the gateway's side ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -111,6 +114,8 @@ class RouterBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `Backend.generate`."""
+        if self._stopping_since is not None:
+            raise Unavailable("the router is stopping")
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
         deltas = DeltaQueue()
@@ -200,8 +205,16 @@ class RouterBackend:
     def on_down(self, link: RouterLink, reason: str) -> None:
         self._metrics.set_node(link.name, link.peer.role, False)
         self.dispatcher.node_down(link.name)
-        if link.peer.role == "prefill" and not self.dispatcher.prefills:
+        if link.peer.role == "prefill" and not self.dispatcher.prefills and self._stopping_since is None:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
+
+    def drain(self) -> None:
+        """Admit nothing more; after `DRAIN_S`, end each stream that still runs with an error that says why."""
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+        if time.monotonic() - self._stopping_since > DRAIN_S:
+            for seq in list(self.dispatcher.sequences):
+                self.dispatcher.fail(seq, Unavailable("the router is stopping"))
 
     def tick(self) -> None:
         self.dispatcher.tick()
@@ -245,12 +258,13 @@ def make_receipt(record: RoutedSequence, model: str) -> Receipt:
     """What happened to `record` so far, in the terms that users rely on."""
     times = record.timeline
     reported, last_done = times.first_token_reported_ms, times.last_done_ms
-    exposed = None if reported is None or last_done is None else max(0.0, last_done - reported)
+    is_remote = record.was_remote and reported is not None
     spans = Spans(
         queue=_ms(times.queued, times.dispatched),
-        prefill=times.prefill_ms if record.was_remote else _ms(times.arrived, times.first_token),
-        transfer=None if times.first_post_ms is None or last_done is None else last_done - times.first_post_ms,
-        transfer_exposed=exposed,
+        prefill_wait=_rounded(None if reported is None else reported - times.prefill_ms),
+        prefill=_rounded(times.prefill_ms) if is_remote else None if record.was_remote else _ms(times.arrived, times.first_token),
+        transfer=_rounded(None if times.first_post_ms is None or last_done is None else last_done - times.first_post_ms),
+        transfer_exposed=_rounded(None if reported is None or last_done is None else max(0.0, last_done - reported)),
         first_token=_ms(times.arrived, times.first_token),
         decode=_ms(times.first_token, times.finished),
         total=_ms(times.arrived, times.finished),
@@ -268,13 +282,17 @@ def make_receipt(record: RoutedSequence, model: str) -> Receipt:
         kv_bytes=record.kv_bytes,
         retries=record.retries,
         spans_ms=spans,
-        prefill_clock_ms=PrefillClock(first_token_reported=reported, last_handle_done=last_done) if record.was_remote else None,
+        prefill_clock_ms=PrefillClock(first_token_reported=_rounded(reported), last_handle_done=_rounded(last_done)) if is_remote else None,
         finish_reason=record.finish_reason,
     )
 
 
 def _ms(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else (end - start) * 1e3
+    return None if start is None or end is None else _rounded((end - start) * 1e3)
+
+
+def _rounded(span_ms: float | None) -> float | None:
+    return None if span_ms is None else round(span_ms, 3)
 
 
 # ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,21 +311,26 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.model_id)
     listener = _bind(node.listen)
+    server = _http_server(app)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn handles them while it serves, and raises them once more at its end
     gc.collect()
     gc.freeze()  # the tokenizer's tables and every module: nothing that a collection needs to walk again
     gc.set_threshold(GC_THRESHOLD)
     async with asyncio.TaskGroup() as tasks:
-        background = [tasks.create_task(_tick(backend))]
+        background = [tasks.create_task(_tick(backend, server))]
         background += [tasks.create_task(_keep_link(config, engine, hello, backend)) for engine in config.nodes_of("prefill", "decode")]
         log.info("router listens on http://%s", node.listen)
-        await _serve_http(app, listener)
+        await server.serve(sockets=[listener])
         for task in background:
             task.cancel()
 
 
-async def _tick(backend: RouterBackend) -> None:
+async def _tick(backend: RouterBackend, server: uvicorn.Server) -> None:
     while True:
         await asyncio.sleep(TICK_S)
+        if server.should_exit:
+            backend.drain()
         backend.tick()
 
 
@@ -333,10 +356,8 @@ def _bind(address: Address) -> socket.socket:
         raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
-async def _serve_http(app: ASGIApp, listener: socket.socket) -> None:
-    """Until SIGTERM or SIGINT; then streams under way get `STOP_TIMEOUT_S`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn handles them while it serves, and raises them once more at its end
+def _http_server(app: ASGIApp) -> uvicorn.Server:
+    """Serves until SIGTERM or SIGINT."""
     settings = uvicorn.Config(
         app,
         http="httptools",
@@ -348,4 +369,4 @@ async def _serve_http(app: ASGIApp, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
-    await uvicorn.Server(settings).serve(sockets=[listener])
+    return uvicorn.Server(settings)

@@ -94,8 +94,28 @@ def test_store_takes_views():
 def test_norms_equal_the_formula():
     x, weight = torch.randn(5, 3, 8), torch.randn(3, 8)
     expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
-    torch.testing.assert_close(reference.rms_norm(x[:, 0], weight[0], 0.1).double(), expected[:, 0] * weight[0], atol=5e-6, rtol=0)
+    normed = reference.rms_norm(x[:, 0], weight[0], 0.1)
+    torch.testing.assert_close(normed.double(), expected[:, 0] * weight[0], atol=5e-6, rtol=0)
     torch.testing.assert_close(reference.head_norm(x, weight, 0.1).double(), expected * weight, atol=5e-6, rtol=0)
+
+
+def test_the_residual_is_added_to_before_the_norm():
+    x, residual, weight = torch.randn(3, 5, 8).unbind()
+    total = x + residual
+    normed = reference.add_rms_norm(x, residual, weight[0], 0.1)
+    assert torch.equal(residual, total)
+    assert torch.equal(normed, reference.rms_norm(total, weight[0], 0.1))
+
+
+def test_rotate_and_store_norms_and_rotates_queries_and_keys_but_no_values():
+    projected, weight = torch.randn(2, (GROUP + 2) * KV_HEADS * HEAD_DIM), torch.randn((GROUP + 1) * KV_HEADS, HEAD_DIM)
+    cos, sin = torch.randn(2, 2, 1, HEAD_DIM).unbind()
+    kv = torch.zeros(NUM_BLOCKS, KV_HEADS, 2, BLOCK, HEAD_DIM)
+    queries = made([([3], 2)], [2]).rotate_and_store(kv, projected, weight, 0.1, (cos, sin))
+    heads = projected.view(2, -1, HEAD_DIM)
+    rotated = reference.rotate(reference.head_norm(heads[:, :-KV_HEADS], weight, 0.1), cos, sin)
+    assert torch.equal(torch.cat((queries, kv[3, :, 0, :2].transpose(0, 1)), 1), rotated)
+    assert torch.equal(kv[3, :, 1, :2].transpose(0, 1), heads[:, -KV_HEADS:])
 
 
 def test_rotate_turns_pairs_half_a_head_apart():

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
-from disaggd.cluster.protocol import PROTOCOL_VERSION, HelloRejected, NodeHello, RouterHello, ToNode
+from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.errors import DisaggdError
@@ -104,9 +104,8 @@ class EngineNode:
 
     # ── links (asyncio thread) ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _hello(self, theirs: RouterHello) -> NodeHello | HelloRejected:
-        if theirs.model_id != self._loaded.directory.model_id:
-            return HelloRejected("model_id", self._loaded.directory.model_id, theirs.model_id)
+    def _hello(self, theirs: RouterHello) -> NodeHello:
+        """What this node is; the link refuses a router that serves another model, the router a geometry that is not its own."""
         assert self._node.role != "router"
         return NodeHello(
             PROTOCOL_VERSION,

@@ -1,0 +1,145 @@
+"""The router's view of the cluster for the gateway: geometry checks, request ids that come twice, draining."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from disaggd.cluster.peers import DecodePeer
+from disaggd.cluster.protocol import Decided, Generate, NodeHello, TokenRun, Tokens, ToNode
+from disaggd.config import parse_config
+from disaggd.errors import HelloRefused, Overloaded, Unavailable
+from disaggd.gateway.backend import Delta, GenerationRequest
+from disaggd.ids import Incarnation, NodeName
+from disaggd.model.directory import open_directory
+from disaggd.observe.metrics import Metrics
+from disaggd.roles.router import RouterBackend
+from disaggd.sampling import SamplingParams
+from disaggd.transfer.layout import KVSpec, kv_spec
+
+CONFIG = parse_config(
+    """
+    [model]
+    dtype = "float32"
+    [router]
+    max_requests = 2
+    [[node]]
+    name = "front"
+    role = "router"
+    listen = "127.0.0.1:8000"
+    [[node]]
+    name = "d0"
+    role = "decode"
+    listen = "127.0.0.1:8102"
+    """
+)
+SPEC = open_directory("builtin:tiny").spec("float32")
+KV = kv_spec(SPEC, 64)
+
+
+def hello(kv: KVSpec = KV) -> NodeHello:
+    return NodeHello(1, NodeName("d0"), "decode", Incarnation("one"), "model", kv, 100, 4096)
+
+
+class Front:
+    """A backend with one decode node that answers what the test says."""
+
+    def __init__(self) -> None:
+        self.backend = RouterBackend(CONFIG, SPEC, Metrics(CollectorRegistry()))
+        self.sent: list[ToNode] = []
+        self.backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), hello(), self.sent.append))
+
+    def request(self, request_id: str) -> GenerationRequest:
+        return GenerationRequest(id=request_id, tokens=[5, 6, 7], sampling=SamplingParams(max_tokens=4), policy="auto")
+
+    async def begin(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Generate until the first delta, token 9."""
+        deltas = self.backend.generate(request)
+        first = asyncio.create_task(anext(deltas))
+        await asyncio.sleep(0)
+        frame = self.sent[-1]
+        assert isinstance(frame, Generate)
+        self.backend.dispatcher.on_frame(NodeName("d0"), Decided(frame.seq, 0, "short: it is", 0))
+        self.tokens(frame, 0, 9)
+        assert (await first).tokens == (9,)
+        return deltas
+
+    def tokens(self, frame: Generate, start: int, *tokens: int, finish: bool = False) -> None:
+        run = TokenRun(frame.seq, 0, start, tokens, None, "length" if finish else None)
+        self.backend.dispatcher.on_frame(NodeName("d0"), Tokens((run,)))
+
+    def generates(self) -> list[Generate]:
+        return [frame for frame in self.sent if isinstance(frame, Generate)]
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("dtype", msgspec.structs.replace(KV, dtype="bfloat16")),
+        ("block_size", msgspec.structs.replace(KV, block_size=16)),
+        ("head_dim", msgspec.structs.replace(KV, head_dim=128)),
+        ("groups", msgspec.structs.replace(KV, groups=())),
+    ],
+)
+def test_a_node_of_another_geometry_is_refused_by_the_field_that_differs(field: str, other: KVSpec) -> None:
+    backend = Front().backend
+    node = CONFIG.node("d0")
+    backend.accept(node, hello())
+    with pytest.raises(HelloRefused, match=rf"kv\.{field} differs"):
+        backend.accept(node, hello(other))
+
+
+def test_a_stop_string_of_one_request_leaves_another_with_the_same_id_alone() -> None:
+    async def scenario() -> None:
+        front = Front()
+        one, two = front.request("same"), front.request("same")
+        first, second = await front.begin(one), await front.begin(two)
+        front.backend.stopped(one)
+        await first.aclose()
+        front.tokens(front.generates()[1], 1, 10, 11, 12, finish=True)
+        assert [delta.tokens async for delta in second] == [(10, 11, 12)]
+
+    asyncio.run(scenario())
+
+
+def test_more_requests_than_the_limit_are_refused_at_once() -> None:
+    async def scenario() -> None:
+        front = Front()
+        streams = [await front.begin(front.request(name)) for name in "ab"]
+        with pytest.raises(Overloaded):
+            await anext(front.backend.generate(front.request("c")))
+        for stream in streams:
+            await stream.aclose()
+        await (await front.begin(front.request("d"))).aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_router_admits_nothing_and_lets_streams_go_on_for_a_while() -> None:
+    async def scenario() -> None:
+        front = Front()
+        stream = await front.begin(front.request("a"))
+        front.backend.drain()
+        with pytest.raises(Unavailable, match="stopping"):
+            await anext(front.backend.generate(front.request("b")))
+        front.tokens(front.generates()[0], 1, 10, 11, 12, finish=True)
+        assert [delta.finish_reason async for delta in stream] == ["length"]
+
+    asyncio.run(scenario())
+
+
+def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:
+    async def scenario() -> None:
+        front = Front()
+        stream = await front.begin(front.request("a"))
+        receipt = front.backend.receipt("a")
+        assert receipt is not None
+        assert (receipt.decision, receipt.reason, receipt.output_tokens, receipt.finish_reason) == ("local", "short: it is", 1, None)
+        await stream.aclose()
+        receipt = front.backend.receipt("a")
+        assert receipt is not None and receipt.finish_reason == "abort"
+        assert front.backend.receipt("b") is None
+
+    asyncio.run(scenario())

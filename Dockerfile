@@ -6,13 +6,13 @@
 #       -e HEALTH_URL=http://127.0.0.1:8101/health disaggd --name p0        one node of it
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS build
-RUN apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv g++ && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/disaggd
 WORKDIR /src
 COPY constraints.txt ./
 # A layer of its own: 3 GB that change with the constraints only.
 RUN /opt/disaggd/bin/pip install --no-cache-dir --constraint constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY disaggd ./disaggd
 RUN /opt/disaggd/bin/pip install --no-cache-dir --constraint constraints.txt .
 

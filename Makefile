@@ -37,7 +37,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(INSTALL) $(TORCH_INDEX) torch
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
 	$(INSTALL) --editable .
 	@touch $@
 

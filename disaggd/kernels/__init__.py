@@ -1,19 +1,30 @@
 """The operations a transformer is made of, as one frozen record per kind of device. Knows tensors, nothing of models or batches."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 from torch import Tensor, device
 
-from disaggd.kernels import onednn, reference
+from disaggd.kernels import native, onednn, reference
+
+log = logging.getLogger(__name__)
 
 
 class PagedAttention(Protocol):
     """Attention of one step's tokens over the paged pool. What is the same in every layer is worked out once, when it is made."""
 
-    def store(self, kv: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write `keys`, `values` [num_tokens, kv_heads, head_dim] into one layer's pool, each token at its slot."""
+    def rotate_and_store(
+        self, kv: Tensor, projected: Tensor, norm_weight: Tensor | None, eps: float, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Write one layer's keys and values into its pool, each token's at its slot; returns the queries [num_tokens, heads, head_dim].
+
+        `projected` [num_tokens, (heads + 2 · kv_heads) · head_dim] is the fused projection's output. Every query and key head is
+        RMS-normalized by itself where `norm_weight` [heads + kv_heads, head_dim] is given, then turned by `rotation`: cosine and signed
+        sine, see `model.layers.rotation_of`.
+        """
 
     def attend(self, kv: Tensor, queries: Tensor) -> Tensor:
         """Causal attention of `queries` [num_tokens, heads, head_dim] over one layer's pool; returns their shape and dtype.
@@ -40,7 +51,7 @@ class MakePagedAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Every operation may return a new tensor or one of its inputs changed; callers use the result only."""
+    """What an operation returns is a new tensor or an input that it changed; where it changes another, it says so."""
 
     paged_attention: MakePagedAttention
     pack: Callable[[Tensor], Tensor]
@@ -49,10 +60,8 @@ class Ops:
     """`x` [n, in], packed weight, bias [out] or None → [n, out]."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """`x` [n, dim], weight [dim], eps → `x / rms(x) · weight`, the mean in float32."""
-    head_norm: Callable[[Tensor, Tensor, float], Tensor]
-    """`x` [n, heads, head_dim], weight [heads, head_dim], eps → every head RMS-normalized by itself."""
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """`x` [n, heads, head_dim], cos and signed sin [n, 1, head_dim] → rotary embedding of every head."""
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """`x`, residual [n, dim], weight [dim], eps → adds `x` to the residual in place, and `rms_norm` of the sum."""
     silu_mul: Callable[[Tensor], Tensor]
     """`[gate, up]` [n, 2·f] → `silu(gate) · up` [n, f]."""
 
@@ -62,17 +71,32 @@ REFERENCE = Ops(
     pack=reference.pack,
     linear=reference.linear,
     rms_norm=reference.rms_norm,
-    head_norm=reference.head_norm,
-    rotate=reference.rotate,
+    add_rms_norm=reference.add_rms_norm,
     silu_mul=reference.silu_mul,
 )
 
 
-CPU = replace(REFERENCE, pack=onednn.pack, linear=onednn.linear)
-
-_BY_DEVICE_TYPE = {"cpu": CPU, "cuda": REFERENCE}
-
-
 def select(where: device) -> Ops:
     """The fastest operations for tensors on `where`."""
-    return _BY_DEVICE_TYPE[where.type]
+    return REFERENCE if where.type == "cuda" else cpu_ops()
+
+
+@cache
+def cpu_ops() -> Ops:
+    """The native kernels for what this CPU has; without them PyTorch's operations, and one warning."""
+    library = native.library()
+    if library is None:
+        log.warning("no native CPU kernels (was there a C++ compiler at install?): serving from PyTorch's operations, several times slower")
+        return replace(REFERENCE, pack=onednn.pack, linear=onednn.linear)
+    return native_ops(native.Native(library, native.best_isa(library)))
+
+
+def native_ops(kernels: native.Native) -> Ops:
+    return Ops(
+        paged_attention=kernels.paged_attention,
+        pack=kernels.pack,
+        linear=kernels.linear,
+        rms_norm=kernels.rms_norm,
+        add_rms_norm=kernels.add_rms_norm,
+        silu_mul=kernels.silu_mul,
+    )

@@ -32,6 +32,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(residual.add_(x), weight, eps)
+
+
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # One call for the query and the key heads, then their own weights: 10 µs a layer against 20 for a call each.
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
@@ -99,6 +103,17 @@ class PagedAttention:
         blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
         self._slots = (self._pieces(blocks) * block_size + offsets).permute(2, 1, 0).flatten()  # [num_tokens · kv_heads · 2]
         self._plan(query_start.tolist(), context_lens.tolist())
+
+    def rotate_and_store(
+        self, kv: Tensor, projected: Tensor, norm_weight: Tensor | None, eps: float, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        heads = projected.view(len(projected), -1, kv.shape[-1])
+        rotated, values = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
+        if norm_weight is not None:
+            rotated = head_norm(rotated, norm_weight, eps)
+        rotated = rotate(rotated, *rotation)
+        self.store(kv, rotated[:, -self._kv_heads :], values)
+        return rotated[:, : -self._kv_heads]
 
     def store(self, kv: Tensor, keys: Tensor, values: Tensor) -> None:
         rows = torch.stack((keys, values), dim=2)  # [num_tokens, kv_heads, 2, head_dim]

@@ -34,48 +34,38 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """`x / rms(x) · weight` (Zhang & Sennrich 2019), over the last dimension."""
+    """`x / rms(x) · weight` (Zhang & Sennrich 2019) of the residual stream, to which `x`, if any, is added in place first."""
 
     ops: Ops
     weight: Tensor  # [hidden]
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        if x is None:
+            return self.ops.rms_norm(residual, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
     """Every query and key head RMS-normalized by itself (Qwen3)."""
 
-    ops: Ops
     weight: Tensor  # [heads + kv_heads, head_dim]: the query norm's weight per query head, the key norm's per KV head
     eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.head_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Rotary attention of grouped heads over the paged pool."""
 
-    ops: Ops
     qkv: Linear
     out: Linear
     head_norm: HeadNorm | None
-    num_heads: int
-    num_kv_heads: int
 
     def __call__(self, x: Tensor, rotation: Rotation, attention: PagedAttention, kv: Tensor) -> Tensor:
-        num_rotated = self.num_heads + self.num_kv_heads
-        qkv = self.qkv(x).view(len(x), num_rotated + self.num_kv_heads, -1)  # [num_tokens, heads + 2 · kv_heads, head_dim]
-        qk, values = qkv[:, :num_rotated], qkv[:, num_rotated:]
-        if self.head_norm is not None:
-            qk = self.head_norm(qk)
-        qk = self.ops.rotate(qk, *rotation)
-        attention.store(kv, qk[:, self.num_heads :], values)
-        return self.out(attention.attend(kv, qk[:, : self.num_heads]).flatten(1))
+        weight, eps = (None, 0.0) if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
+        queries = attention.rotate_and_store(kv, self.qkv(x), weight, eps, rotation)
+        return self.out(attention.attend(kv, queries).flatten(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +82,16 @@ class MLP:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A pre-norm decoder layer."""
+    """A pre-norm decoder layer. `x`, what the layer before adds to the residual stream, is added with the norm, in one pass over both."""
 
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
     mlp: MLP
 
-    def __call__(self, x: Tensor, rotation: Rotation, attention: PagedAttention, kv: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, attention, kv)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: Tensor | None, residual: Tensor, rotation: Rotation, attention: PagedAttention, kv: Tensor) -> Tensor:
+        x = self.attention(self.attention_norm(x, residual), rotation, attention, kv)
+        return self.mlp(self.mlp_norm(x, residual))
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -120,7 +110,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def rotation_of(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """The rotation of each of `positions` [num_tokens], worked out in float32; the sine's first half is negated for `Ops.rotate`.
+    """The rotation of each of `positions` [num_tokens], in float32; the sine's first half is negated for `kernels.reference.rotate`.
 
     Computed every step: for one token it is 6 small calls a step, a table for 131,072 positions would be 134 MB.
     """

@@ -49,7 +49,7 @@ class Transformer:
         called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`.
         Call under `torch.inference_mode()`.
         """
-        x = F.embedding(batch.tokens, self.embedding)
+        x, residual = None, F.embedding(batch.tokens, self.embedding)
         rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
         attention = self._ops.paged_attention(
             batch.slot_mapping,
@@ -62,10 +62,11 @@ class Transformer:
         )
         for group in self._layer_groups():
             for index in group:
-                x = self.layers[index](x, rotation, attention, kv[index])
+                x = self.layers[index](x, residual, rotation, attention, kv[index])
             if layers_done is not None:
                 layers_done(group)
-        return self.head(self.norm(x[batch.logit_rows])).float()
+        assert x is not None, "a model without layers"
+        return self.head(self.norm(x[batch.logit_rows], residual[batch.logit_rows])).float()
 
     def _layer_groups(self) -> list[range]:
         count = len(self.layers)
@@ -76,12 +77,9 @@ class Transformer:
     def _layer(self) -> Layer:
         spec = self.spec
         attention = Attention(
-            self._ops,
             qkv=self._linear(spec.hidden_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.qkv_bias),
             out=self._linear(spec.num_heads * spec.head_dim, spec.hidden_size, spec.output_bias),
             head_norm=self._head_norm() if spec.qk_norm else None,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
         )
         mlp = MLP(
             self._ops,
@@ -97,7 +95,7 @@ class Transformer:
         return RMSNorm(self._ops, self._empty(self.spec.hidden_size), self.spec.rms_norm_eps)
 
     def _head_norm(self) -> HeadNorm:
-        return HeadNorm(self._ops, self._empty(self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim), self.spec.rms_norm_eps)
+        return HeadNorm(self._empty(self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim), self.spec.rms_norm_eps)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self.device)

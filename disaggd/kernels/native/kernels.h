@@ -1,0 +1,72 @@
+// What the library computes, for one instruction set. Each isa_*.cpp compiles the same templates (rows.h, attention.h, linear.h)
+// for its own set and fills one table; library.cpp picks the table. No header here may define a function with linkage: one that
+// was compiled for AVX-512 could otherwise be the one that an older CPU runs.
+#pragma once
+
+#include <stdint.h>
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16, NUM_DTYPES };
+
+// residual += x, then residual / rms(residual) · weight → normed; all [rows, dim]. Where residual is null, x / rms(x) · weight.
+struct AddRmsNorm {
+    const void* x;
+    void* residual;
+    const void* weight;
+    void* normed;
+    int64_t rows, dim;
+    float eps;
+};
+
+// projected [tokens, heads + 2 · kv_heads, head_dim]: every query and key head normalized if weight [heads + kv_heads, head_dim] is
+// given, then rotated by cos and signed_sin [tokens, head_dim]; queries go to queries [tokens, heads, head_dim], keys and values
+// to their slots of the pool [num_blocks, kv_heads, 2, block_size, head_dim].
+struct RotateAndStore {
+    const void *projected, *weight, *cos, *signed_sin;
+    const int64_t* slots;
+    void *queries, *pool;
+    int64_t tokens, heads, kv_heads, head_dim, block_size;
+    float eps;
+};
+
+// [gate, up] [rows, 2 · width] → silu(gate) · up [rows, width].
+struct SiluMul {
+    const void* gate_up;
+    void* out;
+    int64_t rows, width;
+};
+
+// Causal attention of queries [tokens, heads, head_dim] over the pool; see disaggd.model.batch.Batch for the three tables.
+struct Attend {
+    const void *queries, *pool;
+    void* out;
+    const int32_t *query_start, *context_lens, *block_tables;
+    int64_t sequences, table_stride, heads, kv_heads, head_dim, block_size;
+    int64_t window;  // attend to the last so many positions only; 0: to all
+    float scale;  // of scores, for powers of 2
+};
+
+// x [rows, inputs] · weightᵀ + bias (or null) → out [rows, outputs]; the weight as `pack` left it. bfloat16 only.
+struct Linear {
+    const void *x, *packed, *bias;
+    void* out;
+    int64_t rows, inputs, outputs;
+};
+
+struct Kernels {
+    void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
+    void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
+    void (*silu_mul[NUM_DTYPES])(const SiluMul&);
+    void (*attend[NUM_DTYPES])(const Attend&);
+    void (*linear)(const Linear&);  // null where the set has no product of bfloat16 pairs
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+// Runs job(context, 0 … count − 1), each once, on as many threads as torch would use; in no order. What a job computes may not
+// depend on the thread that runs it.
+typedef void (*Job)(const void* context, int64_t item);
+void parallel(int64_t count, Job job, const void* context);
+
+// At least so many bytes, aligned to 64, of the calling thread; what they hold is lost at the thread's next call for the same use.
+enum ScratchUse { PARTIALS, TILE, NUM_SCRATCH_USES };
+void* scratch(ScratchUse use, int64_t bytes);

@@ -1,0 +1,14 @@
+// One instruction set's table. Included last by an isa_*.cpp, which has set WIDTH and BF16_PAIRS and the compiler's target.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+#define EACH_DTYPE(f) {f<float>, f<bf16>, f<f16>}
+#if BF16_PAIRS
+#define LINEAR linear
+#else
+#define LINEAR nullptr
+#endif
+#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -39,7 +40,19 @@ def linked(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
             _sh(*end.prefix, "ip", "link", "set", DEVICE, "up")
             _sh(*end.prefix, "ip", "link", "set", "lo", "up")
             _sh(*end.prefix, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", rate, "burst", _BURST, "latency", "50ms")
+        for end in ends:
+            _wait_for_carrier(end)
         yield ends[0], ends[1]
+
+
+def _wait_for_carrier(end: Namespace) -> None:
+    """The kernel may report a new link up to a second late, and UCX takes no device that is not up."""
+    for _ in range(100):
+        state = subprocess.run([*end.prefix, "cat", f"/sys/class/net/{DEVICE}/operstate"], check=True, capture_output=True, text=True)
+        if state.stdout.strip() == "up":
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{DEVICE} in {end.name} does not come up")
 
 
 def bits_per_s(rate: str) -> float:

@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 import disaggd
-from disaggd.config import CONFIG_VARIABLE, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
+from disaggd.config import CONFIG_VARIABLE, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, naming, single_node
 from disaggd.describe import describe
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
-from disaggd.launch import compute_environment, node_environment, pin, reexec_with
+from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
 from disaggd.log import configure_logging
 from disaggd.sampling import SamplingParams
 from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
@@ -40,8 +40,8 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
       disaggd up                          every node of the file that lives on this host
       disaggd --role decode --name d0     one node: what a service manager starts
 
-    Exit codes: 0 done; 2 bad usage, configuration or model; 3 a port, a peer or memory that could not be had;
-    130 interrupted.
+    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback; 2 bad usage, configuration or model; 3 a port,
+    a peer or memory that could not be had; 130 interrupted. up ends with the code of the node that ended it.
     """
     context.obj = config_path
     if context.invoked_subcommand is None:
@@ -53,12 +53,17 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
 
 
 def _serve(role: Role | None, name: str | None, config_path: Path | None) -> None:
-    config = load_config(find_config(config_path))
+    path = find_config(config_path)
+    config = load_config(path)
     node = config.choose(role, name)
     configure_logging(node.name)
     pin(node)
-    reexec_with(node_environment(config, node))
-    importlib.import_module(f"disaggd.roles.{node.role}").run(config, node)
+    with naming(path):
+        environment = node_environment(config, node)
+    reexec_with(environment)
+    module = importlib.import_module(f"disaggd.roles.{node.role}")
+    interrupts_raise()
+    module.run(config, node)
 
 
 @cli.command()
@@ -68,10 +73,11 @@ def up(outer_path: Path | None, config_path: Path | None) -> int:
     """Start every node of the file that lives on this host; one Ctrl-C ends them all."""
     path = find_config(config_path or outer_path)
     config = load_config(path)
-    nodes = local_nodes(config.nodes)
+    with naming(path):
+        nodes = local_nodes(config.nodes)
     check_ports(nodes)
-    routers = [node for node in nodes if node.role == "router"]
-    supervisor = Supervisor(nodes, node_command(path), lambda: click.echo("".join(banner(config, router) for router in routers)))
+    supervisor = Supervisor(nodes, node_command(path), lambda router, view: click.echo(banner(config, router, view)))
+    interrupts_raise()
     return asyncio.run(supervisor.run())
 
 
@@ -81,19 +87,20 @@ def up(outer_path: Path | None, config_path: Path | None) -> int:
 def check(outer_path: Path | None, config_path: Path | None) -> None:
     """Check the file and show the cluster that it describes."""
     path = find_config(config_path or outer_path)
+    interrupts_raise()
     describe(path, load_config(path))
 
 
 @cli.command()
 @click.argument("prompt")
 @_config_option
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="[default: 64, or what the context has room for]")
 @click.option("--temperature", type=click.FloatRange(min=0, max=2), default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, token ids, finish reason.")
 @click.pass_obj
 def generate(
-    outer_path: Path | None, prompt: str, config_path: Path | None, max_tokens: int, temperature: float, seed: int, as_json: bool
+    outer_path: Path | None, prompt: str, config_path: Path | None, max_tokens: int | None, temperature: float, seed: int, as_json: bool
 ) -> None:
     """Continue PROMPT with one engine in this process: no router, no cluster, no network.
 
@@ -105,9 +112,10 @@ def generate(
     configure_logging(node.name)
     pin(node)
     reexec_with(compute_environment(node))
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    solo = importlib.import_module("disaggd.solo")
+    interrupts_raise()
     try:
-        importlib.import_module("disaggd.solo").run(config, node, prompt, sampling, as_json)
+        solo.run(config, node, prompt, SamplingParams(temperature=temperature, seed=seed), max_tokens, as_json)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
 

@@ -10,6 +10,8 @@ import os
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -28,6 +30,7 @@ DEFAULT_PATH = Path("config.toml")
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$", description="16 or more ASCII letters, digits and signs, no blanks")]
 
 _UNITS = {
     "": 1,
@@ -122,7 +125,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[model]`: what the cluster serves. The same on every node."""
 
     path: Annotated[str, msgspec.Meta(min_length=1)] = "builtin:tiny"
-    """A Hugging Face directory, or the model that ships with disaggd."""
+    """A Hugging Face directory, relative to the file's own, or the model that ships with disaggd."""
     name: str | None = None
     """What clients call it; None takes the last part of `path`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -177,8 +180,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill node that does not confirm within this that it stopped writing is fenced off."""
     user_timeout_s: Seconds = 5.0
     """TCP gives a silent peer up after this."""
-    layer_group: Positive = 4
-    """Layers per push: fewer overlap better, more cost less."""
+    layer_group: Positive = 1
+    """Layers per write: with one, at most about a layer's wire time is exposed; twelve writes cost TCP no more than one."""
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,18 +192,24 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """So many silent heartbeats and a link counts as lost."""
     reconnect_max_s: Seconds = 1.0
     """The longest pause between two attempts to reach a node."""
-    secret: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$")] | None = None
+    secret: Secret | None = None
     """Shared by all nodes; required once any node listens beyond loopback."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[[node]]`: one process of the cluster."""
 
-    name: Annotated[NodeName, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    name: Annotated[
+        NodeName,
+        msgspec.Meta(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+            description='up to 63 ASCII letters, digits, "_", "." and "-", the first a letter or a digit',
+        ),
+    ]
     role: Role
     listen: Address
     """Where a router serves HTTP; where routers reach an engine node."""
-    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
+    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')] = "cpu"
     kv_cache: Size = Size(256 * 2**20)
     """Bytes of the KV pool."""
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
@@ -213,6 +222,10 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens computed per step, over all sequences."""
     max_sequences: Positive = 64
     """Sequences that run at once."""
+
+
+_ROUTER_KEYS = frozenset({"name", "role", "listen", "cpus"})
+"""Of a node's keys, those that a router obeys; the rest is of engines."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,16 +275,36 @@ def single_node() -> Config:
     return Config(nodes=(NodeConfig(name=NodeName("local"), role="decode", listen=Address("127.0.0.1:8101")),))
 
 
-def load_config(path: str | Path) -> Config:
-    """Reads and checks the file at `path`. Raises ConfigError."""
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A ConfigError in the body says which file it is about."""
     try:
-        return parse_config(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file (name one with --config or ${CONFIG_VARIABLE})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks the file at `path`; a relative model path in it starts from its directory. Raises ConfigError."""
+    with naming(path):
+        return _anchored(parse_config(_read(Path(path))), Path(path).absolute().parent)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no such file (name one with --config or ${CONFIG_VARIABLE})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}") from error
+
+
+def _anchored(config: Config, directory: Path) -> Config:
+    """The same from whatever directory it is read: absolute paths, `~` and built-in models stay as they are."""
+    path = config.model.path
+    if path.startswith(("builtin:", "~", "/")):
+        return config
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=str(directory / path)))
 
 
 def parse_config(text: str) -> Config:
@@ -284,7 +317,7 @@ def parse_config(text: str) -> Config:
     try:
         config = msgspec.convert(raw, Config, dec_hook=_parse_value)
     except msgspec.ValidationError as error:
-        raise ConfigError(_located(str(error))) from error
+        raise ConfigError(_located(str(error), raw)) from error
     for check in _CHECKS:
         check(config)
     return config
@@ -296,12 +329,57 @@ def _parse_value(kind: type, raw: object) -> object:
     raise NotImplementedError(kind)
 
 
-def _located(message: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.node[1].threads`" as "node[1].threads: expected int, got str"."""
+# ── a mistake in one place ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _located(message: str, raw: dict[str, Any]) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.node[1].threads`" as "node[1] (p0).threads: expected int, got str"."""
     what, _, where = message.partition(" - at ")
     path = where.strip("`").removeprefix("$").removeprefix(".")
-    what = (what[:1].lower() + what[1:]).replace("`", "").replace("object", "table")
-    return f"{path}: {what}" if path else what
+    if not path:
+        return _in_words(what)
+    if "matching regex" in what:
+        what = f"expected {_description(_kind_at(path))}"
+    elif invalid := re.fullmatch("Invalid enum value '(.*)'", what, re.DOTALL):
+        what = f"{invalid[1]!r} is not one of {_choices(invalid[1], get_args(_kind_at(path)))}"
+    return f"{_with_names(path, raw)}: {_in_words(what)}"
+
+
+def _in_words(what: str) -> str:
+    return (what[:1].lower() + what[1:]).replace("`", "").replace("object", "table")
+
+
+def _kind_at(path: str) -> Any:
+    """The annotation of the key at `path`, such as `node[1].role`."""
+    kind: Any = Config
+    for part in path.split("."):
+        key, bracket, _ = part.partition("[")
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == key)
+        kind = get_args(kind)[0] if bracket else kind
+    return kind
+
+
+def _description(kind: Any) -> str:
+    """What `Annotated[str, Meta(description=…)]`, or None, wants."""
+    annotated = next(one for one in (kind, *get_args(kind)) if hasattr(one, "__metadata__"))
+    return str(annotated.__metadata__[0].description)
+
+
+def _choices(value: str, valid: Iterable[str]) -> str:
+    """The valid values, the nearest of them marked."""
+    valid = list(valid)
+    nearest = difflib.get_close_matches(value, valid, n=1)
+    return ", ".join(valid) + (f" ({nearest[0]}?)" if nearest else "")
+
+
+def _with_names(path: str, raw: dict[str, Any]) -> str:
+    return re.sub(r"^node\[(\d+)\]", lambda match: _place(int(match[1]), raw["node"][int(match[1])]), path)
+
+
+def _place(index: int, node: object) -> str:
+    """`node[1] (p0)`: nodes are counted by us and named by the user."""
+    name = node.get("name") if isinstance(node, dict) else None
+    return f"node[{index}] ({name})" if isinstance(name, str) else f"node[{index}]"
 
 
 def _refuse_unknown_keys(raw: object, table: type[msgspec.Struct], path: str) -> None:
@@ -322,7 +400,16 @@ def _descend(value: object, kind: Any, where: str) -> None:
         _refuse_unknown_keys(value, kind, where)
     elif kind == tuple[NodeConfig, ...] and isinstance(value, list):
         for index, item in enumerate(value):
-            _refuse_unknown_keys(item, NodeConfig, f"{where}[{index}]")
+            _refuse_unknown_keys(item, NodeConfig, _place(index, item))
+            _refuse_engine_keys(item, _place(index, item))
+
+
+def _refuse_engine_keys(node: object, where: str) -> None:
+    """Looks at what the file says, before defaults make every node alike."""
+    if isinstance(node, dict) and node.get("role") == "router":
+        for key in node:
+            if key not in _ROUTER_KEYS:
+                raise ConfigError(f"{where}.{key}: has no meaning for a router, which neither computes nor holds KV; remove it")
 
 
 # ── what the file says as a whole ────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,12 @@
 """`disaggd check`: the resolved cluster as a table, and everything that can be refused without starting it.
 
-Reads the model's config, not its weights; imports no torch.
+What only another host can know, or what may be meant, is a warning. Reads the model's config and tokenizer, not its
+weights; imports no torch.
 """
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -10,26 +14,76 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from disaggd.config import Config, NodeConfig
+from disaggd.config import Config, NodeConfig, naming
 from disaggd.errors import ConfigError
+from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.launch import node_environment
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
+from disaggd.supervisor import is_local
 from disaggd.transfer.layout import KVSpec, kv_spec
 
 _COLUMNS = ("node", "role", "listens on", "device", "threads", "pool", "blocks", "tokens")
 _NUMBERS = ("threads", "pool", "blocks", "tokens")
+_PIPED_WIDTH = 200
+"""Columns where there is no terminal to count them: no address is broken."""
 
 
 def describe(path: Path, config: Config) -> None:
-    """Prints what `config` comes to. Raises ConfigError or ModelError for what no node could start with."""
-    for node in config.nodes:
-        node_environment(config, node)
+    """Prints what `config` comes to, and warnings. Raises ConfigError or ModelError for what no node could start with."""
     directory = open_directory(config.model.path)
     spec = directory.spec(config.model.dtype)
-    console = Console(soft_wrap=True)
-    console.print(_nodes(config, spec))
-    console.print(_facts(path, config, directory, spec))
+    read_tokenizer(directory.root, spec.vocab_size)
+    with naming(path):
+        _check_model_len(config, spec)
+        for node in config.nodes:
+            node_environment(config, node)
+        table = _nodes(config, spec)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
+    console.print(table)
+    console.print(_facts(path, config, directory, spec), soft_wrap=True)
+    for warning in _warnings(config, spec):
+        console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
+
+
+def _check_model_len(config: Config, spec: ModelSpec) -> None:
+    wanted, limit = config.model.max_model_len, spec.max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"model.max_model_len: {wanted:,} is more than the model's own limit of {limit:,} tokens")
+
+
+def _warnings(config: Config, spec: ModelSpec) -> Iterator[str]:
+    """What a node of this host would stumble over; from elsewhere a loopback address, too, looks like one of this host."""
+    for node in config.nodes:
+        if node.role != "router":
+            yield from _small_pool(config, node, spec)
+        if is_local(node):
+            yield from _absent_cpus(node)
+            yield from _absent_devices(config, node)
+
+
+def _small_pool(config: Config, node: NodeConfig, spec: ModelSpec) -> Iterator[str]:
+    tokens = num_blocks(node, kv_spec(spec, node.block_size)) * node.block_size
+    limit = config.model.max_model_len or spec.max_position_embeddings
+    if tokens < limit:
+        yield f"node {node.name!r}: kv_cache holds {tokens:,} tokens, but one request may have {limit:,} (model.max_model_len)"
+
+
+def _absent_cpus(node: NodeConfig) -> Iterator[str]:
+    usable = os.sched_getaffinity(0)
+    if absent := sorted(set(node.cpus or ()) - usable):
+        yield f"node {node.name!r}: cpus {absent} are not among those that a process may use here: {sorted(usable)}"
+
+
+def _absent_devices(config: Config, node: NodeConfig) -> Iterator[str]:
+    if node.role == "router":
+        return
+    here = [name for _, name in socket.if_nameindex()]
+    for device in filter(None, config.transfer.devices.split(",")):
+        if device not in here:
+            yield f"node {node.name!r}: this host has no network device {device!r} (transfer.devices); it has {', '.join(here)}"
 
 
 def num_blocks(node: NodeConfig, kv: KVSpec) -> int:
@@ -43,7 +97,7 @@ def num_blocks(node: NodeConfig, kv: KVSpec) -> int:
 def _nodes(config: Config, spec: ModelSpec) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for node in config.nodes:
         table.add_row(node.name, node.role, node.listen, *_engine_cells(node, spec))
     return table
@@ -63,7 +117,7 @@ def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:
-    limit = min(config.model.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    limit = config.model.max_model_len or spec.max_position_embeddings
     kind = f"{spec.family}, {spec.num_layers} layers, {spec.dtype}, {limit:,} tokens of context"
     facts = {
         "file": str(path),
@@ -82,7 +136,7 @@ def _policy(config: Config) -> str:
         return "every prompt is prefilled by its decode node"
     if rules.policy == "always":
         return "every prompt is prefilled by a prefill node"
-    return f"prompts of more than {rules.max_local_prefill_tokens} uncached tokens are prefilled by a prefill node"
+    return f"prompts over {rules.max_local_prefill_tokens} uncached tokens are prefilled by a prefill node"
 
 
 def _size(num_bytes: int) -> str:

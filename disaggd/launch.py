@@ -5,6 +5,7 @@ Runs on the main thread before anything else; re-executes the process once when 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 
@@ -47,6 +48,12 @@ def reexec_with(wanted: Mapping[str, str], environ: Mapping[str, str] = os.envir
     sys.stdout.flush()
     sys.stderr.flush()
     execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**kept, **wanted})
+
+
+def interrupts_raise() -> None:
+    """From here on Ctrl-C is KeyboardInterrupt again: the imports, which can pass none on, are done (see `__main__`)."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pin(node: NodeConfig) -> None:

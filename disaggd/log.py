@@ -1,5 +1,7 @@
 """Logs: one line per event, `[p0] 15:04:05 warning: text`, on stderr; level and time in colour on a terminal.
 
+disaggd tells what it does; libraries are heard from warnings on (torch tells its caches' statistics at every exit).
+
 Also the progress bar of a long load, on a terminal only.
 """
 
@@ -11,9 +13,11 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-_LEVEL_STYLES = {"debug": "2", "warning": "33", "error": "31", "critical": "1;31"}
+WARNING_STYLE = "33"
+_LEVEL_STYLES = {"debug": "2", "warning": WARNING_STYLE, "error": "31", "critical": "1;31"}
 _HEAD = re.compile(r"^(\d\d:\d\d:\d\d) ((debug|warning|error|critical):)?")
 
 NODE_STYLES = ("36", "35", "32", "34", "96", "95", "92", "94")
@@ -21,13 +25,12 @@ NODE_STYLES = ("36", "35", "32", "34", "96", "95", "92", "94")
 
 
 def configure_logging(node: str, stream: TextIO | None = None) -> None:
-    """Sends every logger's events to `stream` (stderr), each line beginning with the node's name. Call once, at start."""
+    """Sends events to `stream` (stderr), each line beginning with the node's name. Call once, at start."""
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines(node, coloured=stream.isatty()))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for noisy in ("asyncio", "uvicorn"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("disaggd").setLevel(logging.INFO)
 
 
 def styled(text: str, style: str) -> str:
@@ -45,16 +48,16 @@ def paint(line: str) -> str:
 
 
 @contextmanager
-def loading_progress(node: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `progress(done_bytes, total_bytes)`, which moves a bar while the body runs; without a terminal it does nothing."""
+def loading_progress(model: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `progress(done_bytes, total_bytes)`, which moves a bar while the body loads `model`; without a terminal it does nothing."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, total: None
         return
     columns = (TextColumn("[cyan]{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task(f"\\[{node}] loading weights", total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+        bar = bars.add_task(f"loading {escape(model)}", total=None, visible=False)  # shown once there is something to show
+        yield lambda done, total: bars.update(bar, completed=done, total=total, visible=True)
 
 
 class _Lines(logging.Formatter):

@@ -9,12 +9,16 @@ import msgspec
 
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, build_engine
+from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import InvalidRequest
 from disaggd.gateway.tokenizer import Tokenizer, read_tokenizer
 from disaggd.ids import SeqId
 from disaggd.log import loading_progress
 from disaggd.sampling import SamplingParams
+
+DEFAULT_MAX_TOKENS = 64
+"""Where --max-tokens is not given."""
 
 
 class Generated(msgspec.Struct, frozen=True):
@@ -27,21 +31,26 @@ class Generated(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams, as_json: bool) -> None:
-    """Prints the continuation of `prompt`, as it comes or as one JSON object. Raises DisaggdError."""
+def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams, max_tokens: int | None, as_json: bool) -> None:
+    """Prints the continuation of `prompt`, as it comes or as one JSON object; nothing of it before all is known to fit.
+
+    `max_tokens` None: `DEFAULT_MAX_TOKENS`, or what the context has room for. Raises DisaggdError.
+    """
     loaded = _load(config, node)
     tokenizer = read_tokenizer(loaded.directory.root, loaded.spec.vocab_size)
     tokens = _encode(tokenizer, prompt)
+    sampling = msgspec.structs.replace(sampling, max_tokens=_settle(loaded.engine, len(tokens), max_tokens))
+    sequence = Sequence(SeqId("solo-0"), tokens, sampling, num_prompt_tokens=len(tokens))
+    loaded.engine.add(sequence)
     if not as_json:
         print(prompt, end="", flush=True)  # noqa: T201
-    sequence = Sequence(SeqId("solo-0"), tokens, sampling, num_prompt_tokens=len(tokens))
-    text = _continue(loaded, tokenizer, sequence, echo=not as_json)
+    text = _continue(loaded.engine, tokenizer, sequence, echo=not as_json)
     if as_json:
         _print_json(config, sequence, text)
 
 
 def _load(config: Config, node: NodeConfig) -> LoadedEngine:
-    with loading_progress(node.name) as progress:
+    with loading_progress(config.model.served_name) as progress:
         return build_engine(
             config.model.path,
             dtype=config.model.dtype,
@@ -66,7 +75,23 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokens
 
 
-def _continue(loaded: LoadedEngine, tokenizer: Tokenizer, sequence: Sequence, echo: bool) -> str:
+def _settle(engine: Engine, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    """How many tokens to generate. Raises InvalidRequest where the router would; a prompt too long is the engine's to refuse."""
+    room = engine.context_limit - num_prompt_tokens
+    if max_tokens is None:
+        return max(1, min(room, DEFAULT_MAX_TOKENS))
+    if 0 < room < max_tokens:
+        holder = "model's context" if engine.context_limit == engine.limits.max_model_len else "KV pool"
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens and --max-tokens asks for {max_tokens} more, "
+            f"but the {holder} holds {engine.context_limit}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return max_tokens
+
+
+def _continue(engine: Engine, tokenizer: Tokenizer, sequence: Sequence, echo: bool) -> str:
     detokenizer = tokenizer.detokenizer(sequence.tokens)
     text: list[str] = []
 
@@ -76,9 +101,8 @@ def _continue(loaded: LoadedEngine, tokenizer: Tokenizer, sequence: Sequence, ec
             sys.stdout.write(piece)
             sys.stdout.flush()
 
-    loaded.engine.add(sequence)
     while not sequence.is_finished:
-        for output in loaded.engine.step():
+        for output in engine.step():
             shown = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens
             emit(detokenizer.feed(shown))
     emit(detokenizer.flush())

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import site
 import socket
 import sys
 import time
@@ -16,12 +17,15 @@ from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
-from disaggd.config import Address, Config, NodeConfig
+import msgspec
+
+import disaggd
+from disaggd.config import Address, Config, NodeConfig, Role
 from disaggd.errors import EXIT_INTERRUPTED, ConfigError, ResourceError
 from disaggd.ids import NodeName
-from disaggd.log import NODE_STYLES, paint, styled
+from disaggd.log import NODE_STYLES, WARNING_STYLE, paint, styled
 
 STOP_GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -36,10 +40,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def local_nodes(nodes: Iterable[NodeConfig]) -> tuple[NodeConfig, ...]:
     """Those whose `listen` address is this host's. Raises ConfigError if there are none."""
-    local = tuple(node for node in nodes if _can_bind(node.listen.host, 0))
+    local = tuple(node for node in nodes if is_local(node))
     if not local:
         raise ConfigError("no node of the file listens on an address of this host")
     return local
+
+
+def is_local(node: NodeConfig) -> bool:
+    """Whether this host has the address that `node` listens on."""
+    return _can_bind(node.listen.host, 0)
 
 
 def check_ports(nodes: Iterable[NodeConfig]) -> None:
@@ -59,6 +68,46 @@ def _can_bind(host: str, port: int) -> bool:
     return False
 
 
+class LinkedNode(msgspec.Struct, frozen=True):
+    """An engine node, as a router's `GET /v1/cluster` shows it."""
+
+    name: str
+    role: Role
+    listen: str
+    link: Literal["up", "down"]
+
+
+class LinkedPair(msgspec.Struct, frozen=True):
+    """A prefill node's KV path to a decode node."""
+
+    prefill: str
+    decode: str
+    state: str
+
+
+class ClusterView(msgspec.Struct, frozen=True):
+    """What one router has of the cluster."""
+
+    nodes: tuple[LinkedNode, ...] = ()
+    pairs: tuple[LinkedPair, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """What the file names and the router does not have, each with the reason."""
+        nodes = [f"{node.name} (no link to {node.listen})" for node in self.nodes if node.link == "down"]
+        return nodes + [f"{pair.prefill} → {pair.decode} (KV path {pair.state})" for pair in self.pairs if pair.state != "ready"]
+
+    def count(self, role: Role) -> str:
+        """`2 decode`, or `1 of 2 decode`."""
+        links = [node.link for node in self.nodes if node.role == role]
+        up = links.count("up")
+        return f"{up} {role}" if up == len(links) else f"{up} of {len(links)} {role}"
+
+
+OnReady = Callable[[NodeConfig, ClusterView], None]
+"""Called for each router of this host, once all of them are ready."""
+
+
 class Supervisor:
     """The children, from the first start to the last exit."""
 
@@ -66,7 +115,7 @@ class Supervisor:
         self,
         nodes: tuple[NodeConfig, ...],
         command: Callable[[NodeConfig], list[str]],
-        on_ready: Callable[[], None],
+        on_ready: OnReady,
         *,
         out: TextIO | None = None,
         grace_s: float = STOP_GRACE_S,
@@ -138,6 +187,7 @@ class Supervisor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,
+            env=_child_environment(),
             start_new_session=True,
             preexec_fn=lambda: _die_with(parent),
         )
@@ -163,12 +213,14 @@ class Supervisor:
     # ── all children ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _announce(self) -> None:
-        for node in self._nodes:
-            while node.role == "router" and not await _is_ready(node.listen):
+        routers = [node for node in self._nodes if node.role == "router"]
+        for router in routers:
+            while await _get(router.listen, "/ready") is None:
                 if await self._stops_within(READY_POLL_S):
                     return
         self._is_ready = True
-        self._on_ready()
+        for router in routers:
+            self._on_ready(router, await _view(router.listen))
 
     async def _end_children(self) -> None:
         """Routers first, so that no engine node is asked for anything more; what outlives its grace is killed."""
@@ -210,33 +262,52 @@ class Supervisor:
 
 
 def node_command(config_path: Path) -> Callable[[NodeConfig], list[str]]:
-    """How a child is started: as this very package, with the same interpreter."""
-    return lambda node: [sys.executable, "-m", "disaggd", "--role", node.role, "--name", node.name, "--config", str(config_path)]
+    """How a child is started: as this very package, with the same interpreter.
+
+    -P keeps the working directory off its path, where a folder called disaggd would be taken for the package.
+    """
+    return lambda node: [sys.executable, "-P", "-m", "disaggd", "--role", node.role, "--name", node.name, "--config", str(config_path)]
 
 
-def banner(config: Config, router: NodeConfig) -> str:
-    """What to do with a cluster that is ready."""
+def _child_environment() -> dict[str, str]:
+    """Ours; where the package is not installed, but run from its checkout, also the way to it."""
+    home = str(Path(disaggd.__file__).parent.parent)
+    if home in site.getsitepackages() or home == site.getusersitepackages():
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
+
+
+def banner(config: Config, router: NodeConfig, view: ClusterView) -> str:
+    """What to do with a cluster that is ready, and what it lacks."""
     host = "127.0.0.1" if router.listen.is_wildcard else router.listen.rpartition(":")[0]
-    counts = ", ".join(f"{len(config.nodes_of(role))} {role}" for role in ("router", "prefill", "decode"))
+    head = f"Ready, but {styled('without ' + ', '.join(view.missing), WARNING_STYLE)}" if view.missing else "Ready"
+    counts = ", ".join((f"{len(config.nodes_of('router'))} router", view.count("prefill"), view.count("decode")))
     body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "stream": true}}'
     return (
-        f"\nReady: {config.model.served_name} on {counts}. Ctrl-C ends all of them. Try:\n\n"
+        f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them. Try:\n\n"
         f"  curl -N http://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
     )
 
 
-async def _is_ready(router: Address) -> bool:
-    """Whether the router's `GET /ready` answers 200."""
+async def _view(router: Address) -> ClusterView:
+    """The cluster as `router` sees it; nothing at all of it if it has just died."""
+    body = await _get(router, "/v1/cluster")
+    return ClusterView() if body is None else msgspec.json.decode(body, type=ClusterView)
+
+
+async def _get(router: Address, path: str) -> bytes | None:
+    """The body of `router`'s answer to `GET path`; None unless it is a 200."""
     host = "127.0.0.1" if router.is_wildcard else router.host
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(2.0):
             reader, writer = await asyncio.open_connection(host, router.port)
             try:
-                writer.write(f"GET /ready HTTP/1.1\r\nHost: {router}\r\nConnection: close\r\n\r\n".encode())
-                return b" 200 " in await reader.readline()
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {router}\r\nConnection: close\r\n\r\n".encode())
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                return body if b" 200 " in head.partition(b"\r\n")[0] else None
             finally:
                 writer.close()
-    return False
+    return None
 
 
 def _die_with(parent: int) -> None:

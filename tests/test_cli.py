@@ -15,6 +15,7 @@ from disaggd.errors import HelloRefused, ModelError, ResourceError
 ROOT = Path(__file__).parent.parent
 ROUTER = '[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:8000"\n'
 DECODE = '[[node]]\nname = "d0"\nrole = "decode"\nlisten = "127.0.0.1:8102"\nkv_cache = "32MiB"\n'
+PREFILL = '[[node]]\nname = "p0"\nrole = "prefill"\nlisten = "127.0.0.1:8101"\n'
 
 
 @pytest.fixture
@@ -24,9 +25,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def disaggd_process(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "disaggd", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100, check=False, env={"PYTHONPATH": str(ROOT)})
+def disaggd_process(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "disaggd", *arguments]
+    environ = {"PYTHONPATH": f"{path}:{ROOT}"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environ)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_bad_usage_exits_2_and_says_why(config: Path, capsys: pytest.CaptureFixt
 def test_a_bad_file_is_one_line_and_exits_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(ROUTER + DECODE + "blok_size = 16\n")
     assert run("check", "--config", str(config)) == 2
-    assert capsys.readouterr().err == f"disaggd: {config}: node[1].blok_size: unknown key (block_size?)\n"
+    assert capsys.readouterr().err == f"disaggd: {config}: node[1] (d0).blok_size: unknown key (block_size?)\n"
 
 
 def test_a_missing_file_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,13 +128,63 @@ def test_check_shows_the_resolved_cluster(config: Path, capsys: pytest.CaptureFi
     [
         ('kv_cache = "1KiB"', "node 'd0': kv_cache (1 KiB) is less than one block"),
         ('[model]\npath = "builtin:huge"', "builtin:huge: no such built-in model"),
-        ('[transfer]\ntransports = "pigeon"', "[transfer] transports = 'pigeon'"),
+        ('[transfer]\ntransports = "pigeon"', "cluster.toml: [transfer] transports = 'pigeon'"),
+        ("[model]\nmax_model_len = 5000", "cluster.toml: model.max_model_len: 5,000 is more than the model's own limit of 4,096 tokens"),
     ],
 )
 def test_check_refuses_what_no_node_could_start_with(config: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
     config.write_text(ROUTER + DECODE.replace('kv_cache = "32MiB"\n', "") + line)
     assert run("check", "--config", str(config)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_warns_of_what_this_host_lacks(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text('[transfer]\ndevices = "lo,eth77"\n' + ROUTER + DECODE.replace("32MiB", "1MiB") + "cpus = [1023]\n")
+    assert run("check", "--config", str(config)) == 0
+    small, cpus, device = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: node 'd0': ")]
+    assert "kv_cache holds 320 tokens, but one request may have 4,096" in small
+    assert "cpus [1023] are not among those that a process may use here" in cpus
+    assert "this host has no network device 'eth77' (transfer.devices); it has lo" in device
+
+
+def test_check_asks_nothing_of_this_host_for_a_node_elsewhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    remote = DECODE.replace("127.0.0.1", "192.0.2.7") + "cpus = [1023]\n"
+    config.write_text('[transfer]\ndevices = "eth77"\n[cluster]\nsecret = "0123456789abcdef"\n' + ROUTER + remote)
+    assert run("check", "--config", str(config)) == 0
+    assert "warning" not in capsys.readouterr().out.replace("warning: node 'd0': kv_cache", "")
+
+
+def test_check_misses_a_tokenizer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (ROOT / "disaggd/model/builtin/tiny").iterdir():
+        if file.is_file() and file.name != "tokenizer.json":
+            (tmp_path / file.name).symlink_to(file)
+    config.write_text('[model]\npath = "."\n' + ROUTER + DECODE)
+    assert run("check", "--config", str(config)) == 2
+    assert "tokenizer.json: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_check_cuts_no_name_and_no_address(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "a-name-of-fifty-letters-that-no-terminal-is-wide-enough-for"
+    address = "a.host.in.a.domain.with.a.rather.long.name.example.com:8102"
+    decode = DECODE.replace("d0", name).replace("127.0.0.1:8102", address)
+    config.write_text('[transfer]\ndevices = "lo"\n[cluster]\nsecret = "0123456789abcdef"\n' + ROUTER + decode)
+    assert run("check", "--config", str(config)) == 0
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert address in shown
+    assert "…" not in shown
+
+
+def test_the_policy_fits_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("[disaggregation]\nmax_local_prefill_tokens = 100000\n" + ROUTER + DECODE + PREFILL)
+    assert run("check", "--config", str(config)) == 0
+    [policy] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
+    assert "prompts over 100000 uncached tokens" in policy
+    assert len(policy) <= 80
 
 
 @pytest.mark.parametrize("command", [[], ["up"], ["check"], ["generate"]])
@@ -146,6 +198,13 @@ def test_help_reads_well(command: list[str], capsys: pytest.CaptureFixture[str])
 def test_the_version_is_the_packages() -> None:
     process = disaggd_process("--version")
     assert (process.stdout, process.returncode) == (f"disaggd {disaggd.__version__}\n", 0)
+
+
+@pytest.mark.parametrize(("module", "arguments"), [("click", ["--version"]), ("torch", ["--role", "decode"])])
+def test_ctrl_c_during_an_import_is_quiet(config: Path, tmp_path: Path, module: str, arguments: list[str]) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')\n")
+    process = disaggd_process("--config", str(config), *arguments, path=tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
 
 
 @pytest.fixture
@@ -183,4 +242,21 @@ def test_generate_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 )
 def test_generate_refuses_a_bad_prompt(config: Path, prompt: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "--config", str(config), prompt) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("kv_cache", "message"),
+    [("32MiB", "asks for 5000 more, but the model's context holds 4096"), ("1MiB", "asks for 5000 more, but the KV pool holds 128")],
+)
+def test_generate_refuses_more_tokens_than_there_is_room_for(
+    config: Path, kv_cache: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace("32MiB", kv_cache))
+    assert run("generate", "--config", str(config), "--max-tokens", "5000", "import os") == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""

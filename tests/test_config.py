@@ -73,25 +73,31 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (DECODE + "blok_size = 16\n" + ROUTER, "node[0].blok_size: unknown key (block_size?)"),
+        (DECODE + "blok_size = 16\n" + ROUTER, "node[0] (d0).blok_size: unknown key (block_size?)"),
         ("[disagregation]\n" + CLUSTER, "disagregation: unknown key (disaggregation?)"),
         ("[transfer]\nzebra = 1\n" + CLUSTER, "transfer.zebra: unknown key (known: transports, devices, "),
-        (CLUSTER + 'block_size = "x"', "node[2].block_size: expected int, got str"),
-        (CLUSTER + "threads = true", "node[2].threads: expected int, got bool"),
-        (CLUSTER + "threads = 0", "node[2].threads: expected int >= 1"),
-        (CLUSTER + 'device = "tpu"', "node[2].device: expected str matching regex"),
-        (CLUSTER + 'kv_cache = "256 megs"', "node[2].kv_cache: '256 megs' is not a size"),
-        (CLUSTER + 'kv_cache = "0MiB"', "node[2].kv_cache: a size must be at least 1 byte"),
-        (CLUSTER + "kv_cache = -1", "node[2].kv_cache: -1 is not a size"),
-        (CLUSTER + "kv_cache = true", "node[2].kv_cache: expected a size"),
-        (CLUSTER.replace("127.0.0.1:8102", "127.0.0.1"), "node[2].listen: '127.0.0.1' is not an address"),
-        (CLUSTER.replace(":8102", ":81020"), "node[2].listen: '127.0.0.1:81020' is not an address"),
-        (CLUSTER.replace('"decode"', '"decoder"'), "node[2].role: invalid enum value 'decoder'"),
+        (CLUSTER + 'block_size = "x"', "node[2] (d0).block_size: expected int, got str"),
+        (CLUSTER + "threads = true", "node[2] (d0).threads: expected int, got bool"),
+        (CLUSTER + "threads = 0", "node[2] (d0).threads: expected int >= 1"),
+        (CLUSTER + 'device = "tpu"', 'node[2] (d0).device: expected "cpu", "cuda" or "cuda:N"'),
+        (CLUSTER + 'kv_cache = "256 megs"', "node[2] (d0).kv_cache: '256 megs' is not a size"),
+        (CLUSTER + 'kv_cache = "0MiB"', "node[2] (d0).kv_cache: a size must be at least 1 byte"),
+        (CLUSTER + "kv_cache = -1", "node[2] (d0).kv_cache: -1 is not a size"),
+        (CLUSTER + "kv_cache = true", "node[2] (d0).kv_cache: expected a size"),
+        (CLUSTER.replace("127.0.0.1:8102", "127.0.0.1"), "node[2] (d0).listen: '127.0.0.1' is not an address"),
+        (CLUSTER.replace(":8102", ":81020"), "node[2] (d0).listen: '127.0.0.1:81020' is not an address"),
+        (CLUSTER.replace('"decode"', '"decoder"'), "node[2] (d0).role: 'decoder' is not one of router, prefill, decode (decode?)"),
         (CLUSTER.replace('name = "d0"\n', ""), "node[2]: table missing required field name"),
+        (CLUSTER.replace('role = "prefill"\n', ""), "node[1] (p0): table missing required field role"),
+        (CLUSTER.replace('"p0"', '"p 0"'), 'node[1] (p 0).name: expected up to 63 ASCII letters, digits, "_", "." and "-"'),
+        (ROUTER + 'kv_cache = "1GiB"\n' + DECODE, "node[0] (router).kv_cache: has no meaning for a router"),
+        (f'[model]\ndtype = "float23"\n{CLUSTER}', "model.dtype: 'float23' is not one of auto, float32, bfloat16, float16 (float32?)"),
+        (f'[disaggregation]\npolicy = "zzz"\n{CLUSTER}', "disaggregation.policy: 'zzz' is not one of threshold, always, never"),
+        (CLUSTER + "cpus = [-1]", "node[2] (d0).cpus[0]: expected int >= 0"),
         ("node = 3", "node: expected array, got int"),
         (f'[transfer]\nport_range = "9-1"\n{CLUSTER}', "transfer.port_range: '9-1' is not a port range"),
         (f"[cluster]\nheartbeat_s = nan\n{CLUSTER}", "cluster.heartbeat_s: expected float"),
-        (f'[cluster]\nsecret = "short"\n{CLUSTER}', "cluster.secret: expected str matching regex"),
+        (f'[cluster]\nsecret = "short"\n{CLUSTER}', "cluster.secret: expected 16 or more ASCII letters, digits and signs, no blanks"),
         ("[model\n", "not valid TOML: Expected ']' at the end of a table declaration (at line 1, column 7)"),
         (DECODE, "no router node"),
         (ROUTER + PREFILL, "no decode node"),
@@ -134,6 +140,27 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
+
+
+def test_a_relative_model_path_starts_from_the_files_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    path = tmp_path / "conf" / "cluster.toml"
+    path.write_text(f'[model]\npath = "../models/small"\n{CLUSTER}')
+    monkeypatch.chdir(tmp_path)
+    for spelt in (path, path.relative_to(tmp_path)):
+        model = load_config(spelt).model
+        assert (model.path, model.served_name) == (f"{tmp_path}/conf/../models/small", "small")
+
+
+@pytest.mark.parametrize("model", ["builtin:tiny", "~/models/small", "/models/small"])
+def test_other_model_paths_stay_as_they_are(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(f'[model]\npath = "{model}"\n{CLUSTER}')
+    assert load_config(path).model.path == model
+
+
+def test_a_router_may_be_pinned() -> None:
+    assert parse_config(ROUTER + "cpus = [0, 1]\n" + DECODE).node("router").cpus == (0, 1)
 
 
 def test_the_option_beats_the_environment_beats_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,13 @@ def test_the_process_is_replaced_once() -> None:
     assert len(execs.calls) == 1
 
 
+def test_the_replacement_keeps_the_interpreters_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    execs = Execs()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-P", "-m", "disaggd", "--role", "decode"])
+    reexec_with({"OMP_NUM_THREADS": "3"}, {}, execs)
+    assert execs.calls[0][1] == [sys.executable, "-P", "-m", "disaggd", "--role", "decode"]
+
+
 def test_a_stray_port_range_of_ucx_is_taken_away() -> None:
     execs = Execs()
     reexec_with({"UCX_TLS": "tcp"}, {"UCX_TLS": "tcp", "UCX_TCP_PORT_RANGE": "1-2"}, execs)

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from disaggd.config import Address, NodeConfig, Role, parse_config
 from disaggd.errors import ConfigError, ResourceError
 from disaggd.ids import NodeName
-from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
+from disaggd.supervisor import ClusterView, LinkedNode, LinkedPair, OnReady, Supervisor, banner, check_ports, local_nodes, node_command
 
 WAIT = "import signal; print('up', flush=True); signal.sigwait({signal.SIGTERM}); print('ended', flush=True)"
 """A node that ends when it is told to. SIGTERM must be blocked to be waited for."""
@@ -30,11 +31,15 @@ def answer():
     while True:
         client, _ = server.accept()
         client.recv(4096)
-        client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+        client.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + sys.argv[2].encode())
         client.close()
 threading.Thread(target=answer, daemon=True).start()
 """
     + WAIT
+)
+WHOLE = ClusterView(
+    nodes=(LinkedNode("p0", "prefill", "10.0.0.1:8101", "up"), LinkedNode("d0", "decode", "10.0.0.2:8101", "up")),
+    pairs=(LinkedPair("p0", "d0", "ready"),),
 )
 ENGINE = BLOCKED + WAIT
 STUBBORN = BLOCKED + "import signal; print('up', flush=True); signal.pause()"
@@ -71,11 +76,13 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: Callable[[], None] = lambda: None, grace_s: float = 10.0) -> int:
+def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: OnReady = lambda router, view: None, grace_s: float = 10.0) -> int:
+    view = msgspec.json.encode(WHOLE).decode()
+
     async def limited() -> int:
         supervisor = Supervisor(
             tuple(programs),
-            lambda node: [sys.executable, "-I", "-S", "-c", programs[node], str(node.listen.port)],
+            lambda node: [sys.executable, "-I", "-S", "-c", programs[node], str(node.listen.port), view],
             on_ready,
             out=screen,
             grace_s=grace_s,
@@ -90,12 +97,12 @@ def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: Callabl
 def test_one_signal_ends_the_router_first_and_then_the_engines(free_port: Callable[[], int]) -> None:
     screen = Screen()
     programs = {node("d0", "decode", free_port()): ENGINE, node("router", "router", free_port()): ROUTER}
-    assert supervise(programs, screen, on_ready=terminate) == 0
+    assert supervise(programs, screen, on_ready=lambda router, view: terminate()) == 0
     assert [line for line in screen.lines if "ended" in line] == ["[router] ended", "[d0] ended"]
 
 
 def test_ctrl_c_exits_130(free_port: Callable[[], int]) -> None:
-    assert supervise({node("router", "router", free_port()): ROUTER}, Screen(), on_ready=interrupt) == 130
+    assert supervise({node("router", "router", free_port()): ROUTER}, Screen(), on_ready=lambda router, view: interrupt()) == 130
 
 
 def test_a_node_that_cannot_start_ends_everything_with_its_code(free_port: Callable[[], int]) -> None:
@@ -122,7 +129,7 @@ def test_a_node_that_dies_later_is_restarted(free_port: Callable[[], int], tmp_p
     }
     writers: list[int] = []
     screen = Screen("second life", terminate)
-    assert supervise(programs, screen, on_ready=lambda: writers.append(os.open(gate, os.O_RDWR))) == 0
+    assert supervise(programs, screen, on_ready=lambda router, view: writers.append(os.open(gate, os.O_RDWR))) == 0
     assert any(line.endswith("error: died (killed by SIGKILL); restarting it") for line in screen.lines)
     for writer in writers:
         os.close(writer)
@@ -156,7 +163,7 @@ def test_no_node_survives_a_kill_of_its_supervisor(free_port: Callable[[], int])
         "from disaggd.supervisor import Supervisor\n"
         f"node = NodeConfig(name='d0', role='decode', listen=Address('127.0.0.1:{free_port()}'))\n"
         "child = [sys.executable, '-I', '-S', '-c', 'import os, signal; print(os.getpid(), flush=True); signal.pause()']\n"
-        "asyncio.run(Supervisor((node,), lambda _: child, lambda: None, out=sys.stdout).run())\n"
+        "asyncio.run(Supervisor((node,), lambda _: child, lambda *_: None, out=sys.stdout).run())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as up:
         assert up.stdout is not None
@@ -182,17 +189,50 @@ def test_nodes_of_other_hosts_are_left_to_them(free_port: Callable[[], int]) -> 
         local_nodes([elsewhere])
 
 
+def test_who_is_ready_is_asked_of_the_router(free_port: Callable[[], int]) -> None:
+    router = node("router", "router", free_port())
+    told: list[tuple[NodeConfig, ClusterView]] = []
+
+    def on_ready(router: NodeConfig, view: ClusterView) -> None:
+        told.append((router, view))
+        terminate()
+
+    assert supervise({router: ROUTER}, Screen(), on_ready) == 0
+    assert told == [(router, WHOLE)]
+
+
+CONFIG = parse_config(
+    '[cluster]\nsecret = "0123456789abcdef"\n'
+    '[[node]]\nname = "router"\nrole = "router"\nlisten = "0.0.0.0:9000"\n'
+    '[[node]]\nname = "p0"\nrole = "prefill"\nlisten = "10.0.0.1:8101"\n'
+    '[[node]]\nname = "d0"\nrole = "decode"\nlisten = "10.0.0.2:8101"\n'
+)
+
+
 def test_the_banner_shows_a_curl_line_for_this_cluster() -> None:
-    config = parse_config(
-        '[cluster]\nsecret = "0123456789abcdef"\n'
-        '[[node]]\nname = "router"\nrole = "router"\nlisten = "0.0.0.0:9000"\n'
-        '[[node]]\nname = "d0"\nrole = "decode"\nlisten = "127.0.0.1:8101"\n'
-    )
-    text = banner(config, config.node("router"))
-    assert "tiny on 1 router, 0 prefill, 1 decode" in text
+    text = banner(CONFIG, CONFIG.node("router"), WHOLE)
+    assert "Ready: tiny on 1 router, 1 prefill, 1 decode." in text
     assert "curl -N http://127.0.0.1:9000/v1/completions" in text
+
+
+def test_the_banner_says_what_is_missing() -> None:
+    no_p0 = ClusterView((msgspec.structs.replace(WHOLE.nodes[0], link="down"), WHOLE.nodes[1]))
+    text = banner(CONFIG, CONFIG.node("router"), no_p0)
+    assert "Ready, but \x1b[33mwithout p0 (no link to 10.0.0.1:8101)\x1b[0m: tiny on 1 router, 0 of 1 prefill, 1 decode." in text
+    no_path = msgspec.structs.replace(WHOLE, pairs=(LinkedPair("p0", "d0", "probing"),))
+    assert "without p0 → d0 (KV path probing)" in banner(CONFIG, CONFIG.node("router"), no_path)
 
 
 def test_a_child_is_this_package_under_the_same_interpreter() -> None:
     command = node_command(Path("/etc/cluster.toml"))(node("p0", "prefill", 8101))
-    assert command == [sys.executable, "-m", "disaggd", "--role", "prefill", "--name", "p0", "--config", "/etc/cluster.toml"]
+    assert command == [sys.executable, "-P", "-m", "disaggd", "--role", "prefill", "--name", "p0", "--config", "/etc/cluster.toml"]
+
+
+def test_a_folder_called_disaggd_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disaggd").mkdir()
+    (tmp_path / "disaggd" / "__main__.py").write_text("raise SystemExit('the wrong disaggd')")
+    monkeypatch.chdir(tmp_path)
+    screen = Screen()
+    supervisor = Supervisor((node("router", "router", 1),), node_command(Path("absent.toml")), lambda *_: None, out=screen)
+    assert asyncio.run(supervisor.run()) == 2
+    assert "[router] disaggd: absent.toml: no such file (name one with --config or $DISAGGD_CONFIG)" in screen.lines

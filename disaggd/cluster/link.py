@@ -29,6 +29,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello, ToNode, ToRouter
@@ -42,6 +43,7 @@ LINK_PATH = "/link"
 HEALTH_PATH = "/health"
 
 _MAX_CLOSE_REASON_BYTES = 120  # a WebSocket close frame has room for 123
+_FAREWELLS = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 
 # The library logs a traceback for every port scan and health probe; what matters of it is logged here instead.
 _websockets_log = logging.getLogger(f"{__name__}.websockets")
@@ -67,6 +69,8 @@ class LinkSettings:
     reconnect_max_s: float = 1.0
     refused_s: float = 5.0
     """The pause after a hello or a secret was refused: only an operator can mend that."""
+    patience_s: float = 20.0
+    """A node that was never there is only waited for, not missed, for so long: nodes start in any order."""
     hello_timeout_s: float = 5.0
     max_buffered_bytes: int = 256 * 2**20
     """Frames that wait for a slow peer; more closes the link."""
@@ -87,11 +91,31 @@ def link_settings(cluster: ClusterConfig) -> LinkSettings:
 class LinkClosed(Exception):
     """Ends a link's tasks; the message says why."""
 
+    def __init__(self, reason: str, *, is_farewell: bool = False) -> None:
+        super().__init__(reason)
+        self.is_farewell = is_farewell
+        """An end in good order, which a peer may choose at any time."""
+
+
+class SecretRefused(Exception):
+    """The node said 401."""
+
+    def __init__(self) -> None:
+        super().__init__("the cluster secrets differ")
+
 
 class Link(Generic[Out, In, Hello]):
     """One end of a link that is up."""
 
-    def __init__(self, socket: Connection, name: NodeName, peer: Hello, decode: Callable[[bytes], In], settings: LinkSettings) -> None:
+    def __init__(
+        self,
+        socket: Connection,
+        name: NodeName,
+        peer: Hello,
+        decode: Callable[[bytes], In],
+        settings: LinkSettings,
+        farewell_level: int,
+    ) -> None:
         self.name = name
         """The other end's."""
         self.peer: Hello = peer
@@ -99,15 +123,17 @@ class Link(Generic[Out, In, Hello]):
         self._socket = socket
         self._decode = decode
         self._settings = settings
+        self._farewell_level = farewell_level
+        """To a node routers come and go; a router misses every node."""
         self._outgoing: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._wake_writer = asyncio.Event()
-        self._close_reason: str | None = None
+        self._end: LinkClosed | None = None
         self._silent_heartbeats = 0
 
     def send(self, frame: Out | Ping) -> None:
         """Queues one frame; never blocks. On a closed link it is dropped: `on_down` is the notice."""
-        if self._close_reason is not None:
+        if self._end is not None:
             return
         message = _encode(frame)
         self._outgoing.append(message)
@@ -118,14 +144,13 @@ class Link(Generic[Out, In, Hello]):
 
     def close(self, reason: str) -> None:
         """Ends the link once what was sent before is on its way. Idempotent."""
-        if self._close_reason is None:
-            self._close_reason = reason
+        if self._end is None:
+            self._end = LinkClosed(reason, is_farewell=True)
             self._wake_writer.set()
 
     def _cut(self, reason: str) -> None:
         """Ends the link now: nothing more goes out."""
-        if self._close_reason is None:
-            self._close_reason = reason
+        self._end = self._end or LinkClosed(reason)
         self._socket.transport.abort()
 
     async def carry(
@@ -134,28 +159,29 @@ class Link(Generic[Out, In, Hello]):
         """Runs the link to its end. Cancelling it closes the link; `on_down` is called in any case."""
         log.info("link to %s is up", self.name)
         on_up(self)
-        reason, level = "stopping", logging.INFO
+        end, level = LinkClosed("stopping", is_farewell=True), logging.INFO
         try:
-            reason, level = await self._run(on_frame), logging.WARNING
+            end = await self._run(on_frame)
+            level = self._farewell_level if end.is_farewell else logging.WARNING
         finally:
-            self._close_reason = self._close_reason or reason
-            log.log(level, "link to %s is down: %s", self.name, reason)
-            on_down(self, reason)
-            await self._socket.close(reason=reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
+            self._end = self._end or end
+            log.log(level, "link to %s is down: %s", self.name, end)
+            on_down(self, str(end))
+            await _close(self._socket, CloseCode.GOING_AWAY if end.is_farewell else CloseCode.INTERNAL_ERROR, str(end))
 
-    async def _run(self, on_frame: Callable[[Any, In], None]) -> str:
-        reason = ""
+    async def _run(self, on_frame: Callable[[Any, In], None]) -> LinkClosed:
+        """Until the link ends; returns why."""
+        end = LinkClosed("a frame could not be handled")
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read(on_frame))
                 tasks.create_task(self._write())
                 tasks.create_task(self._beat())
         except* LinkClosed as closed:
-            reason = self._close_reason or str(closed.exceptions[0])
+            end = next(error for error in closed.exceptions if isinstance(error, LinkClosed))
         except* Exception as faults:  # a callback's bug must not take the other links down
-            log.exception("link to %s: a frame could not be handled", self.name, exc_info=faults)
-            reason = "a frame could not be handled"
-        return reason
+            log.exception("link to %s: %s", self.name, end, exc_info=faults)
+        return end
 
     async def _read(self, on_frame: Callable[[Any, In], None]) -> None:
         while True:
@@ -168,7 +194,7 @@ class Link(Generic[Out, In, Hello]):
         try:
             return self._decode(await _recv_bytes(self._socket))
         except ConnectionClosed as error:
-            raise LinkClosed(_why(error)) from error
+            raise self._end or _closed(error) from error
         except msgspec.MsgspecError as error:
             raise LinkClosed(f"undecodable frame: {error}") from error
 
@@ -180,14 +206,14 @@ class Link(Generic[Out, In, Hello]):
                 message = self._outgoing.popleft()
                 self._buffered_bytes -= len(message)
                 await self._put(message)
-            if self._close_reason is not None:
-                raise LinkClosed(self._close_reason)
+            if self._end is not None:
+                raise self._end
 
     async def _put(self, message: bytes) -> None:
         try:
             await self._socket.send(message)
         except ConnectionClosed as error:
-            raise LinkClosed(_why(error)) from error
+            raise self._end or _closed(error) from error
 
     async def _beat(self) -> None:
         """Counts intervals instead of reading a clock: a loop that stalled for seconds itself accuses nobody."""
@@ -251,7 +277,7 @@ class LinkServer:
         if request.path != LINK_PATH:
             return socket.respond(http.HTTPStatus.NOT_FOUND, f"nothing here but {HEALTH_PATH} and {LINK_PATH}\n")
         if not _is_authorized(request.headers.get_all("Authorization"), self._settings.secret):
-            self._refusals.warn(f"refused a link from {_remote(socket)}: wrong cluster secret")
+            self._refusals.log(logging.WARNING, f"refused a link from {_remote(socket)}: wrong cluster secret")
             return socket.respond(http.HTTPStatus.UNAUTHORIZED, "wrong cluster secret\n")
         return None
 
@@ -259,7 +285,8 @@ class LinkServer:
         try:
             hello = await self._greet(socket)
             if hello is not None:
-                await Link(socket, hello.router, hello, _from_router.decode, self._settings).carry(*self._callbacks)
+                link: NodeLink = Link(socket, hello.router, hello, _from_router.decode, self._settings, farewell_level=logging.INFO)
+                await link.carry(*self._callbacks)
         except Exception:
             log.exception("a link's callback failed")  # the library would log it where nobody looks
             raise
@@ -274,10 +301,12 @@ class LinkServer:
                 reply = self._answer(theirs)
                 await socket.send(_encode(reply))
         except (TimeoutError, ConnectionClosed, msgspec.MsgspecError, LinkClosed) as error:
-            self._refusals.warn(f"no hello from {_remote(socket)}: {_why(error)}")
+            self._refusals.log(logging.WARNING, f"no hello from {_remote(socket)}: {_why(error)}")
             return None
         if isinstance(reply, HelloRejected):
-            self._refusals.warn(f"refused router {theirs.router}: {reply.field} differs (ours {reply.ours}, theirs {reply.theirs})")
+            self._refusals.log(
+                logging.WARNING, f"refused router {theirs.router}: {reply.field} differs (ours {reply.ours}, theirs {reply.theirs})"
+            )
             return None
         return theirs
 
@@ -324,23 +353,27 @@ async def dial(
     """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
-    Each standing trouble is logged once.
+    Each standing trouble is logged once; that a node is not there yet is none for `patience_s`.
     """
     troubles = _Repeated()
-    absent = logging.INFO  # until it was there once: nodes start in any order
+    now = asyncio.get_running_loop().time
+    missed_from = now() + settings.patience_s
     pause_s = settings.reconnect_min_s
     while True:
         try:
             link = await _connect(node, hello, accept, settings)
-        except HelloRefused as error:
-            troubles.warn(f"no link to {node.name} at {node.listen}: {error}")
+        except (HelloRefused, SecretRefused) as error:
+            troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: {error}")
             pause_s = settings.refused_s
         except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError) as error:
-            troubles.warn(f"no link to {node.name} at {node.listen}, trying again: {_why(error)}", absent)
+            if isinstance(error, OSError) and now() < missed_from:
+                troubles.log(logging.INFO, f"waiting for {node.name} at {node.listen}")
+            else:
+                troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error)}")
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
         else:
             troubles.forget()
-            absent = logging.WARNING
+            missed_from = now()
             pause_s = settings.reconnect_min_s
             await link.carry(on_up, on_frame, on_down)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -359,16 +392,20 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
             )
         except InvalidStatus as error:
             if error.response.status_code == http.HTTPStatus.UNAUTHORIZED:
-                raise HelloRefused("cluster.secret", "(hidden)", "(hidden)") from error
+                raise SecretRefused from error
             raise
         try:
             await socket.send(_encode(hello))
             theirs = _check_hello(node, hello, _from_node.decode(await _recv_bytes(socket)))
             accept(theirs)
-        except BaseException:  # also cancellation and the timeout: no socket is left behind
-            socket.transport.abort()
+        except BaseException as error:  # also cancellation and the timeout: no socket is left behind
+            try:
+                if isinstance(error, HelloRefused):
+                    await _close(socket, CloseCode.POLICY_VIOLATION, f"{hello.router}: {error}")
+            finally:
+                socket.transport.abort()
             raise
-    return Link(socket, node.name, theirs, _from_node.decode, settings)
+    return Link(socket, node.name, theirs, _from_node.decode, settings, farewell_level=logging.WARNING)
 
 
 def _check_hello(node: NodeConfig, ours: RouterHello, theirs: ToRouter) -> NodeHello:
@@ -402,7 +439,7 @@ class _Repeated:
     def __init__(self) -> None:
         self._last: str | None = None
 
-    def warn(self, message: str, level: int = logging.WARNING) -> None:
+    def log(self, level: int, message: str) -> None:
         if message != self._last:
             log.log(level, "%s", message)
         self._last = message
@@ -415,6 +452,10 @@ async def _recv_bytes(socket: Connection) -> bytes:
     message = await socket.recv(decode=False)
     assert isinstance(message, bytes)
     return message
+
+
+async def _close(socket: Connection, code: CloseCode, reason: str) -> None:
+    await socket.close(code, reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
 
 
 def _is_authorized(given: list[str], secret: str | None) -> bool:
@@ -430,8 +471,18 @@ def _remote(socket: Connection) -> str:
 
 def _why(error: BaseException) -> str:
     if isinstance(error, ConnectionClosed):
-        return f"closed by the peer: {error.rcvd.reason or error.rcvd.code}" if error.rcvd else "connection lost"
+        return str(_closed(error))
     return _reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+
+
+def _closed(error: ConnectionClosed) -> LinkClosed:
+    """Says what the first close frame says; the other end's only echoes it."""
+    is_theirs = error.sent is None or error.rcvd_then_sent is True
+    first = error.rcvd if is_theirs else error.sent
+    if first is None:
+        return LinkClosed("connection lost")
+    reason = first.reason or str(first.code)
+    return LinkClosed(f"closed by the peer: {reason}" if is_theirs else reason, is_farewell=first.code in _FAREWELLS)
 
 
 def _reason(error: OSError) -> str:

@@ -63,9 +63,9 @@ class EngineNode:
         self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail)
 
     async def serve(self) -> None:
-        """Run until SIGTERM, SIGINT or a failure, which is raised."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._ended.set)
+        """Run until SIGTERM or a failure, which is raised; SIGINT ends it by a KeyboardInterrupt."""
+        self._loop.add_signal_handler(signal.SIGTERM, self._ended.set)
+        self._loop.add_signal_handler(signal.SIGINT, self._end, KeyboardInterrupt())
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()  # weights, modules, the block pool: nothing that a collection needs to walk again
@@ -161,7 +161,7 @@ class EngineNode:
 
 def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
     """The engine that the file describes for `node`, with a progress bar on a terminal. Raises DisaggdError."""
-    with loading_progress(node.name) as progress:
+    with loading_progress(config.model.served_name) as progress:
         return build_engine(
             config.model.path,
             dtype=config.model.dtype,

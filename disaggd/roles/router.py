@@ -312,8 +312,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.model_id)
     listener = _bind(node.listen)
     server = _http_server(app)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn handles them while it serves, and raises them once more at its end
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it once more at its end
     gc.collect()
     gc.freeze()  # the tokenizer's tables and every module: nothing that a collection needs to walk again
     gc.set_threshold(GC_THRESHOLD)

@@ -108,6 +108,10 @@ async def logged(caplog: pytest.LogCaptureFixture, text: str) -> str:
         await asyncio.sleep(0)
 
 
+def levels(caplog: pytest.LogCaptureFixture, beginning: str) -> set[str]:
+    return {record.levelname for record in caplog.records if record.getMessage().startswith(beginning)}
+
+
 def aborts(count: int) -> list[Abort]:
     return [Abort(SeqId(f"r-{number}"), 0) for number in range(count)]
 
@@ -235,10 +239,11 @@ def test_the_router_may_refuse_a_nodes_geometry(free_port: Callable[[], int], ca
         port, router, node = free_port(), End(), End()
         async with serving(port, node), dialling(port, router, accept=accept):
             await logged(caplog, "kv.block_size differs (ours 16, theirs 64)")
-            await node.down.get()
+            assert await node.down.get() == "closed by the peer: r0: hello refused: kv.block_size differs (ours 16, theirs 64)"
         assert router.ups == 0
 
     run(scenario())
+    assert levels(caplog, "link to r0 is down") == {"WARNING"}
 
 
 def test_a_wrong_secret_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
@@ -250,7 +255,7 @@ def test_a_wrong_secret_is_refused(free_port: Callable[[], int], caplog: pytest.
             dialling(port, wrong, settings=replace(SETTINGS, secret="wrong horse battery")),
             dialling(port, missing),
         ):
-            await logged(caplog, "cluster.secret differs")
+            await logged(caplog, "the cluster secrets differ")
             async with dialling(port, right, settings=secret):
                 await right.up.get()
         assert (wrong.ups, missing.ups) == (0, 0)
@@ -258,6 +263,77 @@ def test_a_wrong_secret_is_refused(free_port: Callable[[], int], caplog: pytest.
     run(scenario())
     assert "correct horse" not in caplog.text
     assert sum("wrong cluster secret" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_router_may_leave_but_a_node_is_missed(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "disaggd")
+
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+        async with serving(port, node):
+            async with dialling(port, router):
+                await router.up.get()
+            assert await node.down.get() == "closed by the peer: stopping"
+            assert levels(caplog, "link to r0 is down") == {"INFO"}
+            caplog.clear()
+            await node.up.get()
+            async with dialling(port, router):
+                (await node.up.get()).close("draining")
+                await logged(caplog, "link to p0 is down: closed by the peer: draining")
+        assert levels(caplog, "link to p0 is down: closed by the peer: draining") == {"WARNING"}
+
+    run(scenario())
+
+
+def test_a_lost_router_is_a_warning(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node), raw_router(port) as socket:
+            await node.up.get()
+            socket.transport.abort()
+            assert await node.down.get() == "connection lost"
+
+    run(scenario())
+    assert levels(caplog, "link to r0 is down") == {"WARNING"}
+
+
+def test_a_node_that_stops_says_so_without_a_warning(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "disaggd")
+
+    async def scenario() -> None:
+        port, node = free_port(), End()
+        async with serving(port, node) as server, raw_router(port):
+            await node.up.get()
+            await server.close()
+            assert await node.down.get() == "stopping"
+
+    run(scenario())
+    assert levels(caplog, "link to r0 is down") == {"INFO"}
+
+
+def test_a_node_not_there_yet_is_waited_for_and_missed_later(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "disaggd")
+
+    async def scenario(patience_s: float, text: str) -> None:
+        port = free_port()
+        async with dialling(port, End(), settings=replace(SETTINGS, patience_s=patience_s)):
+            await logged(caplog, f"{text} p0 at 127.0.0.1:{port}")
+
+    run(scenario(3600.0, "waiting for"))
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    run(scenario(0.0, "no link to"))
+    assert levels(caplog, "no link to p0") == {"WARNING"}
+
+
+def test_a_node_that_was_there_is_missed_at_once(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, router = free_port(), End()
+        async with dialling(port, router, settings=replace(SETTINGS, patience_s=3600.0)):
+            async with serving(port, End()):
+                await router.up.get()
+            await logged(caplog, f"no link to p0 at 127.0.0.1:{port}, trying again: Connection refused")
+
+    run(scenario())
 
 
 def test_an_undecodable_frame_closes_its_link_only(free_port: Callable[[], int]) -> None:

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
-from torch import Tensor, device
+from torch import Tensor, cuda, device
 
 from disaggd.kernels import native, onednn, reference
 
@@ -78,7 +78,22 @@ REFERENCE = Ops(
 
 def select(where: device) -> Ops:
     """The fastest operations for tensors on `where`."""
-    return REFERENCE if where.type == "cuda" else cpu_ops()
+    if where.type == "cuda":
+        return gpu_ops(cuda.get_device_properties(where).multi_processor_count)
+    return cpu_ops()
+
+
+def gpu_ops(processors: int) -> Ops:
+    """The Triton kernels, for a device of so many multiprocessors; matrix products are the vendor's."""
+    from disaggd.kernels import paged_attention, rms_norm, silu_mul  # noqa: PLC0415  lazily: a host without a GPU needs no Triton
+
+    return replace(
+        REFERENCE,
+        paged_attention=partial(paged_attention.PagedAttention, processors=processors),
+        rms_norm=rms_norm.rms_norm,
+        add_rms_norm=rms_norm.add_rms_norm,
+        silu_mul=silu_mul.silu_mul,
+    )
 
 
 @cache

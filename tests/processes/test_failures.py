@@ -37,7 +37,7 @@ class InBackground:
 def long_jobs(count: int, oracle: Oracle) -> list[tuple[list[int], dict[str, Any]]]:
     greedy = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
     seeded = {"temperature": 0.7, "seed": 11, "max_tokens": 12, "ignore_eos": True}
-    return [(prompt_of(900 + 64 * i, oracle, salt=i), greedy if i % 2 else seeded) for i in range(count)]
+    return [(prompt_of(1800 + 64 * i, oracle, salt=i), greedy if i % 2 else seeded) for i in range(count)]
 
 
 def is_pushing(cluster: Cluster) -> bool:

@@ -8,13 +8,12 @@ import sys
 import msgspec
 
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import LoadedEngine, build_engine
+from disaggd.engine.build import load_engine
 from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import InvalidRequest
 from disaggd.gateway.tokenizer import Tokenizer, read_tokenizer
 from disaggd.ids import SeqId
-from disaggd.log import loading_progress
 from disaggd.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 64
@@ -36,7 +35,7 @@ def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams,
 
     `max_tokens` None: `DEFAULT_MAX_TOKENS`, or what the context has room for. Raises DisaggdError.
     """
-    loaded = _load(config, node)
+    loaded = load_engine(config, node)
     tokenizer = read_tokenizer(loaded.directory.root, loaded.spec.vocab_size)
     tokens = _encode(tokenizer, prompt)
     sampling = msgspec.structs.replace(sampling, max_tokens=_settle(loaded.engine, len(tokens), max_tokens))
@@ -47,21 +46,6 @@ def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams,
     text = _continue(loaded.engine, tokenizer, sequence, echo=not as_json)
     if as_json:
         _print_json(config, sequence, text)
-
-
-def _load(config: Config, node: NodeConfig) -> LoadedEngine:
-    with loading_progress(config.model.served_name) as progress:
-        return build_engine(
-            config.model.path,
-            dtype=config.model.dtype,
-            device=node.device,
-            kv_cache_bytes=node.kv_cache,
-            block_size=node.block_size,
-            max_step_tokens=node.max_step_tokens,
-            max_sequences=node.max_sequences,
-            max_model_len=config.model.max_model_len,
-            progress=progress,
-        )
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of nodes."""
+"""An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.errors import ConfigError, ResourceError
+from disaggd.log import loading_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.kv import allocate_kv
 from disaggd.model.spec import Dtype, ModelSpec
@@ -29,6 +31,23 @@ class LoadedEngine:
     kv_spec: KVSpec
     kv: Tensor
     """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: what other nodes' pushes write into."""
+
+
+def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
+    """The engine that the file describes for `node`, with a progress bar on a terminal. Raises DisaggdError."""
+    with loading_progress(config.model.served_name) as progress:
+        return build_engine(
+            config.model.path,
+            dtype=config.model.dtype,
+            device=node.device,
+            kv_cache_bytes=node.kv_cache,
+            block_size=node.block_size,
+            max_step_tokens=node.max_step_tokens,
+            max_sequences=node.max_sequences,
+            max_model_len=config.model.max_model_len,
+            layer_group=config.transfer.layer_group,
+            progress=progress,
+        )
 
 
 def build_engine(

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
 from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, ToNode
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import LoadedEngine, build_engine
+from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.errors import DisaggdError
 from disaggd.ids import Incarnation
-from disaggd.log import loading_progress
 from disaggd.roles.compute import Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
 from disaggd.transfer.thread import TransferThread
@@ -157,23 +156,6 @@ class EngineNode:
         """Onto the asyncio thread, which may have ended already when this node is stopping."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
-
-
-def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
-    """The engine that the file describes for `node`, with a progress bar on a terminal. Raises DisaggdError."""
-    with loading_progress(config.model.served_name) as progress:
-        return build_engine(
-            config.model.path,
-            dtype=config.model.dtype,
-            device=node.device,
-            kv_cache_bytes=node.kv_cache,
-            block_size=node.block_size,
-            max_step_tokens=node.max_step_tokens,
-            max_sequences=node.max_sequences,
-            max_model_len=config.model.max_model_len,
-            layer_group=config.transfer.layer_group,
-            progress=progress,
-        )
 
 
 async def run_engine_node(config: Config, node: NodeConfig, make_role: MakeRole) -> None:

@@ -282,7 +282,7 @@ def banner(config: Config, router: NodeConfig, view: ClusterView) -> str:
     host = "127.0.0.1" if router.listen.is_wildcard else router.listen.rpartition(":")[0]
     head = f"Ready, but {styled('without ' + ', '.join(view.missing), WARNING_STYLE)}" if view.missing else "Ready"
     counts = ", ".join((f"{len(config.nodes_of('router'))} router", view.count("prefill"), view.count("decode")))
-    body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "stream": true}}'
+    body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0.5, "stream": true}}'
     return (
         f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them. Try:\n\n"
         f"  curl -N http://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"

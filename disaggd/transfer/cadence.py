@@ -1,7 +1,7 @@
 """`Cadence`: how long the transfer thread sleeps between two turns. Pure, knows no NIXL.
 
 NIXL offers nothing to wait on: calling it is what moves bytes, on both sides. Sleeping 50 to 200 µs moves 256 MiB three to
-five times faster than spinning on a two-core host, and an idle node that sleeps 2 ms spends 2 % of a core.
+five times faster than spinning on a two-core host; an idle node that sleeps 2 ms spends 3.7 % of a core, one that sleeps 10 ms 1.4 %.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from collections.abc import Callable
 BUSY_S = 50e-6
 IN_FLIGHT_MAX_S = 200e-6
 EXPECTING_MAX_S = 1e-3
-IDLE_MAX_S = 2e-3
+IDLE_MAX_S = 10e-3
+"""Nothing is awaited then but probes: commands wake the thread, and a grant shortens its sleep."""
 LINGER_S = 2e-3
 BACKOFF = 1.5
 

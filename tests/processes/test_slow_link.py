@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not is_root() or shutil.which("tc") is None, reason="network namespaces want root, ip and tc"),
 ]
 
-NEAR, FAR = "disaggd-near", "disaggd-far"
+NEAR, FAR = f"disaggd-near-{os.getpid()}", f"disaggd-far-{os.getpid()}"
 
 
 def sh(*command: str) -> None:
@@ -88,6 +88,7 @@ def first_token_comes_first(cluster: Cluster, oracle: Oracle) -> None:
             request_id = stream.headers["x-request-id"]
         wait_until("the push is reported", lambda: cluster.receipt(request_id)["kv_bytes"] > 0, 20)
         receipt = cluster.receipt(request_id)
+        print(f"{arrivals=} {receipt}")
         wire_s = receipt["kv_bytes"] / 2.5e6
         clock = receipt["prefill_clock_ms"]
         assert receipt["kv_bytes"] == oracle.kv_bytes(num_tokens)

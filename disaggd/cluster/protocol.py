@@ -11,7 +11,7 @@ router ──► decode                         decode ──► router
   Progress, Quiesced (forwarded from P)     Cancel (forwarded to P), Tokens, Room
 router ──► prefill                        prefill ──► router
   Prefill, Abort, Cancel                    Prefilled, JobEnded, Progress, Quiesced, Credit
-both ways: Ping, Pong; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost
+both ways: Ping; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost; engine nodes also send Gauges
 ```
 """
 
@@ -347,9 +347,7 @@ class Tokens(Frame, frozen=True):
 
 
 class Room(Frame, frozen=True):
-    """Decode → router: blocks came free after a `NoRoom`."""
-
-    free_blocks: int
+    """Decode → router: a grant that was answered `NoRoom` could be given now."""
 
 
 class Credit(Frame, frozen=True):

@@ -284,7 +284,7 @@ class DecodeRole:
             self._submit(transfer.Fence(peer, agent_id))
         for link in self._links_with_room():
             self._refused = [(placed, prefill) for placed, prefill in self._refused if placed.link != link]
-            self._outbox.send(link, Room(self._pool.num_free))
+            self._outbox.send(link, Room())
 
     def next_deadline(self) -> float | None:
         if self._links_with_room():

@@ -31,7 +31,7 @@ def test_a_full_decode_node_is_not_asked_again_before_it_has_room() -> None:
     routing.dispatcher.tick()
     routing.queued()
     assert asked(routing, D0) == []
-    routing.say(D0, Room(10))
+    routing.say(D0, Room())
     assert asked(routing, D0)[0] == client.seq
 
 

@@ -194,7 +194,7 @@ def test_without_room_the_router_hears_of_it_and_again_when_there_is_some() -> N
     landed(node, first, 36)
     node.say(Abort(SeqId("first"), 0))
     node.after(0.1)
-    assert node.frames(Room) == [Room(16)]
+    assert node.frames(Room) == [Room()]
     node.after(0.1)
     assert len(node.frames(Room)) == 1, "once for each NoRoom"
     node.say(RequestGrant(S, 0, P0))

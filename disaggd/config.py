@@ -121,6 +121,9 @@ class PortRange(tuple[int, int]):
         return f"{self[0]}-{self[1]}"
 
 
+CPU_KV_CACHE = Size(256 * 2**20)
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[model]`: what the cluster serves. The same on every node."""
 
@@ -210,8 +213,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen: Address
     """Where a router serves HTTP; where routers reach an engine node."""
     device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')] = "cpu"
-    kv_cache: Size = Size(256 * 2**20)
-    """Bytes of the KV pool."""
+    kv_cache: Size | None = None
+    """Bytes of the KV pool; None on a CPU is 256 MiB, on a GPU nine tenths of the memory that the weights leave free."""
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
     """Tokens per block; the same on all nodes."""
     threads: Positive = 1
@@ -222,6 +225,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens computed per step, over all sequences."""
     max_sequences: Positive = 64
     """Sequences that run at once."""
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Bytes of the KV pool; None where only the device knows."""
+        return CPU_KV_CACHE if self.kv_cache is None and self.device == "cpu" else self.kv_cache
 
 
 _ROUTER_KEYS = frozenset({"name", "role", "listen", "cpus"})

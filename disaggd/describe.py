@@ -65,9 +65,9 @@ def _warnings(config: Config, spec: ModelSpec) -> Iterator[str]:
 
 
 def _small_pool(config: Config, node: NodeConfig, spec: ModelSpec) -> Iterator[str]:
-    tokens = num_blocks(node, kv_spec(spec, node.block_size)) * node.block_size
+    blocks = num_blocks(node, kv_spec(spec, node.block_size))
     limit = config.model.max_model_len or spec.max_position_embeddings
-    if tokens < limit:
+    if blocks is not None and (tokens := blocks * node.block_size) < limit:
         yield f"node {node.name!r}: kv_cache holds {tokens:,} tokens, but one request may have {limit:,} (model.max_model_len)"
 
 
@@ -86,12 +86,14 @@ def _absent_devices(config: Config, node: NodeConfig) -> Iterator[str]:
             yield f"node {node.name!r}: this host has no network device {device!r} (transfer.devices); it has {', '.join(here)}"
 
 
-def num_blocks(node: NodeConfig, kv: KVSpec) -> int:
-    """Blocks that fit the node's pool. Raises ConfigError if that is none."""
-    blocks = node.kv_cache // kv.bytes_per_block
-    if not blocks:
-        raise ConfigError(f"node {node.name!r}: kv_cache ({_size(node.kv_cache)}) is less than one block ({_size(kv.bytes_per_block)})")
-    return blocks
+def num_blocks(node: NodeConfig, kv: KVSpec) -> int | None:
+    """Blocks that fit the node's pool; None where only its device knows. Raises ConfigError if no block fits."""
+    pool_bytes = node.kv_cache_bytes
+    if pool_bytes is None:
+        return None
+    if pool_bytes < kv.bytes_per_block:
+        raise ConfigError(f"node {node.name!r}: kv_cache ({_size(pool_bytes)}) is less than one block ({_size(kv.bytes_per_block)})")
+    return pool_bytes // kv.bytes_per_block
 
 
 def _nodes(config: Config, spec: ModelSpec) -> Table:
@@ -106,14 +108,11 @@ def _nodes(config: Config, spec: ModelSpec) -> Table:
 def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
     if node.role == "router":
         return ()
-    blocks = num_blocks(node, kv_spec(spec, node.block_size))
-    return (
-        node.device,
-        str(node.threads) if node.cpus is None else f"{node.threads} on {','.join(map(str, node.cpus))}",
-        _size(node.kv_cache),
-        f"{blocks:,} x {node.block_size}",
-        f"{blocks * node.block_size:,}",
-    )
+    blocks, size = num_blocks(node, kv_spec(spec, node.block_size)), node.block_size
+    threads = str(node.threads) if node.cpus is None else f"{node.threads} on {','.join(map(str, node.cpus))}"
+    if node.kv_cache_bytes is None or blocks is None:
+        return node.device, threads, "what is free", f"? x {size}", "?"
+    return node.device, threads, _size(node.kv_cache_bytes), f"{blocks:,} x {size}", f"{blocks * size:,}"
 
 
 def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:

@@ -2,19 +2,20 @@
 
 disaggd tells what it does; libraries are heard from warnings on (torch tells its caches' statistics at every exit).
 
-Also the progress bar of a long load, on a terminal only.
+Also the progress bars of a long start, on a terminal only.
 """
 
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 WARNING_STYLE = "33"
 _LEVEL_STYLES = {"debug": "2", "warning": WARNING_STYLE, "error": "31", "critical": "1;31"}
@@ -47,17 +48,40 @@ def paint(line: str) -> str:
     return _HEAD.sub(painted, line)
 
 
+class StartProgress:
+    """How far a node's start is: a bar per stage on a terminal, nothing elsewhere."""
+
+    def __init__(self, bars: Progress | None, model: str) -> None:
+        self._bars = bars
+        self._model = model
+        self._tasks: dict[str, TaskID] = {}
+
+    def loading(self, done_bytes: int, total_bytes: int) -> None:
+        """Of the weights, so many bytes are loaded."""
+        self._show(f"loading {escape(self._model)}", done_bytes, total_bytes, f"{decimal(done_bytes)} of {decimal(total_bytes)}")
+
+    def capturing(self, done: int, total: int) -> None:
+        """Of the decode steps that become CUDA graphs, so many are captured."""
+        self._show("capturing decode steps", done, total, f"{done} of {total}")
+
+    def _show(self, stage: str, done: int, total: int, amount: str) -> None:
+        if self._bars is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, amount=amount)
+        self._bars.update(self._tasks[stage], completed=done, total=total, amount=amount)
+
+
 @contextmanager
-def loading_progress(model: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `progress(done_bytes, total_bytes)`, which moves a bar while the body loads `model`; without a terminal it does nothing."""
+def start_progress(model: str) -> Iterator[StartProgress]:
+    """Yields what is told how far the start of a node that serves `model` has got; its bars go when the body ends."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield StartProgress(None, model)
         return
-    columns = (TextColumn("[cyan]{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns = (TextColumn("[cyan]{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task(f"loading {escape(model)}", total=None, visible=False)  # shown once there is something to show
-        yield lambda done, total: bars.update(bar, completed=done, total=total, visible=True)
+        yield StartProgress(bars, model)
 
 
 class _Lines(logging.Formatter):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from disaggd.log import configure_logging, loading_progress, paint
+from disaggd.log import configure_logging, paint, start_progress
 
 
 @pytest.fixture
@@ -54,14 +54,18 @@ def test_a_load_names_its_model_once_there_is_progress(monkeypatch: pytest.Monke
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with loading_progress("Qwen [x]") as progress:
+    with start_progress("Qwen [x]") as progress:
         assert "loading" not in terminal.getvalue()
-        progress(2**20, 2**21)
+        progress.loading(2**20, 2**21)
+        progress.capturing(3, 11)
     assert "loading Qwen [x]" in terminal.getvalue()
+    assert "capturing decode steps" in terminal.getvalue()
+    assert "3 of 11" in terminal.getvalue()
     assert "?" not in terminal.getvalue().replace("\x1b[?", "")
 
 
 def test_a_load_without_a_terminal_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with loading_progress("tiny") as progress:
-        progress(1, 2)
+    with start_progress("tiny") as progress:
+        progress.loading(1, 2)
+        progress.capturing(1, 2)
     assert capsys.readouterr() == ("", "")

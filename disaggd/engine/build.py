@@ -1,24 +1,32 @@
 """An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
-from disaggd.engine.engine import Engine
+from disaggd.engine.engine import Engine, generate
+from disaggd.engine.graphs import DecodeGraphs
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.errors import ConfigError, ResourceError
-from disaggd.log import loading_progress
+from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.kv import allocate_kv
 from disaggd.model.spec import Dtype, ModelSpec
+from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
+from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import KVSpec, kv_spec
+
+_POOL_SHARE = 0.9
+"""Of the memory that the weights leave free on a GPU: the rest is for activations, logits and captured graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +42,13 @@ class LoadedEngine:
 
 
 def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
-    """The engine that the file describes for `node`, with a progress bar on a terminal. Raises DisaggdError."""
-    with loading_progress(config.model.served_name) as progress:
+    """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError."""
+    with start_progress(config.model.served_name) as progress:
         return build_engine(
             config.model.path,
             dtype=config.model.dtype,
             device=node.device,
-            kv_cache_bytes=node.kv_cache,
+            kv_cache_bytes=node.kv_cache_bytes,
             block_size=node.block_size,
             max_step_tokens=node.max_step_tokens,
             max_sequences=node.max_sequences,
@@ -55,31 +63,76 @@ def build_engine(
     *,
     dtype: Dtype | Literal["auto"] = "auto",
     device: str = "cpu",
-    kv_cache_bytes: int,
+    kv_cache_bytes: int | None,
     block_size: int,
     max_step_tokens: int,
     max_sequences: int,
     max_model_len: int | None = None,
     layer_group: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StartProgress | None = None,
 ) -> LoadedEngine:
-    """Load the model at `path` and make an engine for it. `max_model_len` None: the model's own.
+    """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
+
+    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
     a missing device.
     """
+    progress = progress or StartProgress(None, path)
     directory = open_directory(path)
     spec = directory.spec(dtype)
     layout = kv_spec(spec, block_size)
     limits = Limits(max_step_tokens, max_sequences, _model_len(spec, max_model_len))
     limits.check(block_size)
-    pool = BlockPool(_num_blocks(layout, kv_cache_bytes), block_size)
     where = _device(device)
-    kv = allocate_kv(layout, pool.num_blocks, where)
-    transformer = load_weights(directory, spec, where, progress)
+    kv = None if kv_cache_bytes is None else _allocate(layout, kv_cache_bytes, where)
+    with _memory_shortage_on(where, "the weights"):
+        transformer = load_weights(directory, spec, where, progress.loading)
     transformer.layer_group = layer_group
-    engine = Engine(ModelRunner(transformer, kv), pool, limits, spec.eos_token_ids)
+    if kv is None:
+        kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)
+    pool = BlockPool(kv.shape[1], block_size)
+    engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids)
+    if where.type == "cuda":
+        warm_up(engine, where)
     return LoadedEngine(engine, directory, spec, layout, kv)
+
+
+def _runner(transformer: Transformer, kv: Tensor, limits: Limits, progress: StartProgress) -> ModelRunner:
+    """On a GPU with its decode steps captured."""
+    if not kv.is_cuda:
+        return ModelRunner(transformer, kv, limits.max_step_tokens)
+    num_blocks, block_size = kv.shape[1], kv.shape[4]
+    graphs = DecodeGraphs(
+        transformer,
+        kv,
+        max_sequences=limits.max_sequences,
+        max_blocks=min(num_blocks, -(-limits.max_model_len // block_size)),
+        max_rows=limits.max_step_tokens,
+    )
+    with _memory_shortage_on(kv.device, "captured decode steps: lower kv_cache"):
+        graphs.capture(progress.capturing)
+    return ModelRunner(transformer, kv, limits.max_step_tokens, graphs)
+
+
+def warm_up(engine: Engine, where: torch.device) -> None:
+    """Run the longest prefill step and each way to sample once: kernels are compiled, and memory is found missing, before requests come."""
+    longest = min(engine.limits.max_step_tokens, engine.context_limit - 2)
+    ways = (SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.9, top_logprobs=5, presence_penalty=0.1))
+    with _memory_shortage_on(where, "a step's work: lower kv_cache or max_step_tokens"):
+        for sampling in ways:
+            limited = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
+            for _ in generate(engine, [0] * longest, limited):
+                pass
+
+
+@contextmanager
+def _memory_shortage_on(where: torch.device, what: str) -> Iterator[None]:
+    """That the device has no memory left in the body is a ResourceError that says for `what`."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(f"device {where}: no memory is left for {what} ({error})") from error
 
 
 def _model_len(spec: ModelSpec, wanted: int | None) -> int:
@@ -89,15 +142,17 @@ def _model_len(spec: ModelSpec, wanted: int | None) -> int:
     return wanted or limit
 
 
-def _num_blocks(layout: KVSpec, kv_cache_bytes: int) -> int:
+def _allocate(layout: KVSpec, kv_cache_bytes: int, where: torch.device) -> Tensor:
     num_blocks = kv_cache_bytes // layout.bytes_per_block
     if not num_blocks:
         raise ConfigError(f"kv_cache: {kv_cache_bytes:,} bytes do not hold one block of {layout.bytes_per_block:,}")
-    return num_blocks
+    return allocate_kv(layout, num_blocks, where)
 
 
 def _device(name: str) -> torch.device:
     device = torch.device(name)
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    if not (device.index or 0) < torch.cuda.device_count():
         raise ResourceError(f"device {name}: this host has {torch.cuda.device_count()} CUDA devices that torch can use")
-    return device
+    return torch.device("cuda", device.index or 0)

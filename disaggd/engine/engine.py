@@ -4,6 +4,7 @@ Runs on the compute thread, which is its only caller. Knows nothing of requests,
 that another machine computed is parked here and later resumed in blocks that the caller has had filled.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from disaggd.engine.blocks import BlockPool
-from disaggd.engine.scheduler import Limits, Scheduler, StepPlan
+from disaggd.engine.scheduler import Chunk, Limits, Scheduler, StepPlan
 from disaggd.engine.sequence import FinishReason, Sequence, SequenceState
 from disaggd.errors import ContextTooLong
 from disaggd.ids import BlockId, SeqId
@@ -24,11 +25,26 @@ if TYPE_CHECKING:  # the sampler imports torch, which the engine does without
 class Runner(Protocol):
     """What computes a plan: a `ModelRunner`, or a test's stand-in."""
 
-    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> "list[SampledToken]":
-        """Write K and V of the plan's chunks into their blocks; one token for each of `plan.sampling`, in that order.
+    lookahead: int
+    """Steps to launch before the results of an earlier one are asked for: 0 where `execute` computes, 1 where a device does."""
 
-        `layers_done(range(a, b))` is called as soon as K and V of these layers are written; all layers once per step.
+    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> "Callable[[], list[SampledToken]]":
+        """Write K and V of the plan's chunks into their blocks; what it returns gives one token for each of `plan.sampling`, in that order.
+
+        `layers_done(range(a, b))` is called as soon as K and V of these layers are written, or launched to be; all layers once per step.
+        Calling the result waits for the device. A pending token of a sequence is one that the step launched just before samples.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launched step, until its tokens are settled."""
+
+    sequences: list[Sequence]
+    """Those that get a token, in the order of the results."""
+    results: "Callable[[], list[SampledToken]]"
+    written: list[BlockId]
+    """Blocks that it writes, each with a reference of the step's own: whoever gets them next may not write before it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,7 @@ class Engine:
         self._pool_tokens = pool.num_blocks * pool.block_size
         self._arrivals = count()
         self._stalled_at: int | None = None
+        self._launched: deque[_Step] = deque()
 
     # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -111,22 +128,43 @@ class Engine:
     # ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step(self, layers_done: Callable[[StepPlan, range], None] | None = None) -> list[SequenceOutput]:
-        """Compute one step and return the tokens it brought; at once, and nothing, when nothing can run.
+        """Launch a step, and return the tokens of the oldest one launched that is due; at once, and nothing, when there is neither.
 
-        `layers_done(plan, range(a, b))` is called during the step, as soon as these layers of the plan's chunks are in
-        their blocks.
+        Where a device computes, that is the step before: the host plans and launches this one meanwhile. `layers_done(plan, range(a, b))`
+        is called during the launch, as soon as these layers of the plan's chunks are in their blocks, or launched to be.
         """
         plan = self._scheduler.schedule()
-        self._stalled_at = None if plan.chunks else self.pool.num_free
-        if not plan.chunks:
-            return []
-        sampled = self._runner.execute(plan, partial(layers_done, plan) if layers_done else None)
-        return self._settle(plan, sampled)
+        self._stalled_at = None if plan.chunks or self._launched else self.pool.num_free
+        if plan.chunks:
+            self._launched.append(self._launch(plan, layers_done))
+        if len(self._launched) > (self._runner.lookahead if plan.chunks else 0):
+            return self._settle(self._launched.popleft())
+        return []
 
-    def _settle(self, plan: StepPlan, sampled: "list[SampledToken]") -> list[SequenceOutput]:
+    def _launch(self, plan: StepPlan, layers_done: Callable[[StepPlan, range], None] | None) -> _Step:
+        results = self._runner.execute(plan, partial(layers_done, plan) if layers_done else None)
+        written = [block for chunk in plan.chunks for block in self._written(chunk)]
+        self.pool.retain(written)
+        sampling = [chunk.sequence for chunk in plan.sampling]
         for chunk in plan.chunks:
             chunk.sequence.num_computed = chunk.end
-        return [self._deliver(chunk.sequence, drawn.token, drawn.logprob) for chunk, drawn in zip(plan.sampling, sampled, strict=True)]
+        for sequence in sampling:
+            sequence.num_pending += 1
+        return _Step(sampling, results, written)
+
+    def _written(self, chunk: Chunk) -> list[BlockId]:
+        size = self.pool.block_size
+        return chunk.sequence.block_table[chunk.start // size : -(-chunk.end // size)]
+
+    def _settle(self, step: _Step) -> list[SequenceOutput]:
+        drawn = step.results()
+        self.pool.release(step.written)
+        outputs = []
+        for sequence, token in zip(step.sequences, drawn, strict=True):
+            sequence.num_pending -= 1
+            if not sequence.is_finished:  # it may have ended by the step before, or been aborted, after this one was launched
+                outputs.append(self._deliver(sequence, token.token, token.logprob))
+        return outputs
 
     def _deliver(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> SequenceOutput:
         """Append a token, and end the sequence if that was its last."""
@@ -143,11 +181,13 @@ class Engine:
         sampling, token = sequence.sampling, sequence.tokens[-1]
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             return "stop"
+        return "length" if len(sequence.tokens) >= self._length_limit(sequence) else None
+
+    def _length_limit(self, sequence: Sequence) -> int:
+        """Tokens with which the request itself has all it may have."""
         # A sequence that goes on elsewhere is not bound by this pool.
         limit = self.context_limit if sequence.output_limit is None else self.limits.max_model_len
-        if sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= limit:
-            return "length"
-        return None
+        return min(limit, sequence.num_prompt_tokens + sequence.sampling.max_tokens)
 
     # ── what is known ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -158,11 +198,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step could compute something.
+        """Whether a step could compute something, or bring the tokens of one that was launched.
 
         False as well when the last step could not for want of blocks and none has come free since: then only a call
         from outside helps (a release, an abort, a resume), so the caller may sleep until it has one to make.
         """
+        if self._launched:
+            return True
         return bool(self._scheduler.running or self._scheduler.waiting) and self._stalled_at != self.pool.num_free
 
     @property
@@ -204,6 +246,9 @@ class Engine:
         assert sequence.seq_id not in self.sequences, f"{sequence.seq_id} is here already: abort the older attempt first"
         self._stalled_at = None
         sequence.arrival = next(self._arrivals)
+        sequence.token_limit = self._length_limit(sequence)
+        if sequence.output_limit is not None:
+            sequence.token_limit = min(sequence.token_limit, sequence.num_given + sequence.output_limit)
         self.sequences[sequence.seq_id] = sequence
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:

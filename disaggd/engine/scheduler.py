@@ -1,6 +1,6 @@
 """Who computes what in the next step, and in which blocks.
 
-A sequence needs `len(tokens) - num_computed` tokens computed: many is prefill, one is decode. Each step takes all
+A sequence needs `num_tokens - num_computed` tokens computed: many is prefill, one is decode. Each step takes all
 running decodes, and fills the rest of its token budget with prefill chunks, first come first served. A sequence is
 admitted with the blocks of all its tokens, so that prefill never stops half-way for want of memory: only decode grows,
 one block at a time.
@@ -108,7 +108,7 @@ class Scheduler:
 
         The first that the rest of the budget cannot serve ends the step: nobody overtakes.
         """
-        ready = [sequence for sequence in tuple(self.running) if self._has_blocks(sequence)]
+        ready = [sequence for sequence in tuple(self.running) if not sequence.is_complete and self._has_blocks(sequence)]
         ready.sort(key=_is_prefill)
         step = _Step(self._limits.max_step_tokens, self._pool.block_size)
         if all(step.take(sequence) for sequence in ready):
@@ -123,7 +123,7 @@ class Scheduler:
         """Whether a running sequence has blocks for all its tokens, once it has grown at the cost of younger ones."""
         if sequence.state is not SequenceState.RUNNING:
             return False  # preempted a moment ago, for an older one
-        while len(sequence.block_table) * self._pool.block_size < len(sequence.tokens):
+        while len(sequence.block_table) * self._pool.block_size < sequence.num_tokens:
             if block := self._pool.allocate(1):
                 sequence.block_table += block
             elif not self._preempt_younger(sequence):
@@ -149,8 +149,13 @@ class Scheduler:
         self.wait(sequence)
 
     def _admit(self, step: "_Step") -> None:
-        """Admit from the head of the line while step, pool and limits allow."""
+        """Admit from the head of the line while step, pool and limits allow.
+
+        One that was preempted while a step sampled its next token waits for that token: it is part of what is to be computed anew.
+        """
         while self.waiting and len(self.running) < self._limits.max_sequences and step.end_of_chunk(self.waiting[0]):
+            if self.waiting[0].num_pending:
+                return
             blocks = self._blocks_to_admit(self.waiting[0])
             if blocks is None:
                 return
@@ -175,7 +180,7 @@ class _Step:
 
     def end_of_chunk(self, sequence: Sequence) -> int | None:
         """How far the rest of the budget takes `sequence`: to its last token or a block boundary. None: nowhere."""
-        num_tokens = len(sequence.tokens)
+        num_tokens = sequence.num_tokens
         end = sequence.num_computed + self._budget
         if end >= num_tokens:
             return num_tokens
@@ -187,7 +192,7 @@ class _Step:
         end = self.end_of_chunk(sequence)
         if end is None:
             return False
-        self.chunks.append(Chunk(sequence, sequence.num_computed, end, samples=end == len(sequence.tokens)))
+        self.chunks.append(Chunk(sequence, sequence.num_computed, end, samples=end == sequence.num_tokens))
         self._budget -= end - sequence.num_computed
         return True
 

@@ -65,7 +65,11 @@ class Sequence:
     state: SequenceState = field(default=SequenceState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_computed: int = field(default=0, init=False)
-    """Tokens whose K and V are in the blocks of `block_table`."""
+    """Tokens whose K and V are in the blocks of `block_table`, those included that a launched step writes there."""
+    num_pending: int = field(default=0, init=False)
+    """Tokens behind `tokens` that launched steps sample: they count, but only the device knows them yet."""
+    token_limit: int = field(default=0, init=False)
+    """With so many tokens it ends here, whatever they are; the engine's to set."""
     block_table: list[BlockId] = field(default_factory=list, init=False)
     """The i-th block holds positions `[i * block_size, (i + 1) * block_size)`. Grows in place; on release a new list takes its place."""
     arrival: int = field(default=0, init=False)
@@ -83,9 +87,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Known and pending."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
         """Many: it is prefilling. One: it is decoding."""
-        return len(self.tokens) - self.num_computed
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_complete(self) -> bool:
+        """Its last token here is pending: nothing more is to be computed."""
+        return self.num_pending > 0 and self.num_tokens >= self.token_limit
 
     @property
     def is_finished(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, cuda, device
 
-from disaggd.kernels import native, onednn, reference
+from disaggd.kernels import native, onednn, reference, reference_sampling
+from disaggd.kernels.draws import Draws
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class Ops:
     """`x`, residual [n, dim], weight [dim], eps → adds `x` to the residual in place, and `rms_norm` of the sum."""
     silu_mul: Callable[[Tensor], Tensor]
     """`[gate, up]` [n, 2·f] → `silu(gate) · up` [n, f]."""
+    greedy: Callable[[Tensor], Tensor]
+    """Logits float32 [rows, vocab_size] → int64 [rows]: each row's best entry, of equals the lowest."""
+    sample: Callable[[Tensor, Draws], Tensor]
+    """Logits → int64 [rows]: a token for each row, by `reference_sampling`'s formula."""
+    top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    """Logits, the chosen tokens int64 [rows], n → (the tokens' log-probabilities [rows], the n likeliest entries, theirs [rows, n])."""
 
 
 REFERENCE = Ops(
@@ -73,6 +80,9 @@ REFERENCE = Ops(
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     silu_mul=reference.silu_mul,
+    greedy=reference_sampling.greedy,
+    sample=reference_sampling.sample,
+    top_logprobs=reference_sampling.top_logprobs,
 )
 
 
@@ -85,7 +95,7 @@ def select(where: device) -> Ops:
 
 def gpu_ops(processors: int) -> Ops:
     """The Triton kernels, for a device of so many multiprocessors; matrix products are the vendor's."""
-    from disaggd.kernels import paged_attention, rms_norm, silu_mul  # noqa: PLC0415  lazily: a host without a GPU needs no Triton
+    from disaggd.kernels import logprobs, paged_attention, rms_norm, sampling, silu_mul  # noqa: PLC0415  lazily: only a GPU needs Triton
 
     return replace(
         REFERENCE,
@@ -93,6 +103,9 @@ def gpu_ops(processors: int) -> Ops:
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         silu_mul=silu_mul.silu_mul,
+        greedy=sampling.greedy,
+        sample=sampling.sample,
+        top_logprobs=logprobs.top_logprobs,
     )
 
 
@@ -107,7 +120,8 @@ def cpu_ops() -> Ops:
 
 
 def native_ops(kernels: native.Native) -> Ops:
-    return Ops(
+    return replace(
+        REFERENCE,
         paged_attention=kernels.paged_attention,
         pack=kernels.pack,
         linear=kernels.linear,

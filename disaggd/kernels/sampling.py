@@ -1,4 +1,4 @@
-"""Logits → tokens on the device, drawing what `disaggd.engine.sampler` draws, without waiting for the host.
+"""Logits → tokens on the device, drawing what `reference_sampling` draws, without waiting for the host.
 
     score[v] = (logit[v] − max logit) / temperature
     keep v   if score[v] ≥ the k-th best, ≥ the one that makes the best ones' share of the kept mass reach p, and ≥ `floor`
@@ -17,41 +17,19 @@ is within 10⁻⁶ of p. Equal sums of score and noise go to the lower id on bot
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from disaggd.kernels.configurations import COUNT, VOCABULARY
+from disaggd.kernels.draws import Draws
 from disaggd.kernels.pool import FLOATS
 
 _BITS = tl.constexpr(4)  # a digit of the radix search
 _DIGITS = tl.constexpr(8)
 _BINS = tl.constexpr(16)
 _UNLIMITED = tl.constexpr(0x7FFFFFFF)  # a key beyond all
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """How each row of logits is drawn from; tensors [rows] on the device."""
-
-    temperatures: Tensor
-    """float32; 0 is greedy."""
-    top_k: Tensor
-    """int32; 0 keeps all."""
-    top_p: Tensor
-    """float32; 1 keeps all."""
-    floors: Tensor
-    """float32: scores below are dropped; `log(min_p)`, and never less than where noise could still win."""
-    seeds: Tensor
-    """int64: the 64 bits of the seed."""
-    positions: Tensor
-    """int64."""
-    any_top_k: bool
-    any_top_p: bool
-    """Whether any row has one: told by the host, which knows."""
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """One step's tokens as tensors. Made and used on the compute thread; knows nothing of sequences' states or of sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,8 @@ class Batch:
     """int32 [num_sequences, max_blocks]: block ids in order; rows padded with 0."""
     logit_rows: Tensor
     """int64 [k]: rows of the tokens whose successors are wanted: the last token of each sequence that samples."""
+
+
+def with_pending(batch: Batch, sources: Tensor, sampled: Tensor) -> Batch:
+    """The batch with tokens that only the device knows: `sampled[source]` wherever `sources` int64 [num_tokens] is not negative."""
+    return replace(batch, tokens=torch.where(sources < 0, batch.tokens, sampled[sources.clamp(min=0)]))

@@ -27,7 +27,7 @@ class Transformer:
         self.spec = spec
         self.device = where
         self.layer_group = layer_group
-        self._ops = ops
+        self.ops = ops
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
         self.layers = tuple(self._layer() for _ in range(spec.num_layers))
@@ -51,7 +51,7 @@ class Transformer:
         """
         x, residual = None, F.embedding(batch.tokens, self.embedding)
         rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
-        attention = self._ops.paged_attention(
+        attention = self.ops.paged_attention(
             batch.slot_mapping,
             batch.query_start,
             batch.context_lens,
@@ -82,17 +82,17 @@ class Transformer:
             head_norm=self._head_norm() if spec.qk_norm else None,
         )
         mlp = MLP(
-            self._ops,
+            self.ops,
             gate_up=self._linear(spec.hidden_size, 2 * spec.intermediate_size, spec.mlp_bias),
             down=self._linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias),
         )
         return Layer(self._norm(), attention, self._norm(), mlp)
 
     def _linear(self, inputs: int, outputs: int, bias: bool) -> Linear:
-        return Linear(self._ops, self._empty(outputs, inputs), self._empty(outputs) if bias else None)
+        return Linear(self.ops, self._empty(outputs, inputs), self._empty(outputs) if bias else None)
 
     def _norm(self) -> RMSNorm:
-        return RMSNorm(self._ops, self._empty(self.spec.hidden_size), self.spec.rms_norm_eps)
+        return RMSNorm(self.ops, self._empty(self.spec.hidden_size), self.spec.rms_norm_eps)
 
     def _head_norm(self) -> HeadNorm:
         return HeadNorm(self._empty(self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim), self.spec.rms_norm_eps)

@@ -7,17 +7,29 @@ from disaggd.engine.engine import generate
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import ConfigError, ModelError, ResourceError
 from disaggd.ids import SeqId
+from disaggd.log import StartProgress
 from disaggd.sampling import SamplingParams
 
 VALUES = {"path": "builtin:tiny", "kv_cache_bytes": 8 * 2**20, "block_size": 16, "max_step_tokens": 64, "max_sequences": 4}
 
 
+class Progress(StartProgress):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "tiny")
+        self.seen: list[tuple[int, int]] = []
+
+    def loading(self, done_bytes: int, total_bytes: int) -> None:
+        self.seen.append((done_bytes, total_bytes))
+
+
 def test_the_built_in_model_generates() -> None:
-    seen: list[tuple[int, int]] = []
-    loaded = build_engine(**VALUES, progress=lambda done, total: seen.append((done, total)))
+    progress = Progress()
+    loaded = build_engine(**VALUES, progress=progress)
     outputs = list(generate(loaded.engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)))
     assert len(outputs) == 5
-    assert seen[-1][0] == seen[-1][1] > 0
+    assert progress.seen[-1][0] == progress.seen[-1][1] > 0
 
 
 def test_the_pool_is_as_large_as_the_bytes_allow() -> None:
@@ -41,8 +53,10 @@ def test_the_pool_is_as_large_as_the_bytes_allow() -> None:
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(change: dict[str, object], error: type[Exception], message: str) -> None:
+    progress = Progress()
     with pytest.raises(error, match=message):
-        build_engine(**(VALUES | change), progress=lambda done, total: pytest.fail("weights were read"))
+        build_engine(**(VALUES | change), progress=progress)
+    assert not progress.seen, "weights were read"
 
 
 def test_layers_are_reported_in_groups_of_the_size_asked_for() -> None:

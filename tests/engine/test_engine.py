@@ -1,6 +1,7 @@
 """The engine with a stand-in for the model: no torch, but a KV pool whose contents decide every token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, SequenceOutput, generate
-from disaggd.engine.scheduler import Limits, StepPlan
+from disaggd.engine.scheduler import Chunk, Limits, StepPlan
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import ContextTooLong
 from disaggd.ids import BlockId, SeqId
@@ -34,34 +35,56 @@ def next_token(context: list[int]) -> int:
 
 
 class FakeRunner:
-    """Keeps tokens where a model keeps K and V, and samples from what it reads back through the block table."""
+    """Keeps tokens where a model keeps K and V, and samples from what it reads back through the block table.
 
-    def __init__(self, num_blocks: int, max_step_tokens: int) -> None:
+    With a `lookahead` it is a device that is as late as can be: it writes nothing until its results are asked for.
+    """
+
+    def __init__(self, num_blocks: int, max_step_tokens: int, lookahead: int) -> None:
         self.slots: list[int | None] = [None] * (num_blocks * BLOCK)
         self.max_step_tokens = max_step_tokens
+        self.lookahead = lookahead
+        self.drawn: dict[Sequence, int] = {}
+        """Every sequence's last token."""
 
-    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> list[Drawn]:
+    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> Callable[[], list[Drawn]]:
         assert 0 < plan.num_tokens <= self.max_step_tokens
         for chunk in plan.chunks:
             assert chunk.start == chunk.sequence.num_computed < chunk.end
-            self.write(chunk.sequence.block_table, chunk.sequence.tokens, range(chunk.start, chunk.end))
+        compute = partial(self.compute, [(chunk, list(chunk.sequence.block_table), list(chunk.sequence.tokens)) for chunk in plan.chunks])
+        tokens = None if self.lookahead else compute()
         for layers in (range(0, 2), range(2, 3)):
             if layers_done:
                 layers_done(layers)
-        return [Drawn(next_token(self.read(chunk.sequence)), TokenLogprob(-0.5)) for chunk in plan.sampling]
+        return compute if tokens is None else lambda: tokens
+
+    def compute(self, work: list[tuple[Chunk, list[BlockId], list[int]]]) -> list[Drawn]:
+        for chunk, blocks, tokens in work:
+            if chunk.end > len(tokens):
+                tokens.append(self.drawn[chunk.sequence])
+            self.write(blocks, tokens, range(chunk.start, chunk.end))
+        sampling = [(chunk, blocks) for chunk, blocks, _ in work if chunk.samples]
+        self.drawn |= {chunk.sequence: next_token(self.read(blocks, chunk.end)) for chunk, blocks in sampling}
+        return [Drawn(self.drawn[chunk.sequence], TokenLogprob(-0.5)) for chunk, _ in sampling]
 
     def write(self, blocks: list[BlockId], tokens: list[int], positions: range) -> None:
         for position in positions:
             self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = tokens[position]
 
-    def read(self, sequence: Sequence) -> list[int]:
-        kept = [self.slots[sequence.block_table[p // BLOCK] * BLOCK + p % BLOCK] for p in range(len(sequence.tokens))]
+    def read(self, blocks: list[BlockId], num_tokens: int) -> list[int]:
+        kept = [self.slots[blocks[p // BLOCK] * BLOCK + p % BLOCK] for p in range(num_tokens)]
         return [-1 if token is None else token for token in kept]
 
 
-def make_engine(num_blocks: int = 64, max_step_tokens: int = 16, max_sequences: int = 8, max_model_len: int = 1000) -> Engine:
-    runner = FakeRunner(num_blocks, max_step_tokens)
+def make_engine(
+    num_blocks: int = 64, max_step_tokens: int = 16, max_sequences: int = 8, max_model_len: int = 1000, lookahead: int = 0
+) -> Engine:
+    runner = FakeRunner(num_blocks, max_step_tokens, lookahead)
     return Engine(runner, BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, max_sequences, max_model_len), eos_token_ids=[EOS])
+
+
+both = pytest.mark.parametrize("lookahead", [0, 1])
+"""Where a step computes, and where it is launched before the tokens of the one before are known."""
 
 
 def write_kv(engine: Engine, blocks: list[BlockId], tokens: list[int]) -> None:
@@ -109,8 +132,9 @@ def test_a_step_without_work_returns_nothing_at_once() -> None:
     assert engine.step() == []
 
 
-def test_tokens_follow_the_whole_context_through_chunks_and_growth() -> None:
-    engine = make_engine()
+@both
+def test_tokens_follow_the_whole_context_through_chunks_and_growth(lookahead: int) -> None:
+    engine = make_engine(lookahead=lookahead)
     tokens = prompt(1, 37)
     engine.add(sequence(tokens, max_tokens=12))
     outputs = run(engine)
@@ -121,8 +145,9 @@ def test_tokens_follow_the_whole_context_through_chunks_and_growth() -> None:
     assert (engine.sequences, engine.pool.num_free) == ({}, 64)
 
 
-def test_a_retried_sequence_continues_its_indexes_and_its_limit() -> None:
-    engine = make_engine()
+@both
+def test_a_retried_sequence_continues_its_indexes_and_its_limit(lookahead: int) -> None:
+    engine = make_engine(lookahead=lookahead)
     tokens = prompt(2, 9)
     sent = expected(tokens, 5)
     engine.add(sequence(tokens + sent, max_tokens=8, num_prompt=9))
@@ -137,6 +162,7 @@ EOS_THIRD = next(
 """A prompt after which the stand-in's third token is EOS."""
 
 
+@both
 @pytest.mark.parametrize(
     ("sampling", "reason", "count"),
     [
@@ -146,8 +172,8 @@ EOS_THIRD = next(
         ({"ignore_eos": False, "stop_token_ids": (expected(EOS_THIRD, 2)[1],)}, "stop", 2),
     ],
 )
-def test_what_stops_a_sequence(sampling: dict[str, object], reason: str, count: int) -> None:
-    engine = make_engine()
+def test_what_stops_a_sequence(sampling: dict[str, object], reason: str, count: int, lookahead: int) -> None:
+    engine = make_engine(lookahead=lookahead)
     engine.add(sequence(EOS_THIRD, **sampling))
     outputs = run(engine)
     assert [token for output in outputs for token in output.tokens] == expected(EOS_THIRD, count)  # the stopping token is reported
@@ -155,15 +181,17 @@ def test_what_stops_a_sequence(sampling: dict[str, object], reason: str, count: 
     assert outputs[-1].sequence.finish_reason == reason
 
 
-def test_the_context_limit_stops_a_sequence() -> None:
-    engine = make_engine(max_model_len=12)
+@both
+def test_the_context_limit_stops_a_sequence(lookahead: int) -> None:
+    engine = make_engine(max_model_len=12, lookahead=lookahead)
     engine.add(sequence(prompt(1, 10), max_tokens=50))
     outputs = run(engine)
     assert (len(outputs), outputs[-1].finish_reason) == (2, "length")
 
 
-def test_a_sequence_that_outgrows_the_pool_alone_ends_with_length() -> None:
-    engine = make_engine(num_blocks=4)
+@both
+def test_a_sequence_that_outgrows_the_pool_alone_ends_with_length(lookahead: int) -> None:
+    engine = make_engine(num_blocks=4, lookahead=lookahead)
     engine.add(sequence(prompt(1, 10), max_tokens=50))
     outputs = run(engine)
     assert (len(outputs), outputs[-1].finish_reason, engine.pool.num_free) == (6, "length", 4)
@@ -182,8 +210,9 @@ def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
 # ── hand-off ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_sequence_is_handed_off_after_its_first_token() -> None:
-    engine = make_engine()
+@both
+def test_a_sequence_is_handed_off_after_its_first_token(lookahead: int) -> None:
+    engine = make_engine(lookahead=lookahead)
     engine.add(sequence(prompt(3, 20), limit=1))
     outputs = run(engine)
     assert len(outputs) == 1
@@ -191,8 +220,9 @@ def test_a_sequence_is_handed_off_after_its_first_token() -> None:
     assert (outputs[0].sequence.state, engine.sequences, engine.pool.num_free) == (SequenceState.FINISHED, {}, 64)
 
 
-def test_a_first_token_that_ends_the_sequence_is_no_hand_off() -> None:
-    engine = make_engine()
+@both
+def test_a_first_token_that_ends_the_sequence_is_no_hand_off(lookahead: int) -> None:
+    engine = make_engine(lookahead=lookahead)
     engine.add(sequence(prompt(3, 20), max_tokens=1, limit=1))
     outputs = run(engine)
     assert (outputs[0].handed_off, outputs[0].finish_reason) == (False, "length")
@@ -264,8 +294,9 @@ def test_a_resumed_sequence_does_not_wait_for_a_place() -> None:
     assert {output.sequence.seq_id for output in engine.step()} == {"a", "b"}
 
 
-def test_preempted_and_resumed_sequences_never_repeat_an_index() -> None:
-    engine = make_engine(num_blocks=8, max_step_tokens=8)
+@both
+def test_preempted_and_resumed_sequences_never_repeat_an_index(lookahead: int) -> None:
+    engine = make_engine(num_blocks=8, max_step_tokens=8, lookahead=lookahead)
     local, remote = prompt(1, 11), prompt(2, 10)
     engine.add(sequence(local, max_tokens=20, name="local"))
     parked = sequence(remote, max_tokens=16, name="remote")
@@ -328,6 +359,41 @@ def test_abort_after_the_end_keeps_the_reason() -> None:
     run(engine)
     engine.abort(target)
     assert target.finish_reason == "length"
+
+
+# ── a step launched before the last one's tokens are known ───────────────────────────────────────────────────────────
+
+
+def test_tokens_come_a_step_late() -> None:
+    engine = make_engine(lookahead=1)
+    target = sequence(prompt(1, 9), max_tokens=2)
+    engine.add(target)
+    assert (engine.step(), target.num_pending) == ([], 1)
+    assert (engine.step()[0].start, target.num_pending, target.is_complete) == (0, 1, True)
+    [last] = engine.step()  # nothing more is launched for it
+    assert (last.start, last.finish_reason, engine.has_work, engine.pool.num_free) == (1, "length", False, 64)
+
+
+def test_what_a_launched_step_writes_is_nobodys_until_it_is_settled() -> None:
+    engine = make_engine(lookahead=1)
+    target = sequence(prompt(1, 9))
+    engine.add(target)
+    engine.step()
+    engine.abort(target)
+    assert (engine.pool.num_free, engine.has_work) == (64 - 3, True)
+    assert (engine.step(), engine.pool.num_free, engine.has_work) == ([], 64, False)
+
+
+def test_a_preempted_sequence_waits_for_its_pending_token() -> None:
+    engine = make_engine(lookahead=1)
+    target = sequence(prompt(1, 9), max_tokens=3)
+    engine.add(target)
+    engine.step()
+    engine._scheduler._preempt(target)
+    outputs = engine.step()
+    assert (len(outputs), target.num_computed) == (1, 0)
+    outputs += run(engine)
+    assert [token for output in outputs for token in output.tokens] == expected(prompt(1, 9), 3)
 
 
 # ── want of blocks ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -491,19 +557,21 @@ class World:
             self.outputs[made.seq_id].append(self.engine.resume(made, blocks, next_token(made.tokens)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=250)
 @given(
     work=st.lists(jobs, min_size=1, max_size=12),
     num_blocks=st.integers(6, 16),
     max_step_tokens=st.integers(BLOCK, 20),
     max_sequences=st.integers(1, 6),
+    lookahead=st.integers(0, 1),
 )
 def test_every_sequence_ends_as_if_alone_and_every_block_returns(
-    work: list[Job], num_blocks: int, max_step_tokens: int, max_sequences: int
+    work: list[Job], num_blocks: int, max_step_tokens: int, max_sequences: int, lookahead: int
 ) -> None:
-    engine = make_engine(num_blocks, max_step_tokens, max_sequences)
+    engine = make_engine(num_blocks, max_step_tokens, max_sequences, lookahead=lookahead)
     world = World(engine, work)
     world.run()
+    run(engine)
     assert (engine.pool.num_free, engine.gauges().running, engine.gauges().waiting) == (num_blocks, 0, 0)
     for job, made in zip(work, world.sequences, strict=True):
         outputs = world.outputs[made.seq_id]

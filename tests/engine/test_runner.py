@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from disaggd import kernels
+from disaggd.engine.batch import build_batch
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, SequenceOutput, generate
-from disaggd.engine.runner import ModelRunner, build_batch
+from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Chunk, Limits, StepPlan
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import BlockId, SeqId
@@ -61,9 +63,13 @@ def transformer() -> Transformer:
     return made
 
 
-def make_node(transformer: Transformer, num_blocks: int = 200, max_step_tokens: int = 48, max_sequences: int = 8) -> Node:
+def make_node(
+    transformer: Transformer, num_blocks: int = 200, max_step_tokens: int = 48, max_sequences: int = 8, lookahead: int = 0
+) -> Node:
     kv = allocate_kv(kv_spec(SPEC, BLOCK), num_blocks, CPU)
-    engine = Engine(ModelRunner(transformer, kv), BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, max_sequences, 256))
+    engine = Engine(
+        ModelRunner(transformer, kv, max_step_tokens), BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, max_sequences, 256)
+    )
     return Node(engine, kv)
 
 
@@ -96,7 +102,7 @@ def test_a_batch_holds_the_chunks_one_after_another() -> None:
     prefill, decode = make_sequence(0, list(range(100, 120)), GREEDY), make_sequence(1, list(range(50, 55)), GREEDY)
     prefill.block_table, decode.block_table = [BlockId(4), BlockId(9), BlockId(2)], [BlockId(7)]
     plan = StepPlan((Chunk(decode, 4, 5, samples=True), Chunk(prefill, 8, 16, samples=False), Chunk(prefill, 16, 20, samples=True)))
-    batch = build_batch(plan, BLOCK, CPU)
+    batch = build_batch(plan, BLOCK, {})
     assert batch.tokens.tolist() == [54, *range(108, 120)]
     assert batch.positions.tolist() == [4, *range(8, 20)]
     assert batch.slot_mapping.tolist() == [7 * BLOCK + 4, *range(9 * BLOCK, 10 * BLOCK), *range(2 * BLOCK, 2 * BLOCK + 4)]
@@ -104,22 +110,37 @@ def test_a_batch_holds_the_chunks_one_after_another() -> None:
     assert batch.context_lens.tolist() == [5, 16, 20]
     assert batch.block_tables.tolist() == [[7, 0, 0], [4, 9, 2], [4, 9, 2]]
     assert batch.logit_rows.tolist() == [0, 12]
-    int64, int32 = torch.int64, torch.int32
+    int64, int32 = np.int64, np.int32
     dtypes = [batch.tokens.dtype, batch.positions.dtype, batch.slot_mapping.dtype, batch.logit_rows.dtype]
     assert dtypes == [int64] * 4
     assert [batch.query_start.dtype, batch.context_lens.dtype, batch.block_tables.dtype] == [int32] * 3
 
 
+def test_a_pending_token_comes_from_its_row_of_the_step_before() -> None:
+    known, pending = make_sequence(0, [7, 8, 9], GREEDY), make_sequence(1, [4, 5], GREEDY)
+    known.block_table, pending.block_table, pending.num_pending = [BlockId(0)], [BlockId(1)], 1
+    plan = StepPlan((Chunk(known, 2, 3, samples=True), Chunk(pending, 2, 3, samples=True)))
+    batch = build_batch(plan, BLOCK, {known: 0, pending: 5})
+    assert (batch.tokens.tolist(), batch.sources.tolist(), batch.has_pending, batch.has_one_token_each) == ([9, 0], [-1, 5], True, True)
+    padded = batch.padded(4, 3)
+    assert (padded.tokens.tolist(), padded.sources.tolist()) == ([9, 0, 0, 0], [-1, 5, -1, -1])
+    assert (padded.slot_mapping.tolist(), padded.context_lens.tolist()) == ([2, BLOCK + 2, -1, -1], [3, 3, 0, 0])
+    assert (padded.query_start.tolist(), padded.block_tables.tolist()) == ([0, 1, 2, 3, 4], [[0] * 3, [1, 0, 0], [0] * 3, [0] * 3])
+
+
 def test_slots_of_a_large_pool_do_not_overflow() -> None:
     decode = make_sequence(0, [1], GREEDY)
     decode.block_table = [BlockId(2**30)]
-    batch = build_batch(StepPlan((Chunk(decode, 0, 1, samples=True),)), BLOCK, CPU)
+    batch = build_batch(StepPlan((Chunk(decode, 0, 1, samples=True),)), BLOCK, {})
     assert batch.slot_mapping.tolist() == [2**33]
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_many_at_once_in_chunks_and_preempted_say_what_the_oracle_says(transformer: Transformer, sampling: SamplingParams) -> None:
-    engine = make_node(transformer, num_blocks=24).engine
+def test_many_at_once_in_chunks_and_preempted_say_what_the_oracle_says(
+    transformer: Transformer, sampling: SamplingParams, lookahead: int
+) -> None:
+    engine = make_node(transformer, num_blocks=24, lookahead=lookahead).engine
     sequences = [make_sequence(number, tokens, sampling) for number, tokens in enumerate(PROMPTS)]
     for sequence in sequences:
         engine.add(sequence)

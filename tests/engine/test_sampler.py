@@ -1,11 +1,14 @@
 """The sampler draws from the right distribution, the same token in any batch, and obeys every parameter exactly."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from disaggd.engine.sampler import SamplerRow, gumbel, philox, sample
+from disaggd.engine.sampler import SamplerRow, draw
+from disaggd.kernels import REFERENCE
+from disaggd.kernels.reference_sampling import gumbel, philox
 from disaggd.sampling import SamplingParams
 
 KNOWN = [  # from the Random123 distribution: counter, key, words
@@ -24,6 +27,13 @@ def row(tokens=(1, 2, 3), num_prompt_tokens=None, **params):
     return SamplerRow(SamplingParams(**params), list(tokens), prompt, len(tokens))
 
 
+def sample(logits, rows, *, known=True):
+    """What is drawn; unless `known`, the host does not know each sequence's last token yet."""
+    last_tokens = torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int64)
+    shown = rows if known else [replace(row, tokens=row.tokens[:-1]) for row in rows]
+    return draw(REFERENCE, logits, last_tokens, shown).read()
+
+
 def draws(logits, count, **params):
     """`count` tokens drawn from `logits` [vocab], with the seeds 0, 1, …"""
     rows = [row(seed=seed, **params) for seed in range(count)]
@@ -32,6 +42,7 @@ def draws(logits, count, **params):
 
 def chosen(logits, **kwargs):
     [drawn] = sample(torch.tensor([logits]), [row(**kwargs)])
+    assert [drawn] == sample(torch.tensor([logits]), [row(**kwargs)], known=False)
     return drawn.token
 
 
@@ -156,6 +167,10 @@ def test_penalties_and_bias():
     assert chosen([2.0, 0.0, 1.9, 1.8, 1.1], repetition_penalty=2.0, **sequence) == 4  # but repeat by `repetition_penalty`
     assert chosen([-1.0, -1.0, -1.0, -1.0, -1.5], repetition_penalty=2.0, **sequence) == 4  # a negative logit is multiplied
     assert chosen([0.0, 0.0, 1.0, 0.9, 0.5], logit_bias={1: 5.0, 2: -100.0}, **sequence) == 1
+    repeating = sequence | {"tokens": (0, 1, 2, 3, 2)}  # the last token again: once more than the host may know
+    assert chosen([0.0, 0.0, 1.0, 0.9, 0.5], frequency_penalty=0.3, **repeating) == 3
+    assert chosen([2.0, 0.0, 1.9, 1.8, 1.1], repetition_penalty=2.0, **repeating) == 4
+    assert chosen([0.0, 0.0, 1.0, 0.9, 0.5], presence_penalty=0.6, **(sequence | {"tokens": (0, 1)})) == 2  # no output yet
 
 
 def test_bias_comes_before_penalties_and_leaves_the_logits_alone():

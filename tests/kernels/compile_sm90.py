@@ -26,12 +26,13 @@ from triton.backends.compiler import GPUTarget
 from disaggd.kernels import configurations
 from disaggd.kernels.block_copy import gather_blocks, scatter_blocks
 from disaggd.kernels.decode_attention import decode_attention
+from disaggd.kernels.draws import Draws
 from disaggd.kernels.kv_store import kv_store
 from disaggd.kernels.logprobs import logprobs
 from disaggd.kernels.prefill_attention import prefill_attention
 from disaggd.kernels.rms_norm import add_rms_norm, rms_norm
 from disaggd.kernels.rotate_and_store import rotate_and_store
-from disaggd.kernels.sampling import Draws, sample
+from disaggd.kernels.sampling import sample
 from disaggd.kernels.silu_mul import silu_mul
 
 SHARED_BYTES = 227 * 1024  # what one program may have of a Hopper multiprocessor's

@@ -44,11 +44,14 @@ def next_token(context: list[int]) -> int:
 class FakeRunner:
     """Computes nothing; calls back for two layer groups, as a model of three layers would."""
 
-    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> list[Drawn]:
+    lookahead = 0
+
+    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> Callable[[], list[Drawn]]:
         assert layers_done is not None
         for layers in LAYER_GROUPS:
             layers_done(layers)
-        return [Drawn(next_token(chunk.sequence.tokens), None) for chunk in plan.sampling]
+        drawn = [Drawn(next_token(chunk.sequence.tokens), None) for chunk in plan.sampling]
+        return lambda: drawn
 
 
 class RoleNode(Generic[R]):

@@ -1,4 +1,4 @@
-"""The device's sampler draws what the torch sampler draws, and its log-probabilities are log_softmax's."""
+"""The device's sampler draws what the reference draws, and its log-probabilities are log_softmax's."""
 
 import math
 
@@ -7,12 +7,11 @@ import torch
 
 from disaggd.engine import sampler
 from disaggd.engine.sampler import SamplerRow
+from disaggd.kernels import reference_sampling
 from disaggd.kernels.configurations import VOCABULARY, RowTile
 from disaggd.kernels.logprobs import logprobs, top_logprobs
-from disaggd.kernels.sampling import Draws, greedy, sample
+from disaggd.kernels.sampling import greedy, sample
 from disaggd.sampling import SamplingParams
-
-FLOOR = -26.1
 
 
 @pytest.fixture
@@ -22,30 +21,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("disaggd.kernels.sampling.COUNT", RowTile(32, 1))
 
 
-def draws_of(rows, device):
-    params = [row.params for row in rows]
-
-    def tensor(values, dtype):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return Draws(
-        temperatures=tensor([p.temperature for p in params], torch.float32),
-        top_k=tensor([p.top_k for p in params], torch.int32),
-        top_p=tensor([p.top_p for p in params], torch.float32),
-        floors=tensor([max(math.log(p.min_p), FLOOR) if p.min_p > 0 else FLOOR for p in params], torch.float32),
-        seeds=tensor([p.seed - (p.seed >> 63 << 64) for p in params], torch.int64),
-        positions=tensor([row.position for row in rows], torch.int64),
-        any_top_k=any(p.top_k for p in params),
-        any_top_p=any(p.top_p < 1 for p in params),
-    )
-
-
 def row(position, **params):
     return SamplerRow(params=SamplingParams(**params), tokens=[], num_prompt_tokens=0, position=position)
 
 
+def draws_of(rows, device):
+    return sampler._draws(rows, device)
+
+
 def expected(logits, rows):
-    return [token.token for token in sampler.sample(logits, rows)]
+    return reference_sampling.sample(logits, draws_of(rows, logits.device)).tolist()
 
 
 @pytest.mark.parametrize("vocab_size", [1, 50, VOCABULARY.size, VOCABULARY.size + 3])

@@ -1,0 +1,26 @@
+"""How rows of logits are drawn from: what every sampler is given. Plain tensors."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each row of logits is drawn from; tensors [rows] on the device of the logits."""
+
+    temperatures: Tensor
+    """float32; 0 is greedy."""
+    top_k: Tensor
+    """int32; 0 keeps all."""
+    top_p: Tensor
+    """float32; 1 keeps all."""
+    floors: Tensor
+    """float32: scores below are dropped; `log(min_p)`, and never less than where noise could still win."""
+    seeds: Tensor
+    """int64: the 64 bits of the seed."""
+    positions: Tensor
+    """int64: index in its sequence of the token that is drawn."""
+    any_top_k: bool
+    any_top_p: bool
+    """Whether any row has one: told by the host, which knows."""

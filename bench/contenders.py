@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from disaggd.engine.build import build_engine
+from disaggd.engine.engine import SequenceOutput
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import SeqId
 from disaggd.model.directory import open_directory
@@ -40,7 +41,7 @@ class Contender(Protocol):
 class Ours:
     """`disaggd`'s engine, as a decode node builds it, but for the pool's size and the step budget."""
 
-    def __init__(self, path: str, device: str, *, pool_tokens: int, max_step_tokens: int) -> None:
+    def __init__(self, path: str, device: str, *, pool_tokens: int, max_step_tokens: int, max_sequences: int) -> None:
         layout = kv_spec(open_directory(path).spec("bfloat16"), BLOCK_SIZE)
         loaded = build_engine(
             path,
@@ -49,7 +50,7 @@ class Ours:
             kv_cache_bytes=layout.blocks_for(pool_tokens) * layout.bytes_per_block,
             block_size=BLOCK_SIZE,
             max_step_tokens=max_step_tokens,
-            max_sequences=256,
+            max_sequences=max_sequences,
         )
         self.spec: ModelSpec = loaded.spec
         self._engine = loaded.engine
@@ -75,7 +76,9 @@ class Ours:
             self._sequences.append(sequence)
 
     def step(self) -> None:
-        outputs = self._engine.step()
+        outputs: list[SequenceOutput] = []
+        while not outputs:  # on a GPU the first step only launches
+            outputs = self._engine.step()
         assert len(outputs) == len(self._sequences), "a sequence had no place in the step"
 
     def end(self) -> None:

@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import click
 import msgspec
 import torch
-from contenders import ATTENTIONS, Contender, Ours, Transformers, TransformersBy
+from contenders import ATTENTIONS, BLOCK_SIZE, Contender, Ours, Transformers, TransformersBy
 from costs import decode_bytes, prefill_flops
 from machine import Load, LoadMeter, Machine, describe_machine, measure_as_nodes_do
 from models import BUILTIN, resolve
@@ -35,13 +36,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     device: str
     threads: int
-    prompt: int
+    prompts: tuple[int, ...]
     chunk: int
-    context: int
+    contexts: tuple[int, ...]
     batches: tuple[int, ...]
     steps: int
     repeats: int
     against: bool
+    against_tokens: int | None
+    """transformers decodes up to so many tokens of context at once: its cache takes twice their memory, beside ours."""
     prefill: bool
     decode: bool
     quick: bool
@@ -90,16 +93,16 @@ def run(job: Job) -> Report:
     limits = measure_roofline(job.device, quick=job.quick)
     path = resolve(job.model)
     peers = _peers(path, job)
-    pool_tokens = max(2 * job.prompt, max(job.batches) * (job.context + job.steps + 128) if job.decode else 0)
-    ours = Ours(path, job.device, pool_tokens=pool_tokens, max_step_tokens=job.prompt)
+    ours = Ours(path, job.device, pool_tokens=_pool_tokens(job), max_step_tokens=max(job.prompts), max_sequences=max(job.batches))
     results: list[Result] = []
     if job.prefill:
-        chunked = Ours(path, job.device, pool_tokens=2 * job.prompt, max_step_tokens=job.chunk)
-        results += measure_prefill(job, {_OURS: ours, "chunked": chunked, **peers}, ours.spec)
+        chunked = Ours(path, job.device, pool_tokens=max(job.prompts) + BLOCK_SIZE, max_step_tokens=job.chunk, max_sequences=1)
+        for prompt in job.prompts:
+            results += measure_prefill(job, {_OURS: ours, "chunked": chunked, **peers}, ours.spec, prompt)
         del chunked
     if job.decode:
-        for batch in job.batches:
-            results.append(measure_decode(job, {_OURS: ours, **peers}, ours.spec, batch))
+        for batch, context in product(job.batches, job.contexts):
+            results.append(measure_decode(job, {_OURS: ours, **_able(peers, job, batch * context)}, ours.spec, batch, context))
     limits = better(limits, measure_roofline(job.device, quick=job.quick))
     return Report(job=job, machine=describe_machine(), load=load.read(), roofline=limits, results=results)
 
@@ -111,12 +114,22 @@ def _peers(path: str, job: Job) -> dict[str, Contender]:
     return {attention: TransformersBy(shared, attention) for attention in ATTENTIONS}
 
 
-def measure_prefill(job: Job, contenders: dict[str, Contender], spec: ModelSpec) -> list[Result]:
+def _pool_tokens(job: Job) -> int:
+    prefilling = max(job.prompts) + BLOCK_SIZE
+    decoding = max(job.batches) * (max(job.contexts) + job.steps + 2 * BLOCK_SIZE)
+    return max(prefilling, decoding) if job.decode else prefilling
+
+
+def _able(peers: dict[str, Contender], job: Job, num_tokens: int) -> dict[str, Contender]:
+    return peers if job.against_tokens is None or num_tokens <= job.against_tokens else {}
+
+
+def measure_prefill(job: Job, contenders: dict[str, Contender], spec: ModelSpec, num_tokens: int) -> list[Result]:
     """The whole prompt in one step, and in chunks; against transformers' whole prompt."""
     draw = random.Random(0)
 
     def prefill(contender: Contender) -> float:
-        prompt = [draw.randrange(1, spec.vocab_size) for _ in range(job.prompt)]  # each anew: nothing may be cached
+        prompt = [draw.randrange(1, spec.vocab_size) for _ in range(num_tokens)]  # each anew: nothing may be cached
         return _timed(partial(contender.prefill, prompt))
 
     measures: dict[str, Callable[[], float]] = {name: partial(prefill, contender) for name, contender in contenders.items()}
@@ -127,11 +140,11 @@ def measure_prefill(job: Job, contenders: dict[str, Contender], spec: ModelSpec)
         return Result(
             work=work,
             batch=1,
-            num_tokens=job.prompt,
+            num_tokens=num_tokens,
             seconds=seconds,
-            tokens_per_s=job.prompt / seconds,
+            tokens_per_s=num_tokens / seconds,
             read_bytes=None,
-            flops=prefill_flops(spec, job.prompt),
+            flops=prefill_flops(spec, num_tokens),
             peer=peer,
             peer_seconds=None if peer is None else medians(found)[peer],
             samples=found,
@@ -140,11 +153,11 @@ def measure_prefill(job: Job, contenders: dict[str, Contender], spec: ModelSpec)
     return [result("prefill, whole", _OURS), result(f"prefill, chunks of {job.chunk}", "chunked")]
 
 
-def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, batch: int) -> Result:
+def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, batch: int, context: int) -> Result:
     """Steps of `batch` sequences, the first of each turn left out."""
 
     def decode(contender: Contender, steps: int) -> float:
-        contender.begin(batch, job.context, steps + 1)
+        contender.begin(batch, context, steps + 1)
         contender.step()
         seconds = _timed(partial(_steps, contender, steps))
         contender.end()
@@ -156,10 +169,10 @@ def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, 
     return Result(
         work="decode",
         batch=batch,
-        num_tokens=job.context,
+        num_tokens=context,
         seconds=seconds,
         tokens_per_s=batch / seconds,
-        read_bytes=decode_bytes(spec, batch, job.context + job.steps / 2),
+        read_bytes=decode_bytes(spec, batch, context + job.steps / 2),
         flops=None,
         peer=peer,
         peer_seconds=None if peer is None else medians(found)[peer],
@@ -221,15 +234,24 @@ def notes(report: Report) -> list[str]:
 @click.option("--model", default="S", show_default=True, help="A shape (S, P, M, L), builtin:tiny, or a Hugging Face directory.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="OpenMP threads, of both.")
-@click.option("--prompt", type=click.IntRange(min=64), default=2048, show_default=True, help="Tokens to prefill.")
+@click.option(
+    "--prompt", "prompts", type=click.IntRange(min=64), multiple=True, help="Tokens to prefill; may be given again.  [default: 2048]"
+)
 @click.option("--chunk", type=click.IntRange(min=64), default=512, show_default=True, help="The step budget of the chunked prefill.")
-@click.option("--context", type=click.IntRange(min=1), help="Tokens before the decode steps.  [default: 1024 for M, else 2048]")
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Tokens before the decode steps; may be given again.  [default: 1024 for M, else 2048]",
+)
 @click.option(
     "--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Sequences at once; may be given again.  [default: 1, 8, 32]"
 )
 @click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Decode steps in each turn.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns; figures are their medians.")
 @click.option("--against/--alone", default=True, show_default=True, help="Measure transformers too.")
+@click.option("--against-tokens", type=click.IntRange(min=1), help="Leave transformers out where batch × context is more: it wants memory.")
 @click.option("--only", type=click.Choice(["prefill", "decode"]), help="One of the two.")
 @click.option("--quick", is_flag=True, help="The built-in model, short: shows that it runs, not how fast.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures and samples here.")
@@ -238,13 +260,14 @@ def main(
     model: str,
     device: str,
     threads: int,
-    prompt: int,
+    prompts: tuple[int, ...],
     chunk: int,
-    context: int | None,
+    contexts: tuple[int, ...],
     batches: tuple[int, ...],
     steps: int,
     repeats: int,
     against: bool,
+    against_tokens: int | None,
     only: str | None,
     quick: bool,
     json_path: Path | None,
@@ -261,19 +284,20 @@ def main(
         model=model,
         device=device,
         threads=threads,
-        prompt=prompt,
+        prompts=prompts or (2048,),
         chunk=chunk,
-        context=context or (1024 if model == "M" else 2048),
+        contexts=contexts or (1024 if model == "M" else 2048,),
         batches=batches or (1, 8, 32),
         steps=steps,
         repeats=repeats,
         against=against,
+        against_tokens=against_tokens,
         prefill=only != "decode",
         decode=only != "prefill",
         quick=quick,
     )
     if quick:
-        job = msgspec.structs.replace(job, model=BUILTIN, prompt=256, chunk=64, context=128, batches=(1, 4), steps=2, repeats=2)
+        job = msgspec.structs.replace(job, model=BUILTIN, prompts=(256,), chunk=64, contexts=(128,), batches=(1, 4), steps=2, repeats=2)
     report = run(job)
     title = f"Engine: {Path(job.model).name}, {job.device}, {job.threads} thread{'s' * (job.threads > 1)}"
     show(section(title, report.machine, report.load, tables(report), notes(report)), markdown)

@@ -94,11 +94,13 @@ def select(where: device) -> Ops:
 
 
 def gpu_ops(processors: int) -> Ops:
-    """The Triton kernels, for a device of so many multiprocessors; matrix products are the vendor's."""
-    from disaggd.kernels import logprobs, paged_attention, rms_norm, sampling, silu_mul  # noqa: PLC0415  lazily: only a GPU needs Triton
+    """The Triton kernels, for a device of so many multiprocessors; products of many rows are the vendor's."""
+    # Lazily: a host without a GPU needs no Triton.
+    from disaggd.kernels import linear, logprobs, paged_attention, rms_norm, sampling, silu_mul  # noqa: PLC0415
 
     return replace(
         REFERENCE,
+        linear=linear.linear,
         paged_attention=partial(paged_attention.PagedAttention, processors=processors),
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,

@@ -39,6 +39,16 @@ class PrefillTile:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearTile:
+    """One program of a projection makes so many outputs, and walks `depth` inputs at a time."""
+
+    outputs: int
+    depth: int
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RowTile:
     """One program of an elementwise kernel works on `size` elements of a row, or on `size` heads of a token."""
 
@@ -94,3 +104,12 @@ VOCABULARY = RowTile(2048, 4)
 """A program of the samplers' kernels: 75 of them share a row of 152k logits, so that one row alone keeps half of an H100 busy."""
 
 COUNT = RowTile(512, 8)  # of those, entries whose digits are counted at a time, each against all 16: 32 64-bit sums a thread
+
+MOST_ROWS = 8
+"""Rows that our projections take; more are the vendor's library's."""
+
+LINEAR_ROW = LinearTile(outputs=4, depth=1024, warps=4)
+LINEAR_ROW_NARROW = LinearTile(outputs=2, depth=2048, warps=4)
+LINEAR_ROWS = LinearTile(outputs=64, depth=128, warps=4, stages=4)
+LINEAR_ROWS_WIDE = LinearTile(outputs=128, depth=64, warps=4, stages=5)
+ADD_PARTS = RowTile(1024, 4)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
 from disaggd.kernels.configurations import COMBINE_SPLITS, DECODE, MAX_SPLITS, MIN_SPLIT_KEYS, padded_head_dim
 from disaggd.kernels.pool import check_batch, check_floats, check_pool, token_offsets
 
@@ -68,7 +69,10 @@ def _attend(
     MIN_KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -139,8 +143,11 @@ def _combine(
     MIN_KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SPLITS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """out = Σᵢ exp₂(logᵢ) · outᵢ / Σᵢ exp₂(logᵢ), over the parts of one head of one sequence."""
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     token = tl.load(query_start + sequence).to(tl.int64)
@@ -245,6 +252,7 @@ def decode_attention(
         **of_parts,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **chained(),
     )
     if splits > 1:
         _combine[(num_sequences, num_heads)](
@@ -259,4 +267,5 @@ def decode_attention(
             SPLITS=COMBINE_SPLITS,
             **of_parts,
             num_warps=4,
+            **chained(),
         )

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
 from disaggd.kernels.configurations import PREFILL, padded_head_dim
 from disaggd.kernels.pool import check_batch, check_floats, check_pool, token_offsets
 
@@ -116,7 +117,10 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -211,4 +215,5 @@ def prefill_attention(
         WINDOWED=window is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **chained(),
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
 from disaggd.kernels.configurations import NORM
 from disaggd.kernels.pool import check_floats
 
@@ -28,7 +29,10 @@ def _norm(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     ADD: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     real = columns < COLUMNS
@@ -77,5 +81,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         WIDTH=tile.size,
         ADD=residual is not None,
         num_warps=tile.warps,
+        **chained(),
     )
     return out

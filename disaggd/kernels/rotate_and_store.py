@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
 from disaggd.kernels.configurations import ROTATE
 from disaggd.kernels.pool import check_floats, check_pool
 
@@ -44,7 +45,10 @@ def _rotate_and_store(
     HALF_WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     columns = tl.arange(0, HALF_WIDTH)[None, :]
@@ -127,5 +131,6 @@ def rotate_and_store(
         BLOCK_SIZE=block_size,
         NORMALIZED=norm_weight is not None,
         num_warps=ROTATE.warps,
+        **chained(),
     )
     return queries

@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
 from disaggd.kernels.configurations import SILU_MUL
 from disaggd.kernels.pool import check_floats
 
 
 @triton.jit
-def _silu_mul(out, gate_up, stride_out, stride_gate_up, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+def _silu_mul(out, gate_up, stride_out, stride_gate_up, COLUMNS: tl.constexpr, SIZE: tl.constexpr, CHAINED: tl.constexpr):
+    let_next_start(CHAINED)
+    wait_for_previous(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     real = columns < COLUMNS
@@ -33,6 +36,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_rows, columns), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows and columns:
         _silu_mul[(num_rows, triton.cdiv(columns, SILU_MUL.size))](
-            out, gate_up, out.stride(0), gate_up.stride(0), COLUMNS=columns, SIZE=SILU_MUL.size, num_warps=SILU_MUL.warps
+            out, gate_up, out.stride(0), gate_up.stride(0), COLUMNS=columns, SIZE=SILU_MUL.size, num_warps=SILU_MUL.warps, **chained()
         )
     return out

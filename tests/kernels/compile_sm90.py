@@ -28,6 +28,7 @@ from disaggd.kernels.block_copy import gather_blocks, scatter_blocks
 from disaggd.kernels.decode_attention import decode_attention
 from disaggd.kernels.draws import Draws
 from disaggd.kernels.kv_store import kv_store
+from disaggd.kernels.linear import linear
 from disaggd.kernels.logprobs import logprobs
 from disaggd.kernels.prefill_attention import prefill_attention
 from disaggd.kernels.rms_norm import add_rms_norm, rms_norm
@@ -114,6 +115,10 @@ def norm(dim: int):
     add_rms_norm(tensor(16, dim), tensor(16, dim), tensor(dim), 1e-6)
 
 
+def project(rows: int, outputs: int, inputs: int):
+    linear(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs))
+
+
 def copy():
     kv, staging, ids = tensor(36, 1024, 8, 2, 64, 128), tensor(36, 16, 4, 2, 64, 128), tensor(16, dtype=torch.int32)
     gather_blocks(staging, kv, ids, layers=range(36), heads=range(4, 8))
@@ -152,6 +157,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "KV store", lambda: store(128)
     for tile in configurations.NORM:
         yield f"norm of {tile.size}", lambda n=tile.size: norm(n)
+    for rows in (1, 8):
+        for outputs, inputs in ((4096, 12288), (24576, 4096), (151936, 4096)):
+            yield f"linear, {rows} x {inputs} to {outputs}", lambda n=rows, o=outputs, i=inputs: project(n, o, i)
+    yield "linear, uneven", lambda: [project(n, 2500, 1000) for n in (1, 2)]
     yield "SiLU-mul", lambda: silu_mul(tensor(16, 2 * 12288))
     yield "block copy", copy
     yield "sample", lambda: draw(any_top_k=False, any_top_p=False)

@@ -105,11 +105,11 @@ def _attend(
         keys = tl.load(keys_at + offsets, mask=here, other=0.0)
         if WINDOWED:
             seen = seen & (positions >= context_len - window)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        best_now = tl.maximum(best, tl.max(scores, 1))
+        best_now = tl.maximum(best, tl.max(scores, 1) * scale)
         fading = tl.exp2(best - best_now)
-        weights = tl.exp2(scores - best_now[:, None])
+        weights = tl.exp2(scores * scale - best_now[:, None])
         values = tl.load(keys_at + stride_value + offsets, mask=here, other=0.0)
         mixed = tl.dot(weights.to(values.dtype), values, mixed * fading[:, None], input_precision="ieee")
         total = total * fading + tl.sum(weights, 1)

@@ -70,18 +70,18 @@ def _walk(
         if MASKED:
             here = here & (positions < end)[:, None]
         keys = tl.load(keys_at + offsets, mask=here, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if MASKED:
             seen = positions[None, :] <= own
             if WINDOWED:
                 seen = seen & (positions[None, :] > own - window)
             scores = tl.where(seen, scores, float("-inf"))
-        best_now = tl.maximum(best, tl.max(scores, 1))
+        best_now = tl.maximum(best, tl.max(scores, 1) * scale)
         origin = best_now
         if WINDOWED:
             origin = tl.where(best_now == float("-inf"), 0.0, best_now)  # rows whose window begins in a later tile
         fading = tl.exp2(best - origin)
-        weights = tl.exp2(scores - origin[:, None])
+        weights = tl.exp2(scores * scale - origin[:, None])  # one fused multiply-add a score: the product is not needed elsewhere
         values = tl.load(keys_at + stride_value + offsets, mask=here, other=0.0)
         mixed = tl.dot(weights.to(values.dtype), values, mixed * fading[:, None], input_precision="ieee")
         total = total * fading + tl.sum(weights, 1)

@@ -231,6 +231,10 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of the KV pool; None where only the device knows."""
         return CPU_KV_CACHE if self.kv_cache is None and self.device == "cpu" else self.kv_cache
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.device != "cpu"
+
 
 _ROUTER_KEYS = frozenset({"name", "role", "listen", "cpus"})
 """Of a node's keys, those that a router obeys; the rest is of engines."""

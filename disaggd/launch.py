@@ -34,7 +34,9 @@ def node_environment(config: Config, node: NodeConfig) -> dict[str, str]:
         return {}
     transfer = config.transfer
     devices = pinned_devices(transfer.devices, listen_is_loopback=node.listen.is_loopback)
-    return compute_environment(node) | transfer_environment(devices, transports=transfer.transports, user_timeout_s=transfer.user_timeout_s)
+    return compute_environment(node) | transfer_environment(
+        devices, transports=transfer.transports, user_timeout_s=transfer.user_timeout_s, gpu=node.is_gpu
+    )
 
 
 def reexec_with(wanted: Mapping[str, str], environ: Mapping[str, str] = os.environ, execve: Execve = os.execve) -> None:

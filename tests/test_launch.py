@@ -47,6 +47,11 @@ def test_an_engine_node_gets_threads_malloc_and_a_pinned_transport() -> None:
     assert (wanted["UCX_TLS"], wanted["UCX_NET_DEVICES"]) == ("tcp", "lo")
 
 
+def test_a_node_on_a_gpu_may_copy_to_and_from_it() -> None:
+    config, node = decode_node()
+    assert node_environment(config, msgspec.structs.replace(node, device="cuda:0"))["UCX_TLS"] == "tcp,cuda_copy"
+
+
 def test_a_router_needs_nothing() -> None:
     config, _ = decode_node()
     assert node_environment(config, config.node("router")) == {}

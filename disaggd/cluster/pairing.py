@@ -104,6 +104,4 @@ class PairBook:
         pair.state = PairState.PROBING
         pair.retry_at = now + 5 * RETRY_S
         agent = pair.agent
-        prefill.send(
-            ConnectPair(decode.name, decode.hello.incarnation, agent.agent_id, agent.metadata, agent.base_address, agent.num_blocks)
-        )
+        prefill.send(ConnectPair(decode.name, decode.hello.incarnation, agent.agent_id, agent.metadata, agent.place))

@@ -24,9 +24,9 @@ import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, PoolPlace
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -112,8 +112,7 @@ class PairAgent(Frame, frozen=True):
     agent_id: AgentId
     metadata: bytes
     """NIXL's own agent metadata."""
-    base_address: int
-    num_blocks: int
+    place: PoolPlace
 
 
 class ConnectPair(Frame, frozen=True):
@@ -123,8 +122,7 @@ class ConnectPair(Frame, frozen=True):
     peer_incarnation: Incarnation
     agent_id: AgentId
     metadata: bytes
-    base_address: int
-    num_blocks: int
+    place: PoolPlace
 
 
 class PairReady(Frame, frozen=True):

@@ -15,6 +15,7 @@ from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
+from disaggd.engine.stream import DeviceStream
 from disaggd.errors import ConfigError, ResourceError
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
@@ -23,7 +24,7 @@ from disaggd.model.spec import Dtype, ModelSpec
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
 from disaggd.sampling import SamplingParams
-from disaggd.transfer.layout import KVSpec, kv_spec
+from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
 
 _POOL_SHARE = 0.9
 """Of the memory that the weights leave free on a GPU: the rest is for activations, logits and captured graphs."""
@@ -39,6 +40,13 @@ class LoadedEngine:
     kv_spec: KVSpec
     kv: Tensor
     """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: what other nodes' pushes write into."""
+    stream: DeviceStream
+
+    @property
+    def place(self) -> PoolPlace:
+        """Where `kv` lies."""
+        where = self.kv.device
+        return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks, where.index if where.type == "cuda" else None)
 
 
 def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
@@ -85,6 +93,8 @@ def build_engine(
     limits = Limits(max_step_tokens, max_sequences, _model_len(spec, max_model_len))
     limits.check(block_size)
     where = _device(device)
+    stream = DeviceStream(where)
+    stream.enter()
     kv = None if kv_cache_bytes is None else _allocate(layout, kv_cache_bytes, where)
     with _memory_shortage_on(where, "the weights"):
         transformer = load_weights(directory, spec, where, progress.loading)
@@ -95,7 +105,7 @@ def build_engine(
     engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids)
     if where.type == "cuda":
         warm_up(engine, where)
-    return LoadedEngine(engine, directory, spec, layout, kv)
+    return LoadedEngine(engine, directory, spec, layout, kv, stream)
 
 
 def _runner(transformer: Transformer, kv: Tensor, limits: Limits, progress: StartProgress) -> ModelRunner:

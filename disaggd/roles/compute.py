@@ -82,7 +82,7 @@ class Role(Protocol):
     def on_frame(self, link: LinkId, frame: ToNode) -> None: ...
     def on_event(self, event: TransferEvent) -> None: ...
     def layers_done(self, plan: StepPlan, layers: range) -> None:
-        """K and V of `layers` are in the pool for every chunk of `plan`; called in the middle of a step."""
+        """K and V of `layers` are in the pool for every chunk of `plan`, or a GPU was asked for them; called in the middle of a step."""
 
     def deliver(self, outputs: Sequence[SequenceOutput]) -> None: ...
     def tick(self) -> None:
@@ -95,10 +95,19 @@ class Role(Protocol):
 
 
 class ComputeThread:
-    """Runs a role's engine until `stop`. An error in here ends the node: `fail` is called with it, on this thread."""
+    """Runs a role's engine until `stop`. An error in here ends the node: `fail` is called with it, on this thread.
+
+    `on_start` is called on it first.
+    """
 
     def __init__(
-        self, engine: Engine, role: Role, outbox: Outbox, clock: Callable[[], float], fail: Callable[[BaseException], None]
+        self,
+        engine: Engine,
+        role: Role,
+        outbox: Outbox,
+        clock: Callable[[], float],
+        fail: Callable[[BaseException], None],
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._engine = engine
@@ -106,6 +115,7 @@ class ComputeThread:
         self._outbox = outbox
         self._clock = clock
         self._fail = fail
+        self._on_start = on_start
         self._stopping = False
         self._gauges: Gauges | None = None
         self._gauges_due = 0.0
@@ -122,6 +132,7 @@ class ComputeThread:
 
     def _main(self) -> None:
         try:
+            self._on_start()
             while not self._stopping:
                 self.turn()
         except BaseException as error:  # noqa: BLE001  the thread's edge: the node fails whole, and says why

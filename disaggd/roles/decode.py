@@ -238,9 +238,7 @@ class DecodeRole:
     @_on_event.register
     def _(self, event: transfer.PairOpened) -> None:
         self._agents[event.peer] = event
-        self._outbox.broadcast(
-            PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.base_address, self._pool.num_blocks)
-        )
+        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.place))
 
     @_on_event.register
     def _(self, event: transfer.PairProbed) -> None:

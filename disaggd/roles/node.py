@@ -50,16 +50,16 @@ class EngineNode:
         self._loop = asyncio.get_running_loop()
         self._loaded = load_engine(config, node)
         self._transfer = TransferThread(
-            pool_address=self._loaded.kv.data_ptr(),
+            place=self._loaded.place,
             pool_bytes=self._loaded.kv.nbytes,
             kv=self._loaded.kv_spec,
-            num_blocks=self._loaded.engine.pool.num_blocks,
             post=self._on_transfer_event,
             port_range=config.transfer.port_range,
+            on_start=self._loaded.stream.enter,
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, outbox, self._transfer.submit)
-        self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail)
+        self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail, self._loaded.stream.enter)
 
     async def serve(self) -> None:
         """Run until SIGTERM or a failure, which is raised; SIGINT ends it by a KeyboardInterrupt."""

@@ -92,7 +92,10 @@ class Tombstone:
 
 
 class PrefillRole:
-    """One prefill node's jobs. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+    """One prefill node's jobs. `submit` takes commands to the transfer thread; `clock` is monotonic seconds.
+
+    `mark()` tells of what the device was asked to compute so far whether it is done.
+    """
 
     def __init__(
         self,
@@ -104,6 +107,7 @@ class PrefillRole:
         vocab_size: int,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
+        mark: Callable[[], transfer.IsReady],
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
@@ -114,6 +118,7 @@ class PrefillRole:
         self._vocab_size = vocab_size
         self._outbox = outbox
         self._submit = submit
+        self._mark = mark
         self._clock = clock
         self._jobs: dict[tuple[SeqId, int], Job] = {}
         self._pushes: dict[GrantToken, Job] = {}
@@ -209,9 +214,7 @@ class PrefillRole:
     def _(self, frame: ConnectPair, link: LinkId) -> None:
         if self._ready.get(frame.peer) != frame.agent_id:  # else another router asks for what is there: probe once more for it
             self._ready.pop(frame.peer, None)
-        self._submit(
-            transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.agent_id, frame.metadata, frame.base_address, frame.num_blocks)
-        )
+        self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.agent_id, frame.metadata, frame.place))
 
     @_on_frame.register
     def _(self, frame: PairReady, link: LinkId) -> None:
@@ -259,17 +262,19 @@ class PrefillRole:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def layers_done(self, plan: StepPlan, layers: range) -> None:
-        """Push what these layers have just computed, while the next ones are."""
+        """Push what these layers compute, once they have (a GPU is behind), while the next ones are computed."""
+        is_ready: transfer.IsReady | None = None
         for chunk in plan.chunks:
             job = self._jobs.get((chunk.sequence.seq_id, chunk.sequence.attempt))
             if job is None:
                 continue
             job.begun = job.begun or self._turn_began
             if job.grant is not None and job.is_pushing:
-                self._push(job.grant, chunk, layers)
+                is_ready = is_ready or self._mark()
+                self._push(job.grant, chunk, layers, is_ready)
         self._renew_leases()
 
-    def _push(self, grant: Grant, chunk: Chunk, layers: range) -> None:
+    def _push(self, grant: Grant, chunk: Chunk, layers: range, is_ready: transfer.IsReady) -> None:
         """One handle: these layers of the blocks that the chunk filled. Chunks end on blocks, so each goes out once."""
         size = self._pool.block_size
         skip = grant.first_token_index // size
@@ -280,7 +285,7 @@ class PrefillRole:
         target = grant.block_ids[first - skip : last - skip]
         self._pool.retain(source)
         self._count_reads(source, +1)
-        self._submit(transfer.PushBlocks(grant.token, layers, source, target))
+        self._submit(transfer.PushBlocks(grant.token, layers, source, target, is_ready))
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
         """Report first tokens at once: the client has them before the transfer ends."""
@@ -404,6 +409,7 @@ def run(config: Config, node: NodeConfig) -> None:
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,
+            mark=loaded.stream.mark,
             clock=time.monotonic,
         )
 

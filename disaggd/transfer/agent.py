@@ -22,12 +22,11 @@ from nixl._bindings import (
 
 from disaggd.errors import ResourceError
 from disaggd.ids import AgentId
+from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.pool import Indices, Pool
 from disaggd.transfer.ports import Port, PortRange, is_free
 
 HandleId = NewType("HandleId", int)
-
-MEMORY = "DRAM"
 
 _LINK_ERRORS = (nixlRemoteDisconnectError, nixlNotFoundError, nixlBackendError)
 _METADATA_ERRORS = (*_LINK_ERRORS, nixlInvalidParamError, nixlMismatchError, nixlNotAllowedError)
@@ -41,7 +40,13 @@ class PeerLost(Exception):
 
 
 class Agent:
-    """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there."""
+    """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there.
+
+    Either pool may lie in a GPU's memory. Over TCP the writer's `poll` then copies to the host and the reader's
+    `notifications` to the device, one segment at a time, and each waits for its copy (UCX's software put: `cuda_copy` from
+    and to memory of the device, `cuStreamSynchronize` in both). So a notification still comes after its bytes, for any
+    stream; and a destroyed agent, which is polled no more, copies nothing. The calling thread must have a CUDA context.
+    """
 
     def __init__(self, port: Port, pool: Pool) -> None:
         self.agent_id = AgentId(uuid.uuid4().hex)
@@ -52,7 +57,8 @@ class Agent:
         self._nixl = nixl_agent(self.agent_id, nixl_agent_config(enable_prog_thread=False, backends=[]))
         # A range of one port: UCX raises if it is taken, where it would search a longer, exhausted range forever.
         self._nixl.create_backend("UCX", {"engine_config": f"TCP_PORT_RANGE={port.number}-{port.number}"})
-        self._nixl.register_memory([(pool.address, pool.num_bytes, 0, "")], MEMORY)
+        place = pool.place
+        self._nixl.register_memory([(place.address, pool.num_bytes, place.device or 0, "")], _memory(place))
 
     @property
     def metadata(self) -> bytes:
@@ -67,8 +73,8 @@ class Agent:
             raise PeerLost(f"agent {agent_id} cannot be connected to: {error}") from error
         if self._remote_name != agent_id.encode():
             raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
-        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), MEMORY)
-        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), MEMORY)
+        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), _memory(self._pool.place))
+        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), _memory(pool.place))
 
     def notify(self, message: bytes) -> None:
         """Send a notification on its own. Raises `PeerLost`."""
@@ -120,6 +126,11 @@ class Agent:
         for name in ("_sources", "_targets", "_nixl"):
             self.__dict__.pop(name, None)
         assert gone() is None, f"agent {self.agent_id} is still referenced: it is not fenced"
+
+
+def _memory(place: PoolPlace) -> str:
+    """NIXL's name for the kind of memory."""
+    return "DRAM" if place.device is None else "VRAM"
 
 
 def open_agent(ports: PortRange, pool: Pool) -> Agent:

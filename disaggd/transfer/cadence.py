@@ -26,8 +26,8 @@ class Cadence:
     def sleep_s(self, *, stirred: bool, in_flight: bool, expecting: bool) -> float:
         """Seconds until the next turn.
 
-        `stirred`: this turn brought something. `in_flight`: our own writes are under way, or one of the grants has
-        begun to land. `expecting`: grants are out.
+        `stirred`: this turn brought something. `in_flight`: our own writes are under way or wait for their data, or one of
+        the grants has begun to land. `expecting`: grants are out.
         """
         now = self._clock()
         if stirred:

@@ -7,7 +7,11 @@ Knows no NIXL. The port range is not here: each agent is told its one port when 
 from disaggd.errors import ConfigError
 
 FENCEABLE_TRANSPORTS = frozenset({"tcp"})
-"""Where destroying an agent was measured to stop the peer's writes (0 bytes after it). CMA went on writing: 128 MiB."""
+"""Where destroying an agent was measured to stop the peer's writes (0 bytes after it). CMA went on writing: 128 MiB. CUDA IPC
+is of its kind: the peer writes through a mapping of our memory, which outlives our agent."""
+
+GPU_COPIES = "cuda_copy"
+"""What carries bytes between a process's own GPU memory and its TCP buffers. It reaches no other process, so it needs no fence."""
 
 KEEPALIVE_IDLE_S = 3
 KEEPALIVE_INTERVAL_S = 1
@@ -29,8 +33,8 @@ def pinned_devices(devices: str, *, listen_is_loopback: bool) -> str:
     )
 
 
-def transfer_environment(devices: str, *, transports: str = "tcp", user_timeout_s: float = 5.0) -> dict[str, str]:
-    """The variables that must be set before the first agent is made.
+def transfer_environment(devices: str, *, transports: str = "tcp", user_timeout_s: float = 5.0, gpu: bool = False) -> dict[str, str]:
+    """The variables that must be set before the first agent is made. `gpu`: the pool lies in a GPU's memory.
 
     `devices` are UCX device names (`lo`, `eth1`, `eth1,eth2`). A write to a peer whose kernel acknowledges nothing for
     `user_timeout_s` fails; one to a peer that is merely stopped does not (no setting makes it: measured for 120 s).
@@ -40,7 +44,7 @@ def transfer_environment(devices: str, *, transports: str = "tcp", user_timeout_
         valid = ", ".join(sorted(FENCEABLE_TRANSPORTS))
         raise ConfigError(f"[transfer] transports = {transports!r}: a peer's late writes cannot be fenced there; valid: {valid}")
     return {
-        "UCX_TLS": transports,
+        "UCX_TLS": f"{transports},{GPU_COPIES}" if gpu else transports,
         "UCX_NET_DEVICES": devices,
         "UCX_TCP_USER_TIMEOUT": f"{round(user_timeout_s * 1000)}ms",
         "UCX_TCP_KEEPIDLE": f"{KEEPALIVE_IDLE_S}s",

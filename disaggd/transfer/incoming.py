@@ -120,7 +120,7 @@ class Incoming:
         self._post(Fenced(pair.peer, agent_id))
 
     def _announce(self, pair: _Pair) -> None:
-        self._post(PairOpened(pair.peer, pair.incarnation, pair.agent.agent_id, pair.agent.metadata, self._pool.address))
+        self._post(PairOpened(pair.peer, pair.incarnation, pair.agent.agent_id, pair.agent.metadata, self._pool.place))
 
     # ── notifications ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -48,6 +48,16 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
         return -(-num_tokens // self.block_size)
 
 
+class PoolPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a pool lies in its process: what a peer must know to name its blocks."""
+
+    address: int
+    """Of its first byte."""
+    num_blocks: int
+    device: int | None = None
+    """The CUDA device whose memory it is, as its own process counts them. None: the host's memory."""
+
+
 def kv_spec(model: ModelSpec, block_size: int) -> KVSpec:
     """The pool geometry of `model` with blocks of `block_size` tokens, KV in the model's own dtype."""
     head_bytes = 2 * block_size * model.head_dim * DTYPE_BYTES[model.dtype]

@@ -4,9 +4,12 @@ Each `Expect` is answered by one `Landed` or `LandingFailed`, unless `Forget` or
 `PushBlocks` by one `HandleDone`; each `BeginPush` by one `PushEnded`, after the `HandleDone` of all its handles.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
 
 
@@ -67,7 +70,7 @@ class PairOpened(TransferEvent, frozen=True):
     peer_incarnation: Incarnation
     agent_id: AgentId
     metadata: bytes
-    base_address: int
+    place: PoolPlace
 
 
 class PairProbed(TransferEvent, frozen=True):
@@ -121,9 +124,8 @@ class ConnectPair(TransferCommand, frozen=True):
     peer_incarnation: Incarnation
     agent_id: AgentId
     metadata: bytes
-    base_address: int
-    num_blocks: int
-    """Blocks of the peer's pool."""
+    place: PoolPlace
+    """The peer's pool."""
 
 
 class BeginPush(TransferCommand, frozen=True):
@@ -135,20 +137,31 @@ class BeginPush(TransferCommand, frozen=True):
     lease_s: float
 
 
+IsReady = Callable[[], bool]
+"""Whether what was to be computed is; asked from any thread, waits for nothing, and once true it stays true."""
+
+
+def at_once() -> bool:
+    """`IsReady` of a CPU, where what a call computes is there when it returns."""
+    return True
+
+
 class PushBlocks(TransferCommand, frozen=True):
     """Write `source` blocks, the given layers of them, into the `target` blocks of the same positions: one handle.
 
-    The caller holds a reference on each source block until `HandleDone`.
+    Posted once `is_ready`: a GPU may not have computed them yet. What the same push is told later waits behind it. The
+    caller holds a reference on each source block until `HandleDone`.
     """
 
     token: GrantToken
     layers: range
     source: tuple[BlockId, ...]
     target: tuple[BlockId, ...]
+    is_ready: IsReady = at_once
 
 
 class FinishPush(TransferCommand, frozen=True):
-    """All blocks are submitted; the first token goes out at once, as the push's last piece."""
+    """All blocks are submitted; the first token goes out as soon as they are posted, as the push's last piece."""
 
     token: GrantToken
     first: FirstToken
@@ -204,7 +217,7 @@ class PushEnded(TransferEvent, frozen=True):
     clean: bool
     """Every posted handle ended DONE; so also when none was posted."""
     finished: bool
-    """`FinishPush` came before the push was cancelled, its lease ran out, or its pair was lost: if clean too, it lands."""
+    """The first token went out before the push was cancelled, its lease ran out, or its pair was lost: if clean too, it lands."""
     kv_bytes: int
     """Sum of the descriptor lengths of the handles that ended DONE."""
     first_post_at: float | None

@@ -70,6 +70,11 @@ class Outgoing:
     def is_in_flight(self) -> bool:
         return bool(self._flights)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether blocks are to be pushed that are not computed yet; only `poll` finds out when they are."""
+        return any(push.waiting for push in self._pushes.values())
+
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def connect(self, command: ConnectPair) -> None:
@@ -105,7 +110,7 @@ class Outgoing:
             self.close(peer)
 
     def _build(self, command: ConnectPair) -> _Pair | None:
-        remote = Pool(command.base_address, self._pool.kv, command.num_blocks)
+        remote = Pool(command.place, self._pool.kv)
         pair = _Pair(command.peer, command.agent_id, remote, self._open_agent())
         self._pairs[command.peer] = pair
         try:
@@ -159,16 +164,13 @@ class Outgoing:
             self._post(HandleDone(command.token, command.source, 0))
             self.cancel(command.token)
             return
-        self._write(pair, push, command)
+        push.waiting.append(command)
+        self._advance(push)
 
     def finish(self, command: FinishPush) -> None:
-        push = self._live(command.token)
-        if push is None:
-            return
-        seq = push.finish()
-        piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
-        self._notify(self._pairs[push.peer], encode(piece))
-        self._settle(push)
+        if push := self._live(command.token):
+            push.waiting.append(command)
+            self._advance(push)
 
     def renew(self, token: GrantToken) -> None:
         if push := self._pushes.get(token):
@@ -187,6 +189,7 @@ class Outgoing:
             self._poll(flight)
         for push in list(self._pushes.values()):
             self._expire(push)
+            self._advance(push)
 
     def _live(self, token: GrantToken) -> Push | None:
         """The push, if it may post now."""
@@ -200,9 +203,29 @@ class Outgoing:
         push.expire(self._clock())
         self._settle(push)
 
-    def _write(self, pair: _Pair, push: Push, command: PushBlocks) -> None:
+    def _advance(self, push: Push) -> None:
+        """Obey in order what waits, as far as its blocks are computed. Any of it may lose the pair, and end the push by that."""
+        while push.waiting and _is_ready(push.waiting[0]):
+            now = self._clock()
+            push.expire(now)
+            if not push.may_post:
+                break
+            command = push.waiting.popleft()
+            if isinstance(command, PushBlocks):
+                self._write(push, command, now)
+            else:
+                self._send_first(push, command)
+        self._settle(push)
+
+    def _send_first(self, push: Push, command: FinishPush) -> None:
+        seq = push.finish()
+        piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
+        self._notify(self._pairs[push.peer], encode(piece))
+
+    def _write(self, push: Push, command: PushBlocks, now: float) -> None:
+        pair = self._pairs[push.peer]
         kv_bytes = self._pool.bytes_of(command.layers, len(command.source))
-        piece = Piece(push.token, self._rank, push.posted(self._clock()), kv_bytes)
+        piece = Piece(push.token, self._rank, push.posted(now), kv_bytes)
         sources = self._pool.indices(command.layers, command.source)
         targets = pair.remote.indices(command.layers, command.target)
         try:
@@ -237,6 +260,8 @@ class Outgoing:
         self._settle(flight.push)
 
     def _settle(self, push: Push) -> None:
+        if not push.may_post:
+            self._give_up_waiting(push)
         if not push.settle():
             return
         del self._pushes[push.token]
@@ -250,3 +275,14 @@ class Outgoing:
                 last_done_at=push.last_done_at,
             )
         )
+
+    def _give_up_waiting(self, push: Push) -> None:
+        """Nothing reads these blocks. What still computes them does so before whatever the same device is asked next."""
+        while push.waiting:
+            command = push.waiting.popleft()
+            if isinstance(command, PushBlocks):
+                self._post(HandleDone(command.token, command.source, 0))
+
+
+def _is_ready(command: PushBlocks | FinishPush) -> bool:
+    return isinstance(command, FinishPush) or command.is_ready()

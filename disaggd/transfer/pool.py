@@ -7,18 +7,21 @@ import msgspec
 import numpy as np
 
 from disaggd.ids import BlockId
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, PoolPlace
 
 Rows: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Indices: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """`num_blocks` blocks of geometry `kv`, from `address` on, laid out as `layout.py` says."""
+    """Blocks of geometry `kv` at `place`, laid out as `layout.py` says."""
 
-    address: int
+    place: PoolPlace
     kv: KVSpec
-    num_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.place.num_blocks
 
     @property
     def num_bytes(self) -> int:
@@ -29,10 +32,10 @@ class Pool(msgspec.Struct, frozen=True):
 
         A row is (address, length, device, stride, count). Descriptor `layer · num_blocks + block` is that block.
         """
-        rows, address = [], self.address
+        rows, address, device = [], self.place.address, self.place.device or 0
         for group in self.kv.groups:
             count = group.layers * self.num_blocks
-            rows.append((address, group.block_bytes, 0, group.block_bytes, count))
+            rows.append((address, group.block_bytes, device, group.block_bytes, count))
             address += count * group.block_bytes
         return np.array(rows, dtype=np.uint64)
 

@@ -5,10 +5,12 @@ ACTIVE ─► DRAINING ─► DONE      cancelled, lease run out or pair lost: n
 """
 
 import enum
+from collections import deque
 
 import msgspec
 
 from disaggd.ids import AgentId, GrantToken, NodeName
+from disaggd.transfer.messages import FinishPush, PushBlocks
 
 
 class PushState(enum.Enum):
@@ -42,6 +44,8 @@ class Push(msgspec.Struct, kw_only=True):
     kv_bytes: int = 0
     first_post_at: float | None = None
     last_done_at: float | None = None
+    waiting: deque[PushBlocks | FinishPush] = msgspec.field(default_factory=deque)
+    """Commands in order, the first of which writes blocks that are not computed yet."""
 
     def renew(self, now: float) -> None:
         """The lease starts anew, if it has not run out: an expired one was given up by the receiver too."""

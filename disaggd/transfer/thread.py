@@ -18,7 +18,7 @@ from disaggd.transfer import messages as m
 from disaggd.transfer.agent import open_agent
 from disaggd.transfer.cadence import Cadence
 from disaggd.transfer.incoming import Incoming
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
@@ -45,24 +45,26 @@ class _Stop(m.TransferCommand, frozen=True):
 class TransferThread:
     """Moves KV between this process's pool and its peers'.
 
-    `pool_address` and `pool_bytes` are the registered memory, laid out as `kv` and `num_blocks` say. `post` is called on
-    the transfer thread, must be thread-safe and must not block. The UCX environment must be set (`environment.py`).
+    `pool_bytes` from `place` on are the registered memory, laid out as `kv` says. `post` is called on the transfer thread, must
+    be thread-safe and must not block. `on_start` is called there first: a pool in a GPU's memory needs a CUDA context made
+    current on each thread that touches it. The UCX environment must be set (`environment.py`).
     """
 
     def __init__(
         self,
-        pool_address: int,
+        place: PoolPlace,
         pool_bytes: int,
         kv: KVSpec,
-        num_blocks: int,
         post: Callable[[m.TransferEvent], None],
         port_range: tuple[int, int],
         clock: Callable[[], float] = time.monotonic,
         rank: int = 0,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        pool = Pool(pool_address, kv, num_blocks)
+        pool = Pool(place, kv)
         assert pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
         self._post = post
+        self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
         opener = partial(open_agent, PortRange(*port_range), pool)
         self._incoming = Incoming(pool, opener, self._report)
@@ -107,6 +109,7 @@ class TransferThread:
 
     def _serve_until_failure(self) -> Exception | None:
         try:
+            self._on_start()
             self._serve()
         except DisaggdError as error:
             return error
@@ -181,5 +184,5 @@ class TransferThread:
         self._has_stirred = False
         if not self._incoming.num_agents and not self._outgoing.num_agents:
             return None
-        is_in_flight = self._outgoing.is_in_flight or self._incoming.is_landing
+        is_in_flight = self._outgoing.is_in_flight or self._outgoing.is_waiting or self._incoming.is_landing
         return self._cadence.sleep_s(stirred=stirred, in_flight=is_in_flight, expecting=self._incoming.is_expecting)

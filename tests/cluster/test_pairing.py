@@ -6,6 +6,7 @@ from disaggd.cluster.pairing import RETRY_S, PairBook
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import ConnectPair, OpenPair, PairAgent, PairLost, PairReady, ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
+from disaggd.transfer.layout import PoolPlace
 from tests.support.routing import D0, D1, P0, P1, hello
 
 OLD, NEW = AgentId("old"), AgentId("new")
@@ -36,7 +37,7 @@ class Pairing:
         self.book.node_down(name)
 
     def agent(self, agent_id: AgentId, incarnation: str = "p0-first") -> None:
-        frame = PairAgent(P0, Incarnation(incarnation), agent_id, b"metadata", 4096, 64)
+        frame = PairAgent(P0, Incarnation(incarnation), agent_id, b"metadata", PLACE)
         self.book.on_agent(self.decodes[D0], frame, self.now)
 
     def ready(self, agent_id: AgentId) -> bool:
@@ -68,7 +69,8 @@ def ready_pair() -> Pairing:
     return pairing
 
 
-CONNECT = ConnectPair(D0, Incarnation("d0-first"), OLD, b"metadata", 4096, 64)
+PLACE = PoolPlace(4096, 64, device=1)
+CONNECT = ConnectPair(D0, Incarnation("d0-first"), OLD, b"metadata", PLACE)
 
 
 @pytest.mark.parametrize("prefill_first", [True, False])

@@ -24,7 +24,7 @@ from disaggd.engine.sequence import SequenceState
 from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
-from tests.support.decode_scripts import AGENT, P0, S, delivered, generate, granted, is_empty, landed, make_decode_node
+from tests.support.decode_scripts import AGENT, P0, PLACE, S, delivered, generate, granted, is_empty, landed, make_decode_node
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, expected, next_token, prompt
 
 # ── decisions ──
@@ -170,7 +170,7 @@ def test_a_fenced_agent_is_granted_no_more() -> None:
     node.event(transfer.Fenced(P0, AGENT))
     node.say(generate(prompt(20), grant_for=P0))
     assert node.last(NeedPrefill).grant is None
-    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AgentId("agent-2"), b"", 0))
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AgentId("agent-2"), b"", PLACE))
     node.say(RequestGrant(S, 0, P0))
     assert node.last(Granted).grant.agent_id == "agent-2"
 
@@ -276,8 +276,8 @@ def test_a_router_that_opens_a_pair_gets_the_agent_and_hears_of_its_probe() -> N
     node = make_decode_node()
     node.say(OpenPair(P0, Incarnation("p0-first")))
     assert node.commands == [transfer.OpenPair(P0, Incarnation("p0-first"))]
-    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AGENT, b"metadata", 4096))
-    assert node.last(PairAgent) == PairAgent(P0, Incarnation("p0-first"), AGENT, b"metadata", 4096, 64)
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AGENT, b"metadata", PLACE))
+    assert node.last(PairAgent) == PairAgent(P0, Incarnation("p0-first"), AGENT, b"metadata", PLACE)
     node.event(transfer.PairProbed(P0, AGENT))
     assert node.last(PairReady) == PairReady(P0, AGENT)
 
@@ -288,7 +288,7 @@ def test_the_grants_of_a_restarted_prefill_node_are_given_up_at_once_and_freed_b
     node.say(OpenPair(P0, Incarnation("p0-second")))
     assert node.last(Released).seq == S
     assert node.role.gauges().blocks_quarantined == 6
-    node.event(transfer.Fenced(P0, AGENT), transfer.PairOpened(P0, Incarnation("p0-second"), AgentId("agent-2"), b"", 0))
+    node.event(transfer.Fenced(P0, AGENT), transfer.PairOpened(P0, Incarnation("p0-second"), AgentId("agent-2"), b"", PLACE))
     assert is_empty(node)
 
 

@@ -25,7 +25,7 @@ from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
-from tests.support.decode_scripts import AGENT, P0, generate, make_decode_node
+from tests.support.decode_scripts import AGENT, P0, PLACE, generate, make_decode_node
 from tests.support.role_nodes import LEASE_S, QUIESCE_S, prompt
 
 NAMES = st.sampled_from([SeqId(name) for name in "abcd"])
@@ -72,7 +72,7 @@ class DecodeOrders(RuleBasedStateMachine):
         self.expected = {token: agent for token, agent in self.expected.items() if agent != old}
         self.writable = {token: grant for token, grant in self.writable.items() if grant.agent_id != old}
         incarnation = Incarnation(f"p0-{self.incarnation}")
-        self.node.event(transfer.Fenced(P0, old), transfer.PairOpened(P0, incarnation, self.agent, b"", 0))
+        self.node.event(transfer.Fenced(P0, old), transfer.PairOpened(P0, incarnation, self.agent, b"", PLACE))
         self.settle()
 
     def check_blocks(self) -> None:

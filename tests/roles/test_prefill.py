@@ -51,6 +51,23 @@ def test_the_first_token_is_reported_while_the_push_is_under_way() -> None:
     assert is_idle(node)
 
 
+def test_each_layer_groups_pushes_wait_for_what_the_device_was_asked_for_up_to_there() -> None:
+    marks: list[transfer.IsReady] = []
+
+    def mark() -> transfer.IsReady:
+        marks.append(lambda: True)
+        return marks[-1]
+
+    node = ready_node(max_step_tokens=16, mark=mark)
+    for seq in ("a", "b"):
+        node.say(prefill(prompt(8), grant_for(8, GrantToken(seq.encode())), SeqId(seq)))
+    node.run()
+    pushes = node.submitted(transfer.PushBlocks)
+    assert [(push.layers, marks.index(push.is_ready)) for push in pushes] == [
+        (layers, index) for index, layers in enumerate(LAYER_GROUPS) for _ in "ab"
+    ]
+
+
 def test_a_job_without_a_grant_pushes_nothing() -> None:
     node = ready_node()
     node.say(prefill(prompt(10), None, max_tokens=1))

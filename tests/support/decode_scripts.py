@@ -9,12 +9,14 @@ from disaggd.roles.decode import DecodeRole
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
+from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit, next_token, prompt
 
 P0 = NodeName("p0")
 AGENT = AgentId("agent-1")
 S = SeqId("s")
+PLACE = PoolPlace(4096, 64)
 
 Node = RoleNode[DecodeRole]
 
@@ -38,7 +40,7 @@ def make_decode_node(num_blocks: int = 64) -> Node:
         )
 
     node = RoleNode(make_role, num_blocks=num_blocks)
-    node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", 0))
+    node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", PLACE))
     node.clear()
     node.invariant = lambda: check_decode_pool(node)
     return node

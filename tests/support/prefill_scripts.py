@@ -1,5 +1,7 @@
 """A prefill node `p0` among scripted surroundings, and the messages that its tests send most."""
 
+from collections.abc import Callable
+
 from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
@@ -7,6 +9,7 @@ from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill import PrefillRole
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
+from disaggd.transfer.layout import PoolPlace
 from tests.support.role_nodes import BLOCK, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
 
 D0, P0 = NodeName("d0"), NodeName("p0")
@@ -17,7 +20,9 @@ T = GrantToken(b"token")
 Node = RoleNode[PrefillRole]
 
 
-def make_prefill_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
+def make_prefill_node(
+    num_blocks: int = 64, max_step_tokens: int = 16, mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once
+) -> Node:
     """A prefill node that knows no decode node yet."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> PrefillRole:
@@ -29,6 +34,7 @@ def make_prefill_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=submit,
+            mark=mark,
             clock=clock,
         )
 
@@ -58,8 +64,8 @@ def prefill(
     return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, grant)
 
 
-def ready_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
-    node = make_prefill_node(num_blocks, max_step_tokens)
+def ready_node(num_blocks: int = 64, max_step_tokens: int = 16, mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once) -> Node:
+    node = make_prefill_node(num_blocks, max_step_tokens, mark)
     connect(node, AGENT)
     node.say(PairReady(D0, AGENT))
     node.clear()
@@ -67,7 +73,7 @@ def ready_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
 
 
 def connect(node: Node, agent: AgentId, link: LinkId = LINK) -> None:
-    node.say(ConnectPair(D0, Incarnation("d0-first"), agent, b"", 0, 64), link=link)
+    node.say(ConnectPair(D0, Incarnation("d0-first"), agent, b"", PoolPlace(0, 64)), link=link)
 
 
 def handles_done(node: Node, kv_bytes: int = 10) -> None:

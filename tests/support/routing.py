@@ -28,7 +28,7 @@ from disaggd.cluster.request import RoutedSequence
 from disaggd.errors import RequestError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
-from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 
 KV = KVSpec(dtype="float32", block_size=4, head_dim=8, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=256),))
 P0, P1, D0, D1 = (NodeName(name) for name in ("p0", "p1", "d0", "d1"))
@@ -97,7 +97,7 @@ class Routing:
     def pair_all(self) -> None:
         for prefill in self.dispatcher.prefills.values():
             for decode in self.dispatcher.decodes:
-                self.say(decode, PairAgent(prefill.name, prefill.hello.incarnation, agent(prefill.name, decode), b"", 0, 64))
+                self.say(decode, PairAgent(prefill.name, prefill.hello.incarnation, agent(prefill.name, decode), b"", PoolPlace(0, 64)))
                 self.say(decode, PairReady(prefill.name, agent(prefill.name, decode)))
 
     def down(self, name: NodeName) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 # NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
 sys.modules["torch"] = None  # type: ignore[assignment]
 
-from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.messages import TransferCommand
 from disaggd.transfer.thread import TransferThread
 
@@ -29,7 +29,7 @@ class KVNode:
         self._pool = np.zeros((layers * num_blocks, block_bytes), dtype=np.uint8)
         group = KVGroup(layers=layers, kv_heads=1, head_bytes=block_bytes)
         kv = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(group,))
-        self.thread = TransferThread(self._pool.ctypes.data, self._pool.nbytes, kv, num_blocks, self.send, ports)
+        self.thread = TransferThread(PoolPlace(self._pool.ctypes.data, num_blocks), self._pool.nbytes, kv, self.send, ports)
 
     def send(self, message: object) -> None:
         with self._sending:

@@ -13,6 +13,12 @@ def test_environment_pins_transport_and_devices() -> None:
     assert environment["UCX_TCP_USER_TIMEOUT"] == "2500ms"
 
 
+def test_gpu_memory_is_copied_to_and_from_tcp_and_reached_by_nobody_else() -> None:
+    assert transfer_environment("lo", gpu=True)["UCX_TLS"] == "tcp,cuda_copy"
+    with pytest.raises(ConfigError, match="cannot be fenced"):
+        transfer_environment("lo", transports="tcp,cuda_ipc", gpu=True)
+
+
 def test_environment_names_no_port_range() -> None:
     """UCX would take it in place of the one port that each agent is given."""
     assert "UCX_TCP_PORT_RANGE" not in transfer_environment("lo")

@@ -7,7 +7,7 @@ import pytest
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
 from disaggd.transfer.incoming import Incoming
-from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.pool import Pool
 from tests.support.scripted_agent import ScriptedAgent
@@ -16,7 +16,7 @@ P0, P1 = NodeName("p0"), NodeName("p1")
 ONE, TWO = Incarnation("one"), Incarnation("two")
 TOKEN = GrantToken(bytes(16))
 FIRST = FirstToken(7)
-POOL = Pool(4096, KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=1, kv_heads=1, head_bytes=8),)), 4)
+POOL = Pool(PoolPlace(4096, 4), KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=1, kv_heads=1, head_bytes=8),)))
 
 
 @dataclass
@@ -48,7 +48,7 @@ def bench() -> Bench:
 
 
 def opened(agent: ScriptedAgent, incarnation: Incarnation = ONE, peer: NodeName = P0) -> m.PairOpened:
-    return m.PairOpened(peer, incarnation, agent.agent_id, agent.metadata, 4096)
+    return m.PairOpened(peer, incarnation, agent.agent_id, agent.metadata, POOL.place)
 
 
 def test_opening_again_announces_the_same_agent(bench: Bench) -> None:

@@ -7,7 +7,7 @@ import pytest
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import HandleId
-from disaggd.transfer.layout import KVGroup, KVSpec
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
@@ -18,10 +18,25 @@ FAR = AgentId("far")
 TOKEN = GrantToken(bytes(16))
 FIRST = FirstToken(7)
 BLOCK_BYTES = 8
-POOL = Pool(4096, KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=BLOCK_BYTES),)), 4)
+POOL = Pool(
+    PoolPlace(4096, 4), KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=BLOCK_BYTES),))
+)
 BLOCKS = (BlockId(0), BlockId(3))
 WRITE = m.PushBlocks(TOKEN, range(0, 2), BLOCKS, BLOCKS)
 WRITE_BYTES = 2 * 2 * BLOCK_BYTES
+
+
+class Computing:
+    """The `is_ready` of blocks that are computed when the test says so."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def __call__(self) -> bool:
+        return self.is_done
+
+    def write(self) -> m.PushBlocks:
+        return m.PushBlocks(TOKEN, range(0, 2), BLOCKS, BLOCKS, self)
 
 
 @dataclass
@@ -41,7 +56,7 @@ class Bench:
         return self.agents[-1]
 
     def connect(self, agent_id: AgentId = FAR) -> None:
-        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), agent_id, b"", 0, num_blocks=4))
+        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), agent_id, b"", PoolPlace(0, 4)))
 
     def begin(self, agent_id: AgentId = FAR) -> None:
         self.outgoing.begin(m.BeginPush(TOKEN, D0, agent_id, lease_s=5.0))
@@ -229,3 +244,151 @@ def test_closed_pair_ends_its_pushes_without_a_failure(bench: Bench) -> None:
     bench.outgoing.close(D0)
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(False, False, first_post_at=0.0)]
     assert bench.outgoing.num_agents == 0
+
+
+# ── blocks that are not computed yet ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_blocks_are_written_once_they_are_computed(bench: Bench) -> None:
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    assert bench.turn() == []
+    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.outgoing.is_waiting and not bench.outgoing.is_in_flight
+    computing.is_done = True
+    assert bench.turn() == []
+    assert bench.agents[0].sent[1:] == [Piece(TOKEN, 0, 0, WRITE_BYTES)]
+    assert bench.outgoing.is_in_flight and not bench.outgoing.is_waiting
+
+
+def test_what_a_push_is_told_after_uncomputed_blocks_waits_behind_them(bench: Bench) -> None:
+    first, second = Computing(), Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.push_blocks(first.write())
+    bench.outgoing.push_blocks(second.write())
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    second.is_done = True
+    assert bench.turn() == []
+    assert bench.agents[0].sent[1:] == [Piece(TOKEN, 0, 0, WRITE_BYTES)]
+    first.is_done = True
+    bench.turn()
+    assert bench.agents[0].sent[2:] == [
+        Piece(TOKEN, 0, 1, WRITE_BYTES),
+        Piece(TOKEN, 0, 2, WRITE_BYTES),
+        Piece(TOKEN, 0, 3, WRITE_BYTES),
+        Piece(TOKEN, 0, 4, 0, total=5, first=FIRST),
+    ]
+    bench.agents[0].done.update(HandleId(i) for i in (1, 2, 3, 4))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES)] * 4 + [ended(True, True, 4 * WRITE_BYTES, 0.0, 0.0)]
+
+
+def test_pushes_do_not_wait_for_each_other(bench: Bench) -> None:
+    other = GrantToken(b"another".ljust(16))
+    bench.begin()
+    bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
+    bench.outgoing.push_blocks(Computing().write())
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    assert bench.agents[0].sent[1:] == [Piece(other, 0, 0, WRITE_BYTES)]
+
+
+def test_first_token_waits_even_if_it_is_the_last_command_ever(bench: Bench) -> None:
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    assert bench.turn() == []
+    computing.is_done = True
+    bench.turn()
+    assert bench.agents[0].sent[1:] == [Piece(TOKEN, 0, 0, WRITE_BYTES), Piece(TOKEN, 0, 1, 0, total=2, first=FIRST)]
+
+
+def test_cancelled_push_gives_up_what_is_not_computed_at_once(bench: Bench) -> None:
+    """Nothing of it was posted, so nobody reads the blocks."""
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    bench.outgoing.cancel(TOKEN)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)] * 2 + [ended(True, False)]
+    computing.is_done = True
+    assert bench.turn() == []
+    assert bench.agents[0].sent == [Connect(FAR)]
+
+
+def test_cancelled_push_polls_out_what_was_posted_and_gives_up_the_rest(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.push_blocks(Computing().write())
+    bench.outgoing.cancel(TOKEN)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)]
+    bench.agents[0].done.add(HandleId(1))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES), ended(True, False, WRITE_BYTES, 0.0, 0.0)]
+
+
+def test_lease_that_runs_out_before_the_blocks_are_computed_ends_the_push(bench: Bench) -> None:
+    """Also when they are computed in that very moment, and though `FinishPush` has come."""
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    bench.now = 5.0
+    computing.is_done = True
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
+    assert bench.agents[0].sent == [Connect(FAR)]
+
+
+def test_renewed_lease_lets_blocks_be_computed_for_longer(bench: Bench) -> None:
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    bench.now = 4.0
+    bench.outgoing.renew(TOKEN)
+    bench.now = 8.0
+    computing.is_done = True
+    bench.turn()
+    assert bench.agents[0].sent[1:] == [Piece(TOKEN, 0, 0, WRITE_BYTES)]
+
+
+def test_lost_pair_gives_up_what_is_not_computed(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.push_blocks(Computing().write())
+    bench.agents[0].is_lost = True
+    assert bench.turn() == [
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        ended(False, False, first_post_at=0.0),
+        m.PairFailed(D0, FAR, "gone"),
+    ]
+
+
+def test_pair_that_is_lost_by_the_first_of_two_computed_writes_ends_both(bench: Bench) -> None:
+    computing = Computing()
+    bench.begin()
+    bench.outgoing.push_blocks(computing.write())
+    bench.outgoing.push_blocks(WRITE)
+    computing.is_done = bench.agents[0].is_lost = True
+    assert bench.turn() == [
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        m.HandleDone(TOKEN, BLOCKS, 0),
+        ended(False, False, first_post_at=0.0),
+        m.PairFailed(D0, FAR, "gone"),
+    ]
+
+
+def test_closed_pair_gives_up_what_is_not_computed(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(Computing().write())
+    bench.outgoing.close(D0)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
+
+
+def test_target_outside_the_peers_pool_gives_up_what_waits_before_it(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(Computing().write())
+    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), BLOCKS, (BlockId(0), BlockId(4))))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)] * 2 + [ended(True, False)]

@@ -30,7 +30,7 @@ def open_pair(decode: Any, incarnation: str = "one") -> m.PairOpened:
 
 
 def connect(prefill: Any, opened: m.PairOpened, decode: Any) -> None:
-    prefill.submit(m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.base_address, decode.num_blocks))
+    prefill.submit(m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.place))
 
 
 def pair(decode: Any, prefill: Any, incarnation: str = "one") -> AgentId:
@@ -168,7 +168,7 @@ def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]
     new = decode.expect(m.PairOpened)
     connect(prefill, old, decode)
     assert prefill.expect(m.PairFailed).agent_id == old.agent_id
-    connect(prefill, m.PairOpened(P, old.peer_incarnation, old.agent_id, new.metadata, new.base_address), decode)
+    connect(prefill, m.PairOpened(P, old.peer_incarnation, old.agent_id, new.metadata, new.place), decode)
     assert "announced with the metadata of" in prefill.expect(m.PairFailed).reason
     assert decode.find(m.PairProbed, 0.2) is None
     connect(prefill, new, decode)
@@ -179,7 +179,7 @@ def test_garbage_for_metadata_fails_the_pair(start_node: Callable[..., Any]) -> 
     decode, prefill = start_node(), start_node()
     opened = open_pair(decode)
     for metadata in (b"", b"garbage", opened.metadata[:100]):
-        connect(prefill, m.PairOpened(P, opened.peer_incarnation, opened.agent_id, metadata, opened.base_address), decode)
+        connect(prefill, m.PairOpened(P, opened.peer_incarnation, opened.agent_id, metadata, opened.place), decode)
         prefill.expect(m.PairFailed)
     assert prefill.stop() == 0
 

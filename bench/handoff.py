@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 import msgspec
-from handoff_node import Geometry, Pushed
+from handoff_node import Pushed
+from handoff_pool import Geometry
 from machine import Load, LoadMeter, Machine, describe_machine
 from models import SHAPES
 from namespaces import DEVICE, bits_per_s, linked
@@ -32,10 +33,11 @@ _PORTS_EACH = 16
 class Node:
     """This process's end of a `handoff_node.py` process."""
 
-    def __init__(self, geometry: Geometry, device: str, prefix: tuple[str, ...]) -> None:
+    def __init__(self, geometry: Geometry, device: str, interface: str, prefix: tuple[str, ...]) -> None:
         self._connection, theirs = Pipe()
-        environment = {**os.environ, **transfer_environment(device), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [*prefix, sys.executable, str(Path(__file__).with_name("handoff_node.py")), str(theirs.fileno())]
+        wanted = transfer_environment(interface, gpu=device != "cpu")
+        environment = {**os.environ, **wanted, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [*prefix, sys.executable, str(Path(__file__).with_name("handoff_node.py")), str(theirs.fileno()), device]
         self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         self._connection.send(geometry)
@@ -103,6 +105,8 @@ class Pair:
         self._receiver.ask("landed")
         sent = self._sender.call("push", token, self._agent_id, self._layer_group, compute_s, self._busy)
         landed_s, cpu_s = self._receiver.answer()
+        if self._receiver.call("digest") != self._sender.call("digest"):
+            raise ValueError("what landed is not what was sent")
         return Push(sent, landed_s, cpu_s)
 
     def raw_s(self) -> float:
@@ -187,17 +191,17 @@ def measure_overlap(pair: Pair, geometry: Geometry, speed: Speed, compute_s: flo
 
 
 @contextlib.contextmanager
-def paired(geometry: Geometry, rate: str | None, layer_group: int, busy: bool) -> Iterator[Pair]:
+def paired(geometry: Geometry, device: str, rate: str | None, layer_group: int, busy: bool) -> Iterator[Pair]:
     """Both processes: on loopback, or in two namespaces with a link of that rate between them."""
     with contextlib.ExitStack() as stack:
         prefixes: list[tuple[str, ...]] = [(), ()]
-        device, host = "lo", "127.0.0.1"
+        interface, host = "lo", "127.0.0.1"
         if rate is not None:
             ends = stack.enter_context(linked(rate))
-            prefixes, device, host = [end.prefix for end in ends], DEVICE, ends[1].address
+            prefixes, interface, host = [end.prefix for end in ends], DEVICE, ends[1].address
         nodes = []
         for prefix in prefixes:
-            nodes.append(Node(geometry, device, prefix))
+            nodes.append(Node(geometry, device, interface, prefix))
             stack.callback(nodes[-1].close)
         yield Pair(nodes[0], nodes[1], host, layer_group, busy)
 
@@ -251,6 +255,7 @@ def notes(speed: Speed, layer_group: int) -> list[str]:
 @click.option(
     "--compute-ms", type=float, multiple=True, help="Compute time per layer; may be given again.  [default: ½, 1, 2 × the wire's]"
 )
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Whose memory holds both pools.")
 @click.option("--busy/--idle", default=True, show_default=True, help="Compute on a core, or leave it alone as a GPU's host would.")
 @click.option("--namespaces", "rate", metavar="RATE", help="Over a link of this rate, such as 1gbit, instead of loopback; wants root.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns; figures are their medians.")
@@ -262,6 +267,7 @@ def main(
     num_tokens: int,
     layer_group: int,
     compute_ms: tuple[float, ...],
+    device: str,
     busy: bool,
     rate: str | None,
     repeats: int,
@@ -271,21 +277,26 @@ def main(
 ) -> None:
     """Measure a hand-off of one prompt's KV between two processes, as disaggd's transfer threads do it.
 
-    Throughput against a raw TCP socket and a memcpy of the same bytes in the same run; then, with the layers "computed" one
-    after another, how much of the transfer is left when the last one is done.
+    Throughput against a raw TCP socket (in the host's memory) and a memcpy of the same bytes in the same run; then, with the
+    layers "computed" one after another, how much of the transfer is left when the last one is done. Every push is checked by
+    its bytes.
     """
     if quick:
         model, num_tokens, repeats = "S", 512, 2
     if rate is not None and os.geteuid() != 0:
         raise click.UsageError("--namespaces wants root")
     geometry, load = geometry_of(model, num_tokens), LoadMeter()
-    with paired(geometry, rate, layer_group, busy) as pair:
+    with paired(geometry, device, rate, layer_group, busy) as pair:
         speed = measure_speed(pair, geometry, repeats, rate)
         wire_s = geometry.kv_bytes / speed.push / geometry.layers
         times = [value / 1e3 for value in compute_ms] or [factor * wire_s for factor in (0.5, 1.0, 2.0)]
         overlaps = [measure_overlap(pair, geometry, speed, compute_s, repeats) for compute_s in times]
     report = Report(machine=describe_machine(), load=load.read(), speed=speed, overlaps=overlaps)
-    title = f"Hand-off of {num_tokens:,} tokens of {model}, " + (f"{rate} link" if rate else "loopback")
+    title = (
+        f"Hand-off of {num_tokens:,} tokens of {model}, "
+        + (f"{rate} link" if rate else "loopback")
+        + (", GPU memory at both ends" if device == "cuda" else "")
+    )
     show(section(title, report.machine, report.load, tables(speed, overlaps), notes(speed, layer_group)), markdown)
     write_json(json_path, report)
 

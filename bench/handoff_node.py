@@ -1,8 +1,7 @@
-# ruff: noqa: E402
 """One end of a hand-off: a process with a pool and a `TransferThread`. Started by `handoff.py`, which calls its methods.
 
-argv: the file descriptor of a pipe. The first message is a `Geometry`; then `(method, arguments)`, each answered. Times are
-of CLOCK_MONOTONIC, which all processes of a host share, in every namespace.
+argv: the file descriptor of a pipe, and the device that holds the pool. The first message is a `Geometry`; then
+`(method, arguments)`, each answered. Times are of CLOCK_MONOTONIC, which all processes of a host share, in every namespace.
 """
 
 import queue
@@ -14,9 +13,7 @@ from typing import TypeVar
 
 import msgspec
 import numpy as np
-
-# NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
-sys.modules["torch"] = None  # type: ignore[assignment]
+from handoff_pool import Geometry, make_pool
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
@@ -33,25 +30,6 @@ LEASE_S = 60.0
 Event = TypeVar("Event", bound=m.TransferEvent)
 
 
-class Geometry(msgspec.Struct, frozen=True, kw_only=True):
-    """The pool of one end."""
-
-    layers: int
-    num_blocks: int
-    block_bytes: int
-    """Of one layer."""
-    ports: tuple[int, int]
-
-    @property
-    def layer_bytes(self) -> int:
-        """Of all blocks."""
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.layers * self.layer_bytes
-
-
 class Pushed(msgspec.Struct, frozen=True):
     began_s: float
     computed_s: float
@@ -63,19 +41,17 @@ class Pushed(msgspec.Struct, frozen=True):
 class HandoffNode:
     """Either end; which methods are called makes it the sender or the receiver."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, device: str) -> None:
         self._geometry = geometry
-        self._pool = np.empty((geometry.layers * geometry.num_blocks, geometry.block_bytes), dtype=np.uint8)
-        self._pool[:] = np.random.default_rng(0).integers(0, 256, geometry.block_bytes, dtype=np.uint8)  # touches every page
+        self._pool = make_pool(geometry, device)
         self._events: queue.SimpleQueue[tuple[float, m.TransferEvent]] = queue.SimpleQueue()
         group = KVGroup(layers=geometry.layers, kv_heads=1, head_bytes=geometry.block_bytes)
         kv = KVSpec(dtype="bfloat16", block_size=1, head_dim=1, groups=(group,))
-        self._thread = TransferThread(self._pool.ctypes.data, self._pool.nbytes, kv, geometry.num_blocks, self._post, geometry.ports)
+        self._thread = TransferThread(self._pool.place, geometry.kv_bytes, kv, self._post, geometry.ports, on_start=self._pool.enter)
         self._thread.start()
-        self._bytes = memoryview(self._pool.reshape(-1).data)
-        self._matrix = np.ones((192, 192), dtype=np.float32)  # a product takes about 0.2 ms, and lets go of the GIL
+        self._bytes = memoryview(np.ones(geometry.kv_bytes, dtype=np.uint8))
+        """What the raw socket moves, in the host's memory wherever the pool is."""
         self._socket = socket.socket()
-        self._scratch = np.empty(0, dtype=np.uint8)
         self._cpu_s = time.process_time()
 
     def _post(self, event: m.TransferEvent) -> None:
@@ -100,8 +76,7 @@ class HandoffNode:
         return self._wait(m.PairOpened)[1]
 
     def connect(self, opened: m.PairOpened) -> None:
-        blocks = self._geometry.num_blocks
-        self._thread.submit(m.ConnectPair(PEER, INCARNATION, opened.agent_id, opened.metadata, opened.base_address, blocks))
+        self._thread.submit(m.ConnectPair(PEER, INCARNATION, opened.agent_id, opened.metadata, opened.place))
         self._wait(m.PairConnected)
 
     def probed(self) -> None:
@@ -122,24 +97,23 @@ class HandoffNode:
     def push(self, token: bytes, agent_id: str, layer_group: int, compute_s: float, busy: bool) -> Pushed:
         """Push the whole pool, each group of layers when it has been "computed"; returns when all of it is written."""
         grant, blocks = GrantToken(token), tuple(BlockId(block) for block in range(self._geometry.num_blocks))
+        self._pool.renew()
         cpu_s, began_s = time.process_time(), time.monotonic()
         self._thread.submit(m.BeginPush(grant, PEER, AgentId(agent_id), LEASE_S))
         for first in range(0, self._geometry.layers, layer_group):
             layers = range(first, min(first + layer_group, self._geometry.layers))
-            self._compute(len(layers) * compute_s, busy)
-            self._thread.submit(m.PushBlocks(grant, layers, blocks, blocks))
+            is_ready = self._pool.compute(layers, len(layers) * compute_s, busy)
+            self._thread.submit(m.PushBlocks(grant, layers, blocks, blocks, is_ready))
+        self._pool.wait()
         computed_s = time.monotonic()
         self._thread.submit(m.FinishPush(grant, FirstToken(1)))
         _, ended = self._wait(m.PushEnded)
         assert ended.clean and ended.finished, ended
         return Pushed(began_s, computed_s, time.process_time() - cpu_s)
 
-    def _compute(self, seconds: float, busy: bool) -> None:
-        """Matrix products for that long, or (`busy` false, a GPU's or another core's work) nothing."""
-        until = time.monotonic() + seconds
-        while busy and time.monotonic() < until:
-            np.dot(self._matrix, self._matrix)
-        time.sleep(max(0.0, until - time.monotonic()))
+    def digest(self) -> int:
+        """Of the pool; the same at both ends when a push has landed."""
+        return self._pool.digest()
 
     # ── what it is compared with ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -171,12 +145,8 @@ class HandoffNode:
         return time.monotonic()
 
     def memcpy(self) -> float:
-        """Seconds to copy the pool within this process."""
-        if not self._scratch.size:
-            self._scratch = np.zeros_like(self._pool)
-        began = time.perf_counter()
-        np.copyto(self._scratch, self._pool)
-        return time.perf_counter() - began
+        """Seconds to copy the pool within its memory."""
+        return self._pool.memcpy()
 
     def stop(self) -> None:
         self._thread.stop()
@@ -184,7 +154,7 @@ class HandoffNode:
 
 def main() -> None:
     with Connection(int(sys.argv[1])) as connection:
-        node = HandoffNode(connection.recv())
+        node = HandoffNode(connection.recv(), sys.argv[2])
         connection.send(None)
         while call := connection.recv():
             name, arguments = call

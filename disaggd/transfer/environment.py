@@ -1,8 +1,10 @@
-"""The UCX environment of a process that moves KV: pure data, set by the launcher before the first NIXL agent is made.
+"""The UCX environment of a process that moves KV, set by the launcher before the first NIXL agent is made.
 
 Knows no NIXL. The port range is not here: each agent is told its one port when it is made (`ports.py`), and a
 `UCX_TCP_PORT_RANGE` in the environment would override that.
 """
+
+from pathlib import Path
 
 from disaggd.errors import ConfigError
 
@@ -12,6 +14,10 @@ is of its kind: the peer writes through a mapping of our memory, which outlives 
 
 GPU_COPIES = "cuda_copy"
 """What carries bytes between a process's own GPU memory and its TCP buffers. It reaches no other process, so it needs no fence."""
+
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA = "0x10de"
+_GPU_CLASSES = ("0x0300", "0x0302")
 
 KEEPALIVE_IDLE_S = 3
 KEEPALIVE_INTERVAL_S = 1
@@ -33,7 +39,23 @@ def pinned_devices(devices: str, *, listen_is_loopback: bool) -> str:
     )
 
 
-def transfer_environment(devices: str, *, transports: str = "tcp", user_timeout_s: float = 5.0, gpu: bool = False) -> dict[str, str]:
+def has_nvidia_gpu(pci: Path = PCI_DEVICES) -> bool:
+    """Whether NIXL will find one: it looks here, whether or not CUDA can use it."""
+    return any(
+        _first_line(device / "vendor") == _NVIDIA and _first_line(device / "class").startswith(_GPU_CLASSES) for device in pci.glob("*")
+    )
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def transfer_environment(
+    devices: str, *, transports: str = "tcp", user_timeout_s: float = 5.0, gpu: bool = False, pci: Path = PCI_DEVICES
+) -> dict[str, str]:
     """The variables that must be set before the first agent is made. `gpu`: the pool lies in a GPU's memory.
 
     `devices` are UCX device names (`lo`, `eth1`, `eth1,eth2`). A write to a peer whose kernel acknowledges nothing for
@@ -44,7 +66,10 @@ def transfer_environment(devices: str, *, transports: str = "tcp", user_timeout_
         valid = ", ".join(sorted(FENCEABLE_TRANSPORTS))
         raise ConfigError(f"[transfer] transports = {transports!r}: a peer's late writes cannot be fenced there; valid: {valid}")
     return {
-        "UCX_TLS": f"{transports},{GPU_COPIES}" if gpu else transports,
+        # On a host with a GPU NIXL starts nobody without it, not even a node on the CPU, for which it then does nothing.
+        "UCX_TLS": f"{transports},{GPU_COPIES}" if gpu or has_nvidia_gpu(pci) else transports,
+        # A put from or to a GPU over TCP is one that UCX composes of copies and messages; some versions of NIXL forbid these.
+        "UCX_PROTO_EMULATION_ENABLE": "y",
         "UCX_NET_DEVICES": devices,
         "UCX_TCP_USER_TIMEOUT": f"{round(user_timeout_s * 1000)}ms",
         "UCX_TCP_KEEPIDLE": f"{KEEPALIVE_IDLE_S}s",

@@ -44,8 +44,16 @@ def prompt_of(num_tokens: int, oracle: "Oracle", salt: int = 0) -> list[int]:
 class Oracle:
     """One engine in this process, one sequence at a time."""
 
-    def __init__(self) -> None:
-        loaded = build_engine("builtin:tiny", dtype="float32", kv_cache_bytes=2**27, block_size=64, max_step_tokens=4096, max_sequences=1)
+    def __init__(self, device: str = "cpu") -> None:
+        loaded = build_engine(
+            "builtin:tiny",
+            dtype="float32",
+            device=device,
+            kv_cache_bytes=2**27,
+            block_size=64,
+            max_step_tokens=4096,
+            max_sequences=1,
+        )
         self.engine: Engine = loaded.engine
         self.spec = loaded.spec
         self.kv_spec = loaded.kv_spec

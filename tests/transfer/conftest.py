@@ -1,4 +1,4 @@
-"""`start_node`: real processes with small pools and real NIXL on loopback."""
+"""`start_node`: real processes with small pools and real NIXL on loopback, in the host's memory and, where there is one, a GPU's."""
 
 import os
 import random
@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from disaggd.transfer.environment import transfer_environment
 from disaggd.transfer.messages import TransferCommand, TransferEvent
@@ -25,11 +27,13 @@ Event = TypeVar("Event", bound=TransferEvent)
 class Node:
     """The test's end of a `kv_node.py` process. Everything that waits has a deadline."""
 
-    def __init__(self, ports: tuple[int, int], layers: int, num_blocks: int, block_bytes: int) -> None:
-        environment = {**os.environ, **transfer_environment("lo", user_timeout_s=3.0), "PYTHONPATH": str(ROOT)}
+    def __init__(self, ports: tuple[int, int], layers: int, num_blocks: int, block_bytes: int, device: str) -> None:
+        wanted = transfer_environment("lo", user_timeout_s=3.0, gpu=device != "cpu")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, **wanted, "PYTHONPATH": path}
         self._connection, theirs = Pipe()
         numbers = [theirs.fileno(), *ports, layers, num_blocks, block_bytes]
-        command = [sys.executable, str(Path(__file__).with_name("kv_node.py")), *map(str, numbers)]
+        command = [sys.executable, str(Path(__file__).with_name("kv_node.py")), *map(str, numbers), device]
         self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         self.layers, self.num_blocks, self.block_bytes = layers, num_blocks, block_bytes
@@ -92,18 +96,29 @@ class Node:
         return self._connection.recv()[1]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
 @pytest.fixture
-def start_node(port_range: tuple[int, int]) -> Iterator[Callable[..., Node]]:
-    """Start a process with its own pool: by default 4 layers of 16 blocks of 4 KiB."""
+def make_node(port_range: tuple[int, int]) -> Iterator[Callable[..., Node]]:
+    """Start a process with its own pool: by default 4 layers of 16 blocks of 4 KiB, in the host's memory."""
     nodes: list[Node] = []
 
-    def start(*, layers: int = 4, num_blocks: int = 16, block_bytes: int = 4096, ports: tuple[int, int] = port_range) -> Node:
-        nodes.append(Node(ports, layers, num_blocks, block_bytes))
+    def start(
+        *, layers: int = 4, num_blocks: int = 16, block_bytes: int = 4096, ports: tuple[int, int] = port_range, device: str = "cpu"
+    ) -> Node:
+        nodes.append(Node(ports, layers, num_blocks, block_bytes, device))
         return nodes[-1]
 
     yield start
     for node in nodes:
         node.close()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=needs_gpu)])
+def start_node(make_node: Callable[..., Node], request: pytest.FixtureRequest) -> Callable[..., Node]:
+    """`make_node` with pools in the memory that the test is run for."""
+    return partial(make_node, device=request.param)
 
 
 @pytest.fixture

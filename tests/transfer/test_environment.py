@@ -1,22 +1,41 @@
 """The UCX environment, and what must not start."""
 
+from pathlib import Path
+
 import pytest
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.environment import pinned_devices, transfer_environment
+from disaggd.transfer.environment import has_nvidia_gpu, pinned_devices, transfer_environment
 
 
-def test_environment_pins_transport_and_devices() -> None:
-    environment = transfer_environment("eth1", user_timeout_s=2.5)
+def make_device(pci: Path, name: str, vendor: str, kind: str) -> None:
+    (pci / name).mkdir()
+    (pci / name / "vendor").write_text(vendor + "\n")
+    (pci / name / "class").write_text(kind + "\n")
+
+
+def test_environment_pins_transport_and_devices(tmp_path: Path) -> None:
+    environment = transfer_environment("eth1", user_timeout_s=2.5, pci=tmp_path)
     assert environment["UCX_TLS"] == "tcp"
     assert environment["UCX_NET_DEVICES"] == "eth1"
     assert environment["UCX_TCP_USER_TIMEOUT"] == "2500ms"
 
 
-def test_gpu_memory_is_copied_to_and_from_tcp_and_reached_by_nobody_else() -> None:
-    assert transfer_environment("lo", gpu=True)["UCX_TLS"] == "tcp,cuda_copy"
+def test_gpu_memory_is_copied_to_and_from_tcp_and_reached_by_nobody_else(tmp_path: Path) -> None:
+    assert transfer_environment("lo", gpu=True, pci=tmp_path)["UCX_TLS"] == "tcp,cuda_copy"
     with pytest.raises(ConfigError, match="cannot be fenced"):
         transfer_environment("lo", transports="tcp,cuda_ipc", gpu=True)
+
+
+def test_node_on_the_cpu_of_a_host_with_a_gpu_may_copy_too_or_nixl_would_not_start(tmp_path: Path) -> None:
+    make_device(tmp_path, "0000:00:01.0", "0x10de", "0x020000")
+    make_device(tmp_path, "0000:00:02.0", "0x1002", "0x030200")
+    (tmp_path / "0000:00:03.0").mkdir()
+    assert not has_nvidia_gpu(tmp_path), "a network card of theirs, a GPU of others, something unreadable"
+    assert transfer_environment("lo", pci=tmp_path)["UCX_TLS"] == "tcp"
+    make_device(tmp_path, "0000:00:04.0", "0x10de", "0x030200")
+    assert transfer_environment("lo", pci=tmp_path)["UCX_TLS"] == "tcp,cuda_copy"
+    assert not has_nvidia_gpu(tmp_path / "no PCI at all")
 
 
 def test_environment_names_no_port_range() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from disaggd.errors import ResourceError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
@@ -70,6 +71,19 @@ def test_push_of_several_handles_lands_and_touches_nothing_else(start_node: Call
             expected[layer * 20 + there] = sent[layer * 16 + here]
     assert decode.call("checksums") == expected
     assert (prefill.stop(), decode.stop()) == (0, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("near", "far"), [("cuda:0", "cpu"), ("cpu", "cuda:0")])
+def test_push_lands_in_memory_of_another_kind(make_node: Callable[..., Any], near: str, far: str) -> None:
+    decode, prefill = make_node(device=far, block_bytes=1 << 18), make_node(device=near, block_bytes=1 << 18)
+    agent_id = pair(decode, prefill)
+    prefill.call("fill", 1)
+    every = blocks(*range(16))
+    decode.submit(m.Expect(TOKEN, P, agent_id, 16 << 20))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every), m.FinishPush(TOKEN, FIRST))
+    assert decode.expect(m.Landed).token == TOKEN
+    assert decode.call("checksums") == prefill.call("checksums")
 
 
 def test_killed_writer_never_lands_and_its_successor_does(start_node: Callable[..., Any]) -> None:

@@ -1,0 +1,66 @@
+"""Two nodes on one GPU: prefilled there or here, a prompt is continued as one engine on that GPU continues it."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from disaggd.sampling import SamplingParams
+from tests.support.clusters import Cluster, running
+from tests.support.completions import check, complete_all
+from tests.support.oracle import Oracle, prompt_of
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DEVICE = "cuda:0"
+CHUNKED = {"kv_cache": "128MiB", "max_step_tokens": 512}
+"""The longest prompt takes four steps, and its layers' pushes wait for a GPU that is behind."""
+
+OPTIONS = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
+
+
+LENGTHS = [65, 700, 2000]
+
+
+@pytest.fixture(scope="module")
+def gpu_oracle() -> Oracle:
+    """Has compiled the kernels by its first answers: the nodes find them in Triton's cache, and need not let a lease run out over it."""
+    oracle = Oracle(DEVICE)
+    for num_tokens in LENGTHS:
+        oracle.continue_(prompt_of(num_tokens, oracle), SamplingParams(**OPTIONS))
+    return oracle
+
+
+@pytest.fixture(scope="module", params=[(DEVICE, DEVICE), (DEVICE, "cpu"), ("cpu", DEVICE)], ids="-".join)
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gpu_oracle: Oracle) -> Iterator[Cluster]:
+    """1P1D, by the devices of the prefill and the decode node; both have computed something."""
+    made = Cluster(tmp_path_factory.mktemp("gpu"), nodes=CHUNKED)
+    made.nodes["p0"].options["device"], made.nodes["d0"].options["device"] = request.param
+    with running(made) as cluster:
+        for policy in ("local", "remote"):
+            cluster.complete(prompt_of(2000, gpu_oracle, salt=99), **OPTIONS, headers={"x-disaggd-policy": policy})
+        cluster.wait_idle(30)
+        yield cluster
+
+
+@pytest.mark.parametrize("policy", ["local", "remote"])
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_long_prompt_is_continued_as_the_oracle_does(cluster: Cluster, gpu_oracle: Oracle, num_tokens: int, policy: str) -> None:
+    prompt = prompt_of(num_tokens, gpu_oracle)
+    reply = cluster.complete(prompt, **OPTIONS, logprobs=0, headers={"x-disaggd-policy": policy})
+    receipt = cluster.receipt(reply["id"])
+    assert receipt["decision"] == policy
+    assert receipt["kv_bytes"] == (gpu_oracle.kv_bytes(num_tokens) if policy == "remote" else 0)
+    assert reply["usage"]["completion_tokens"] == OPTIONS["max_tokens"]
+    check(reply, prompt, OPTIONS, gpu_oracle)
+    cluster.wait_idle()
+
+
+def test_prompts_that_are_prefilled_at_once_do_not_mix(cluster: Cluster, gpu_oracle: Oracle) -> None:
+    """Their chunks share steps and their pushes the wire."""
+    work = [(prompt_of(200 + 90 * i, gpu_oracle, salt=i), OPTIONS) for i in range(8)]
+    for reply, (prompt, options) in zip(asyncio.run(complete_all(cluster, work)), work, strict=True):
+        check(reply, prompt, options, gpu_oracle)
+        assert cluster.receipt(reply["id"])["decision"] == "remote"
+    cluster.wait_idle()

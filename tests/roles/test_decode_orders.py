@@ -43,6 +43,8 @@ class DecodeOrders(RuleBasedStateMachine):
         self.incarnation = 1
         self.expected: dict[GrantToken, AgentId] = {}
         """What the transfer thread expects to land."""
+        self.forgotten: set[GrantToken] = set()
+        """What it was told to forget; an event may have been under way."""
         self.writable: dict[GrantToken, Grant] = {}
         """Grants whose prefill node has not said that it is done."""
 
@@ -55,7 +57,8 @@ class DecodeOrders(RuleBasedStateMachine):
                     assert agent_id == self.agent, "a grant at an agent that is gone"
                     self.expected[token] = agent_id
                 case transfer.Forget(token):
-                    self.expected.pop(token, None)
+                    if self.expected.pop(token, None) is not None:
+                        self.forgotten.add(token)
         fences = self.node.submitted(transfer.Fence)
         for _, frame in self.node.sent:
             if isinstance(frame, Granted | NeedPrefill) and frame.grant is not None:
@@ -141,14 +144,14 @@ class DecodeOrders(RuleBasedStateMachine):
             self.node.event(transfer.Landed(token, FirstToken(5), 0))
         self.settle()
 
-    @precondition(lambda self: self.writable)
+    @precondition(lambda self: self.forgotten)
     @rule(data=st.data(), fails=st.booleans())
     def land_too_late(self, data: st.DataObject, fails: bool) -> None:
-        """The event was under way when its grant was given up."""
-        token = data.draw(st.sampled_from(sorted(self.writable)))
-        if token not in self.expected:
-            self.node.event(transfer.LandingFailed(token, "twice") if fails else transfer.Landed(token, FirstToken(5), 0))
-            self.settle()
+        """The event was under way when its grant was freed."""
+        token = data.draw(st.sampled_from(sorted(self.forgotten)))
+        self.forgotten.discard(token)
+        self.node.event(transfer.LandingFailed(token, "twice") if fails else transfer.Landed(token, FirstToken(5), 0))
+        self.settle()
 
     @precondition(lambda self: self.writable)
     @rule(data=st.data())

@@ -57,8 +57,14 @@ class Agent:
         self._nixl = nixl_agent(self.agent_id, nixl_agent_config(enable_prog_thread=False, backends=[]))
         # A range of one port: UCX raises if it is taken, where it would search a longer, exhausted range forever.
         self._nixl.create_backend("UCX", {"engine_config": f"TCP_PORT_RANGE={port.number}-{port.number}"})
+        self._register(pool)
+
+    def _register(self, pool: Pool) -> None:
         place = pool.place
-        self._nixl.register_memory([(place.address, pool.num_bytes, place.device or 0, "")], _memory(place))
+        try:
+            self._nixl.register_memory([(place.address, pool.num_bytes, place.device or 0, "")], _memory(place))
+        except nixlBackendError as error:
+            raise ResourceError(f"NIXL cannot register a KV pool in {_memory(place)} ({error}): what it said before tells why") from error
 
     @property
     def metadata(self) -> bytes:

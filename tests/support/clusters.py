@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-START_S = 60.0
+START_S = 120.0
+"""On a GPU, kernels are compiled and decode steps captured first."""
 STOP_S = 15.0
 
 Block = dict[str, object]

@@ -181,10 +181,21 @@ def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, 
 
 
 def _worthwhile(measures: dict[str, Callable[[], float]]) -> dict[str, Callable[[], float]]:
-    """Runs each once, to warm up, and leaves out a mode of transformers that its other one puts to shame."""
-    warm = {name: measure() for name, measure in measures.items()}
+    """Runs each once, to warm up, and leaves out a mode of transformers that its other one puts to shame, or that has not the memory."""
+    warm = {name: seconds for name, measure in measures.items() if (seconds := _if_it_fits(name, measure)) is not None}
     best = min((warm[name] for name in ATTENTIONS if name in warm), default=0.0)
-    return {name: measure for name, measure in measures.items() if name not in ATTENTIONS or warm[name] <= _HOPELESS * best}
+    return {name: measures[name] for name, seconds in warm.items() if name not in ATTENTIONS or seconds <= _HOPELESS * best}
+
+
+def _if_it_fits(name: str, measure: Callable[[], float]) -> float | None:
+    """None where transformers' scores of a whole prompt do not fit the device beside the weights."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        if name not in ATTENTIONS:
+            raise
+    torch.cuda.empty_cache()
+    return None
 
 
 def _better_peer(found: dict[str, list[float]]) -> str | None:

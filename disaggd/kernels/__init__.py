@@ -63,8 +63,8 @@ class Ops:
     """`x` [n, dim], weight [dim], eps → `x / rms(x) · weight`, the mean in float32."""
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """`x`, residual [n, dim], weight [dim], eps → adds `x` to the residual in place, and `rms_norm` of the sum."""
-    silu_mul: Callable[[Tensor], Tensor]
-    """`[gate, up]` [n, 2·f] → `silu(gate) · up` [n, f]."""
+    linear_silu_mul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """`[gate, up]` [n, 2·f], as `linear` gives it → `silu(gate) · up` [n, f]."""
     greedy: Callable[[Tensor], Tensor]
     """Logits float32 [rows, vocab_size] → int64 [rows]: each row's best entry, of equals the lowest."""
     sample: Callable[[Tensor, Draws], Tensor]
@@ -79,7 +79,7 @@ REFERENCE = Ops(
     linear=reference.linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
-    silu_mul=reference.silu_mul,
+    linear_silu_mul=reference.linear_silu_mul,
     greedy=reference_sampling.greedy,
     sample=reference_sampling.sample,
     top_logprobs=reference_sampling.top_logprobs,
@@ -96,15 +96,15 @@ def select(where: device) -> Ops:
 def gpu_ops(processors: int) -> Ops:
     """The Triton kernels, for a device of so many multiprocessors; products of many rows are the vendor's."""
     # Lazily: a host without a GPU needs no Triton.
-    from disaggd.kernels import linear, logprobs, paged_attention, rms_norm, sampling, silu_mul  # noqa: PLC0415
+    from disaggd.kernels import linear, logprobs, paged_attention, rms_norm, sampling  # noqa: PLC0415
 
     return replace(
         REFERENCE,
         linear=linear.linear,
+        linear_silu_mul=linear.linear_silu_mul,
         paged_attention=partial(paged_attention.PagedAttention, processors=processors),
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
-        silu_mul=silu_mul.silu_mul,
         greedy=sampling.greedy,
         sample=sampling.sample,
         top_logprobs=logprobs.top_logprobs,
@@ -117,7 +117,7 @@ def cpu_ops() -> Ops:
     library = native.library()
     if library is None:
         log.warning("no native CPU kernels (was there a C++ compiler at install?): serving from PyTorch's operations, several times slower")
-        return replace(REFERENCE, pack=onednn.pack, linear=onednn.linear)
+        return replace(REFERENCE, pack=onednn.pack, linear=onednn.linear, linear_silu_mul=onednn.linear_silu_mul)
     return native_ops(native.Native(library, native.best_isa(library)))
 
 
@@ -129,5 +129,5 @@ def native_ops(kernels: native.Native) -> Ops:
         linear=kernels.linear,
         rms_norm=kernels.rms_norm,
         add_rms_norm=kernels.add_rms_norm,
-        silu_mul=kernels.silu_mul,
+        linear_silu_mul=kernels.linear_silu_mul,
     )

@@ -64,7 +64,7 @@ class RowTile:
 DECODE = {
     (32, 2): DecodeTile(keys=128, warps=4, stages=5, programs=4),
     (64, 2): DecodeTile(keys=128, warps=4, stages=5, programs=3),
-    (128, 2): DecodeTile(keys=64, warps=4, stages=5, programs=3),
+    (128, 2): DecodeTile(keys=64, warps=4, stages=7, programs=2),
     (256, 2): DecodeTile(keys=32, warps=4, stages=5, programs=3),
     (32, 4): DecodeTile(keys=64, warps=4, stages=3, programs=4),
     (64, 4): DecodeTile(keys=32, warps=4, stages=3, programs=3),
@@ -83,7 +83,7 @@ PREFILL = {
     (256, 4): PrefillTile(rows=16, keys=16, warps=8, stages=3),
 }
 
-MIN_SPLIT_KEYS = 256
+MIN_SPLIT_KEYS = 128
 """A context is not split finer: below that, combining costs more than the parallelism wins."""
 
 MAX_SPLITS = 64
@@ -97,6 +97,9 @@ NORM = (RowTile(1024, 4), RowTile(2048, 4), RowTile(4096, 8), RowTile(8192, 16),
 SILU_MUL = RowTile(1024, 4)  # 8 elements a thread: one 128-bit load of bf16
 
 ROTATE = RowTile(8, 1)  # 128-bit loads from a head_dim of 64 on
+ROTATE_FEW = RowTile(2, 1)
+"""For up to `FEW_TOKENS`, whose few programs would leave most of the device idle."""
+FEW_TOKENS = 64
 
 COPY = RowTile(4096, 4)  # 128-bit loads, 4 in flight per thread
 
@@ -105,11 +108,14 @@ VOCABULARY = RowTile(2048, 4)
 
 COUNT = RowTile(512, 8)  # of those, entries whose digits are counted at a time, each against all 16: 32 64-bit sums a thread
 
-MOST_ROWS = 8
+MOST_ROWS = 16
 """Rows that our projections take; more are the vendor's library's."""
 
+# One program of these a multiprocessor, by their shared memory: launched ahead of their turn, two would share one while others stay idle.
+LINEAR_ROWS = LinearTile(outputs=64, depth=256, warps=4, stages=3)
+LINEAR_ROWS_WIDE = LinearTile(outputs=128, depth=128, warps=8, stages=4)
+LINEAR_ROWS_GATED = LinearTile(outputs=64, depth=128, warps=4, stages=4)
 LINEAR_ROW = LinearTile(outputs=4, depth=1024, warps=4)
 LINEAR_ROW_NARROW = LinearTile(outputs=2, depth=2048, warps=4)
-LINEAR_ROWS = LinearTile(outputs=64, depth=128, warps=4, stages=4)
-LINEAR_ROWS_WIDE = LinearTile(outputs=128, depth=64, warps=4, stages=5)
+LINEAR_ROW_GATED = LinearTile(outputs=2, depth=1024, warps=4)
 ADD_PARTS = RowTile(1024, 4)

@@ -124,6 +124,9 @@ class Native:
         )
         return out
 
+    def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.silu_mul(self.linear(x, weight, bias))
+
     def paged_attention(
         self,
         slot_mapping: Tensor,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disaggd.kernels.reference import silu_mul
+
 # The number of rows that oneDNN picks the layout for. 1 would give single rows a kernel, and rounding, of their own.
 _ROWS_HINT = 8
 
@@ -33,6 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x.repeat(2, 1), weight, bias)[:1]  # 6 % slower than one row
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_mul(linear(x, weight, bias))
 
 
 def _has_kernel(dtype: torch.dtype) -> bool:

@@ -52,6 +52,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_mul(linear(x, weight, bias))
+
+
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
     """Sequences of one new token and of like length, attended to together."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from disaggd.kernels.chain import chained, let_next_start, wait_for_previous
-from disaggd.kernels.configurations import ROTATE
+from disaggd.kernels.configurations import FEW_TOKENS, ROTATE, ROTATE_FEW
 from disaggd.kernels.pool import check_floats, check_pool
 
 
@@ -110,7 +110,8 @@ def rotate_and_store(
     queries = torch.empty((num_tokens, num_heads, head_dim), dtype=kv.dtype, device=kv.device)
     if num_tokens == 0:
         return queries
-    _rotate_and_store[(num_tokens, triton.cdiv(num_heads + 2 * kv_heads, ROTATE.size))](
+    tile = ROTATE_FEW if num_tokens <= FEW_TOKENS else ROTATE
+    _rotate_and_store[(num_tokens, triton.cdiv(num_heads + 2 * kv_heads, tile.size))](
         queries,
         kv,
         projected,
@@ -125,12 +126,12 @@ def rotate_and_store(
         *kv.stride()[:4],
         projected.stride(0),
         cos.stride(0),
-        HEADS=ROTATE.size,
+        HEADS=tile.size,
         HALF=head_dim // 2,
         HALF_WIDTH=triton.next_power_of_2(head_dim // 2),
         BLOCK_SIZE=block_size,
         NORMALIZED=norm_weight is not None,
-        num_warps=ROTATE.warps,
+        num_warps=tile.warps,
         **chained(),
     )
     return queries

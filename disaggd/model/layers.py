@@ -77,7 +77,7 @@ class MLP:
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+        return self.down(self.ops.linear_silu_mul(x, self.gate_up.weight, self.gate_up.bias))
 
 
 @dataclass(frozen=True, slots=True)

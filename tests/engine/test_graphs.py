@@ -84,6 +84,7 @@ def test_an_engine_on_a_gpu_says_what_one_on_the_cpu_says() -> None:
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_step_waits_for_the_device_only_for_its_tokens() -> None:
     engine = make("cuda", num_blocks=200)
     for number, prompt in enumerate(PROMPTS[:4]):

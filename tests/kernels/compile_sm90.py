@@ -28,7 +28,7 @@ from disaggd.kernels.block_copy import gather_blocks, scatter_blocks
 from disaggd.kernels.decode_attention import decode_attention
 from disaggd.kernels.draws import Draws
 from disaggd.kernels.kv_store import kv_store
-from disaggd.kernels.linear import linear
+from disaggd.kernels.linear import linear, linear_silu_mul
 from disaggd.kernels.logprobs import logprobs
 from disaggd.kernels.prefill_attention import prefill_attention
 from disaggd.kernels.rms_norm import add_rms_norm, rms_norm
@@ -101,9 +101,11 @@ def prefill(head_dim: int, itemsize: int, *, group: int = 4, block_size: int = B
 
 
 def rotate(head_dim: int, *, normalized: bool):
-    kv, (cos, sin) = pool(head_dim, torch.bfloat16), (tensor(16, 1, head_dim) for _ in range(2))
+    kv = pool(head_dim, torch.bfloat16)
     weight = tensor(40, head_dim) if normalized else None
-    rotate_and_store(kv, tensor(16, 48 * head_dim), weight, 1e-6, (cos, sin), tensor(16, dtype=torch.int64))
+    for tokens in (16, 1024):
+        cos, sin = (tensor(tokens, 1, head_dim) for _ in range(2))
+        rotate_and_store(kv, tensor(tokens, 48 * head_dim), weight, 1e-6, (cos, sin), tensor(tokens, dtype=torch.int64))
 
 
 def store(head_dim: int):
@@ -117,6 +119,7 @@ def norm(dim: int):
 
 def project(rows: int, outputs: int, inputs: int):
     linear(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs))
+    linear_silu_mul(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs))
 
 
 def copy():

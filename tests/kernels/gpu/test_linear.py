@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from disaggd.kernels.configurations import MOST_ROWS, LinearTile
-from disaggd.kernels.linear import linear
+from disaggd.kernels.linear import linear, linear_silu_mul
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +15,8 @@ def small_tiles(monkeypatch):
         "LINEAR_ROW_NARROW": LinearTile(outputs=2, depth=64, warps=1),
         "LINEAR_ROWS": LinearTile(outputs=64, depth=32, warps=4, stages=3),
         "LINEAR_ROWS_WIDE": LinearTile(outputs=128, depth=16, warps=4, stages=3),
+        "LINEAR_ROW_GATED": LinearTile(outputs=2, depth=32, warps=1),
+        "LINEAR_ROWS_GATED": LinearTile(outputs=64, depth=32, warps=4, stages=3),
         "_ENOUGH_PROGRAMS": 3,
         "_NARROW": 65,
         "_WIDE": 200,
@@ -32,6 +34,17 @@ def test_linear_equals_float64(rows, outputs, inputs, bias, generator, where):
     offset = torch.randn(outputs, generator=generator, device=where) if bias else None
     expected = x.double() @ weight.double().T + (0 if offset is None else offset.double())
     torch.testing.assert_close(linear(x, weight, offset).double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (70, 50), (5, 33)])
+def test_linear_silu_mul_equals_float64(rows, outputs, inputs, bias, generator, where):
+    x, weight = (torch.randn(count, inputs, generator=generator, device=where) for count in (rows, 2 * outputs))
+    offset = torch.randn(2 * outputs, generator=generator, device=where) if bias else None
+    gate, up = (x.double() @ weight.double().T + (0 if offset is None else offset.double())).chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(linear_silu_mul(x, weight, offset).double(), expected, atol=1e-4, rtol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

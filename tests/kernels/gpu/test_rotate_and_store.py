@@ -15,9 +15,11 @@ def rotation(num_tokens, head_dim, dtype, generator):
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
+@pytest.mark.parametrize("few_tokens", [0, 64], ids=["many", "few"])
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (3, 1, 80), (7, 7, 16), (1, 1, 256)])
-def test_equals_norm_rotation_and_store(heads, kv_heads, head_dim, normalized, dtype, generator, where):
+def test_equals_norm_rotation_and_store(heads, kv_heads, head_dim, normalized, few_tokens, dtype, generator, where, monkeypatch):
+    monkeypatch.setattr("disaggd.kernels.rotate_and_store.FEW_TOKENS", few_tokens)
     random = {"generator": generator, "device": where}
     projected = torch.randn(3, (heads + 2 * kv_heads) * head_dim + 16, **random).to(dtype)[:, :-16]
     weight = torch.randn(heads + kv_heads, head_dim, **random).to(dtype) if normalized else None

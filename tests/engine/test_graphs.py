@@ -87,10 +87,9 @@ def test_an_engine_on_a_gpu_says_what_one_on_the_cpu_says() -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_step_waits_for_the_device_only_for_its_tokens() -> None:
     engine = make("cuda", num_blocks=200)
-    for number, prompt in enumerate(PROMPTS[:4]):
-        engine.add(
-            Sequence(SeqId(str(number)), list(prompt), SamplingParams(max_tokens=20, ignore_eos=True), num_prompt_tokens=len(prompt))
-        )
+    for number, (prompt, way) in enumerate(zip(PROMPTS[:4], [*WAYS, SamplingParams(logit_bias={7: 1.0})], strict=True)):
+        drawn = msgspec.structs.replace(way, max_tokens=20, ignore_eos=True)
+        engine.add(Sequence(SeqId(str(number)), list(prompt), drawn, num_prompt_tokens=len(prompt)))
     for _ in range(8):
         engine.step()
     torch.cuda.set_sync_debug_mode("error")

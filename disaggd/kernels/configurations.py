@@ -111,10 +111,11 @@ COUNT = RowTile(512, 8)  # of those, entries whose digits are counted at a time,
 MOST_ROWS = 16
 """Rows that our projections take; more are the vendor's library's."""
 
-# One program of these a multiprocessor, by their shared memory: launched ahead of their turn, two would share one while others stay idle.
-LINEAR_ROWS = LinearTile(outputs=64, depth=256, warps=4, stages=3)
-LINEAR_ROWS_WIDE = LinearTile(outputs=128, depth=128, warps=8, stages=4)
-LINEAR_ROWS_GATED = LinearTile(outputs=64, depth=128, warps=4, stages=4)
+# By bytes per element. One program of these fills a multiprocessor's shared memory: launched ahead of their turn, two would share one while
+# others stay idle.
+LINEAR_ROWS = {2: LinearTile(outputs=64, depth=256, warps=4, stages=3), 4: LinearTile(outputs=64, depth=64, warps=4, stages=3)}
+LINEAR_ROWS_WIDE = {2: LinearTile(outputs=128, depth=128, warps=8, stages=4), 4: LinearTile(outputs=64, depth=64, warps=4, stages=3)}
+LINEAR_ROWS_GATED = {2: LinearTile(outputs=64, depth=128, warps=4, stages=4), 4: LinearTile(outputs=64, depth=32, warps=4, stages=3)}
 LINEAR_ROW = LinearTile(outputs=4, depth=1024, warps=4)
 LINEAR_ROW_NARROW = LinearTile(outputs=2, depth=2048, warps=4)
 LINEAR_ROW_GATED = LinearTile(outputs=2, depth=1024, warps=4)

@@ -203,7 +203,7 @@ def _launch_one_row(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 def _launch_few_rows(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> None:
     (num_rows, outputs), inputs = out.shape, weight.shape[1]
-    tile = LINEAR_ROWS_GATED if gated else LINEAR_ROWS_WIDE if outputs >= _WIDE else LINEAR_ROWS
+    tile = (LINEAR_ROWS_GATED if gated else LINEAR_ROWS_WIDE if outputs >= _WIDE else LINEAR_ROWS)[weight.itemsize]
     programs = triton.cdiv(outputs, tile.outputs)
     splits = 1 if gated else min(triton.cdiv(_ENOUGH_PROGRAMS, programs), triton.cdiv(inputs, tile.depth))
     has_bias = bias is not None

@@ -117,9 +117,10 @@ def norm(dim: int):
     add_rms_norm(tensor(16, dim), tensor(16, dim), tensor(dim), 1e-6)
 
 
-def project(rows: int, outputs: int, inputs: int):
-    linear(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs))
-    linear_silu_mul(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs))
+def project(rows: int, outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16):
+    x, weight, bias = (tensor(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    linear(x, weight, bias)
+    linear_silu_mul(x, weight, bias)
 
 
 def copy():
@@ -162,7 +163,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"norm of {tile.size}", lambda n=tile.size: norm(n)
     for rows in (1, 8):
         for outputs, inputs in ((4096, 12288), (24576, 4096), (151936, 4096)):
-            yield f"linear, {rows} x {inputs} to {outputs}", lambda n=rows, o=outputs, i=inputs: project(n, o, i)
+            for dtype in DTYPES.values():
+                name = f"linear, {rows} x {inputs} to {outputs} {dtype}".replace("torch.", "")
+                yield name, lambda n=rows, o=outputs, i=inputs, d=dtype: project(n, o, i, d)
     yield "linear, uneven", lambda: [project(n, 2500, 1000) for n in (1, 2)]
     yield "SiLU-mul", lambda: silu_mul(tensor(16, 2 * 12288))
     yield "block copy", copy

@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
 
+# The oldest triton that pyproject.toml allows: the kernels are tested with it as well. Its interpreter wants numpy before 2.4.
+OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
+
 ifeq ($(TORCH),cpu)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 endif
@@ -19,7 +22,7 @@ endif
 run: $(VENV)/.installed
 	@exec $(BIN)/disaggd up
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -43,4 +46,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard disaggd/k
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/triton-3.6/.installed: Makefile | $(BIN)/python
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) $(OLDEST_TRITON)
 	@touch $@

@@ -1,29 +1,64 @@
 """What can be known of the Triton kernels without a GPU: that they are right, interpreted, and that they compile for sm_90.
 
-Each in a process of its own: a process either interprets Triton's functions or compiles them, from its first import of triton on.
+With the installed triton, and with the oldest that pyproject.toml allows, which `make test` puts beside it. Each in a process of its own: a
+process either interprets Triton's functions or compiles them, from its first import of triton on, and has one triton.
 """
 
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+OLDEST = "3.6"
+INHERITED = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+
+CHECKED = """
+import runpy, sys, triton
+expected, module, *arguments = sys.argv[1:]
+assert f"{triton.__version__}.".startswith(f"{expected}."), f"this is triton {triton.__version__} of {triton.__file__}, not {expected}"
+sys.argv[1:] = arguments
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
-def run(*arguments, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *map(str, arguments)]
-    process = subprocess.run(command, env=inherited | environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+@dataclass(frozen=True, slots=True)
+class Triton:
+    """A version, and where it lies; None: among the installed packages."""
+
+    version: str
+    folder: Path | None
+
+    def run(self, module: str, *arguments: object, **environment: str) -> None:
+        """`python -m module …` with this triton and no other."""
+        if self.folder is not None:
+            environment |= {"PYTHONPATH": str(self.folder)}
+        command = [sys.executable, "-c", CHECKED, self.version, module, *map(str, arguments)]
+        process = subprocess.run(command, env=INHERITED | environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_the_kernels_pass_in_the_interpreter():
+@pytest.fixture(params=["installed", OLDEST])
+def triton(request: pytest.FixtureRequest) -> Triton:
+    if request.param == "installed":
+        return Triton(metadata.version("triton"), None)
+    folder = Path(sys.prefix) / f"triton-{OLDEST}"
+    if not folder.is_dir():
+        unmet = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        unmet(f"{folder} is not there: `make test` installs it")
+    return Triton(OLDEST, folder)
+
+
+def test_the_kernels_pass_in_the_interpreter(triton: Triton):
     """Takes 25 s: tests/kernels/gpu has some 150 tests, of programs interpreted at 5–9 ms each."""
-    numpy_by_triton_3_6 = "ignore:Conversion of an array with ndim:DeprecationWarning"  # an error from numpy 2.4 on: that needs triton 3.7
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, HERE / "gpu", TRITON_INTERPRET="1")
+    numpy_by_triton_3_6 = "ignore:Conversion of an array with ndim:DeprecationWarning"  # an error from numpy 2.4 on
+    triton.run("pytest", "-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, HERE / "gpu", TRITON_INTERPRET="1")
 
 
-def test_the_kernels_compile_for_sm_90():
+def test_the_kernels_compile_for_sm_90(triton: Triton):
     """Takes 30 s: 60 kernels at half a second. Its output is the table of what each takes."""
-    run("-m", "tests.kernels.compile_sm90")
+    triton.run("tests.kernels.compile_sm90")

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, cuda, device
 
-from disaggd.kernels import native, onednn, reference, reference_sampling
+from disaggd.kernels import int8, native, native_int8, onednn, reference, reference_sampling
 from disaggd.kernels.draws import Draws
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,11 @@ REFERENCE = Ops(
 )
 
 
-def select(where: device) -> Ops:
-    """The fastest operations for tensors on `where`."""
+def select(where: device, weights: Literal["auto", "int8"] = "auto") -> Ops:
+    """The fastest operations for tensors on `where`; `int8` (CPUs only): `pack` quantizes, and `linear` multiplies what it made."""
+    if weights == "int8":
+        assert where.type == "cpu", "the config refuses int8 weights on other devices"
+        return cpu_int8_ops()
     if where.type == "cuda":
         return gpu_ops(cuda.get_device_properties(where).multi_processor_count)
     return cpu_ops()
@@ -119,6 +122,17 @@ def cpu_ops() -> Ops:
         log.warning("no native CPU kernels (was there a C++ compiler at install?): serving from PyTorch's operations, several times slower")
         return replace(REFERENCE, pack=onednn.pack, linear=onednn.linear, linear_silu_mul=onednn.linear_silu_mul)
     return native_ops(native.Native(library, native.best_isa(library)))
+
+
+@cache
+def cpu_int8_ops() -> Ops:
+    """`cpu_ops`, but for the weights."""
+    library = native.library()
+    if library is None:
+        return replace(cpu_ops(), pack=int8.pack, linear=int8.linear, linear_silu_mul=int8.linear_silu_mul)
+    kernels = native.Native(library, native.best_isa(library))
+    weights = native_int8.NativeInt8(kernels)
+    return replace(native_ops(kernels), pack=weights.pack, linear=weights.linear, linear_silu_mul=weights.linear_silu_mul)
 
 
 def native_ops(kernels: native.Native) -> Ops:

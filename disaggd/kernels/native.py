@@ -20,7 +20,8 @@ from disaggd.kernels import onednn
 PANEL = 64
 """Outputs whose weights lie side by side in a packed weight: 4 vectors of 16."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As the library counts them."""
 
 
 class Isa(IntEnum):
@@ -39,6 +40,7 @@ _SIGNATURES = {
     "disaggd_silu_mul": [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64],
     "disaggd_attend": [c_int, c_int, *[c_void_p] * 6, *[c_int64] * 7, c_float],
     "disaggd_linear": [c_int, *[c_void_p] * 4, *[c_int64] * 3],
+    "disaggd_linear_int8": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 3],
 }
 
 
@@ -80,7 +82,7 @@ class Native:
         normed = torch.empty_like(x)
         self.library.disaggd_add_rms_norm(
             self.isa,
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
@@ -95,7 +97,7 @@ class Native:
         assert gate_up.is_contiguous()
         rows, width = gate_up.shape
         out = gate_up.new_empty(rows, width // 2)
-        self.library.disaggd_silu_mul(self.isa, _DTYPES[out.dtype], gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
+        self.library.disaggd_silu_mul(self.isa, DTYPES[out.dtype], gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ class PagedAttention:
         queries = projected.new_empty(num_tokens, num_heads, head_dim)
         self.native.library.disaggd_rotate_and_store(
             self.native.isa,
-            _DTYPES[kv.dtype],
+            DTYPES[kv.dtype],
             projected.data_ptr(),
             None if norm_weight is None else norm_weight.data_ptr(),
             cos.data_ptr(),
@@ -194,7 +196,7 @@ class PagedAttention:
         out = torch.empty_like(queries)
         self.native.library.disaggd_attend(
             self.native.isa,
-            _DTYPES[queries.dtype],
+            DTYPES[queries.dtype],
             queries.data_ptr(),
             kv.data_ptr(),
             out.data_ptr(),

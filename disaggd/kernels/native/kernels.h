@@ -1,6 +1,6 @@
-// What the library computes, for one instruction set. Each isa_*.cpp compiles the same templates (rows.h, attention.h, linear.h)
-// for its own set and fills one table; library.cpp picks the table. No header here may define a function with linkage: one that
-// was compiled for AVX-512 could otherwise be the one that an older CPU runs.
+// What the library computes, for one instruction set. Each isa_*.cpp compiles the same templates (rows.h, attention.h, linear.h,
+// linear_int8.h) for its own set and fills one table; library.cpp picks the table. No header here may define a function with
+// linkage: one that was compiled for AVX-512 could otherwise be the one that an older CPU runs.
 #pragma once
 
 #include <stdint.h>
@@ -52,12 +52,20 @@ struct Linear {
     int64_t rows, inputs, outputs;
 };
 
+// The same by a weight of 8 bits; see linear_int8.h.
+struct LinearInt8 {
+    const void *x, *packed, *bias;
+    void* out;
+    int64_t rows, inputs, outputs;
+};
+
 struct Kernels {
     void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
     void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
     void (*silu_mul[NUM_DTYPES])(const SiluMul&);
     void (*attend[NUM_DTYPES])(const Attend&);
     void (*linear)(const Linear&);  // null where the set has no product of bfloat16 pairs
+    void (*linear_int8[NUM_DTYPES])(const LinearInt8&);  // bfloat16 is null where `linear` is; float16 always
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -96,5 +96,10 @@ void disaggd_linear(int isa, const void* x, const void* packed, const void* bias
     TABLES[isa]->linear({x, packed, bias, out, rows, inputs, outputs});
 }
 
+void disaggd_linear_int8(int isa, int dtype, const void* x, const void* packed, const void* bias, void* out, int64_t rows, int64_t inputs,
+                         int64_t outputs) {
+    TABLES[isa]->linear_int8[dtype]({x, packed, bias, out, rows, inputs, outputs});
+}
+
 #pragma GCC visibility pop
 }

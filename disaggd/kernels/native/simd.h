@@ -19,6 +19,7 @@ typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef int8_t B __attribute__((vector_size(W)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -94,6 +95,16 @@ INLINE void store(f16* to, F v) {
     store_bits(to, __builtin_convertvector((v == v ? half : U{} + 0x7e00) | sign, H));
 }
 #endif
+
+INLINE F load(const int8_t* from) {
+#if WIDTH == 16
+    return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(from)));
+#elif WIDTH == 8
+    return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load_bits<B>(from), I), F);
+#endif
+}
 
 // The first `count` < W elements; the rest is 0, or left alone.
 template <class T> INLINE F load_part(const T* from, int64_t count) {

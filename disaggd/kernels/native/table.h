@@ -3,12 +3,15 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "linear_int8.h"
 #include "rows.h"
 
 #define EACH_DTYPE(f) {f<float>, f<bf16>, f<f16>}
 #if BF16_PAIRS
 #define LINEAR linear
+#define LINEAR_INT8 {linear_int8<float>, linear_int8<bf16>, nullptr}
 #else
 #define LINEAR nullptr
+#define LINEAR_INT8 {linear_int8<float>, nullptr, nullptr}
 #endif
-#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR}
+#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8}

@@ -133,6 +133,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What clients call it; None takes the last part of `path`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights, activations and KV; auto is the checkpoint's own."""
+    weights: Literal["auto", "int8"] = "auto"
+    """auto: as `dtype` says; int8: those of all projections in 8 bits, on CPUs."""
     max_model_len: Positive | None = None
     """Prompt and output together, in tokens; None is the model's own limit."""
 
@@ -466,6 +468,12 @@ def _check_blocks(config: Config) -> None:
             )
 
 
+def _check_weights(config: Config) -> None:
+    for node in config.nodes:
+        if config.model.weights == "int8" and node.device != "cpu":
+            raise ConfigError(f'node {node.name!r}: model.weights = "int8" is for CPU nodes so far, but its device is {node.device}')
+
+
 def _check_transfer_ports(config: Config) -> None:
     """Each pair of a prefill and a decode node has an agent at either end, and a fenced agent's port stays taken a while."""
     first, last = config.transfer.port_range
@@ -480,7 +488,7 @@ def _check_transfer_ports(config: Config) -> None:
             raise ConfigError(f"node {node.name!r} listens on {node.listen.port}, which is in transfer.port_range {first}-{last}")
 
 
-_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks, _check_transfer_ports)
+_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks, _check_weights, _check_transfer_ports)
 
 
 def _listed(names: Any) -> str:

@@ -117,16 +117,20 @@ def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
 
 def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:
     limit = config.model.max_model_len or spec.max_position_embeddings
-    kind = f"{spec.family}, {spec.num_layers} layers, {spec.dtype}, {limit:,} tokens of context"
+    kind = f"{spec.family}, {spec.num_layers} layers, {_dtype(config, spec)}, {limit:,} tokens of context"
     facts = {
         "file": str(path),
         "model": f"{config.model.served_name} ({config.model.path}): {kind}",
-        "model id": directory.model_id,
+        "model id": directory.served_id(config.model.weights),
         "policy": _policy(config),
         "transfer": f"{config.transfer.transports} on {config.transfer.devices or 'loopback'}, ports {config.transfer.port_range}",
         "links": f"heartbeat {config.cluster.heartbeat_s:g} s, {'shared secret' if config.cluster.secret else 'no secret: loopback only'}",
     }
     return Text("\n").join(Text.assemble((f"{name:<9}", "bold"), value) for name, value in facts.items())
+
+
+def _dtype(config: Config, spec: ModelSpec) -> str:
+    return spec.dtype if config.model.weights == "auto" else f"{spec.dtype} with {config.model.weights} weights"
 
 
 def _policy(config: Config) -> str:

@@ -93,6 +93,11 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (ROUTER + 'kv_cache = "1GiB"\n' + DECODE, "node[0] (router).kv_cache: has no meaning for a router"),
         (f'[model]\ndtype = "float23"\n{CLUSTER}', "model.dtype: 'float23' is not one of auto, float32, bfloat16, float16 (float32?)"),
         (f'[disaggregation]\npolicy = "zzz"\n{CLUSTER}', "disaggregation.policy: 'zzz' is not one of threshold, always, never"),
+        (f'[model]\nweights = "int4"\n{CLUSTER}', "model.weights: 'int4' is not one of auto, int8 (int8?)"),
+        (
+            f'[model]\nweights = "int8"\n{CLUSTER}device = "cuda:1"',
+            "node 'd0': model.weights = \"int8\" is for CPU nodes so far, but its device is cuda:1",
+        ),
         (CLUSTER + "cpus = [-1]", "node[2] (d0).cpus[0]: expected int >= 0"),
         ("node = 3", "node: expected array, got int"),
         (f'[transfer]\nport_range = "9-1"\n{CLUSTER}', "transfer.port_range: '9-1' is not a port range"),

@@ -60,7 +60,7 @@ class RouterHello(Frame, frozen=True):
     router: NodeName
     incarnation: Incarnation
     model_id: str
-    """What the router serves: `H(config, weights' names and sizes, tokenizer)`; a node with another refuses."""
+    """What the router serves: `ModelDirectory.served_id`; a node with another refuses."""
 
 
 class NodeHello(Frame, frozen=True):

@@ -20,7 +20,7 @@ from disaggd.errors import ConfigError, ResourceError
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.kv import allocate_kv
-from disaggd.model.spec import Dtype, ModelSpec
+from disaggd.model.spec import Dtype, ModelSpec, Weights
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
 from disaggd.sampling import SamplingParams
@@ -55,6 +55,7 @@ def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
         return build_engine(
             config.model.path,
             dtype=config.model.dtype,
+            weights=config.model.weights,
             device=node.device,
             kv_cache_bytes=node.kv_cache_bytes,
             block_size=node.block_size,
@@ -70,6 +71,7 @@ def build_engine(
     path: str,
     *,
     dtype: Dtype | Literal["auto"] = "auto",
+    weights: Weights = "auto",
     device: str = "cpu",
     kv_cache_bytes: int | None,
     block_size: int,
@@ -97,7 +99,7 @@ def build_engine(
     stream.enter()
     kv = None if kv_cache_bytes is None else _allocate(layout, kv_cache_bytes, where)
     with _memory_shortage_on(where, "the weights"):
-        transformer = load_weights(directory, spec, where, progress.loading)
+        transformer = load_weights(directory, spec, where, progress.loading, weights)
     transformer.layer_group = layer_group
     if kv is None:
         kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)

@@ -11,7 +11,7 @@ from typing import Literal
 from disaggd.errors import ModelError
 from disaggd.model.families import read_spec
 from disaggd.model.shards import Shard, open_shards
-from disaggd.model.spec import Dtype, ModelSpec
+from disaggd.model.spec import Dtype, ModelSpec, Weights
 
 BUILTIN = Path(__file__).parent / "builtin"
 _BUILTIN_PREFIX = "builtin:"
@@ -45,6 +45,10 @@ class ModelDirectory:
         for shard in self.shards:
             _add(digest, shard.path.name.encode(), shard.header, shard.data_bytes.to_bytes(8, "little"), *_samples(shard))
         return digest.hexdigest()
+
+    def served_id(self, weights: Weights) -> str:
+        """`model_id`, and what else two nodes must share for their outputs to be the same: int8 weights give other ones."""
+        return self.model_id if weights == "auto" else f"{self.model_id}-{weights}"
 
 
 def open_directory(path: str) -> ModelDirectory:

@@ -5,6 +5,8 @@ from typing import Literal
 import msgspec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["auto", "int8"]
+"""How the projections' weights are held: as the dtype says, or in 8 bits."""
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -111,7 +111,7 @@ class EngineNode:
             self._node.name,
             self._node.role,
             self._incarnation,
-            self._loaded.directory.model_id,
+            self._loaded.directory.served_id(self._config.model.weights),
             self._loaded.kv_spec,
             self._loaded.engine.pool.num_blocks,
             self._loaded.engine.limits.max_model_len,

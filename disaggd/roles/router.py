@@ -309,7 +309,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     backend = RouterBackend(config, spec, metrics)
     limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes)
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
-    hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.model_id)
+    hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     listener = _bind(node.listen)
     server = _http_server(app)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it once more at its end

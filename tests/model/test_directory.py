@@ -145,6 +145,12 @@ def test_model_id_follows_config_and_tokenizer(single, name):
     assert open_directory(str(single)).model_id != before
 
 
+def test_served_id_says_how_weights_are_held_where_that_changes_the_output(single):
+    directory = open_directory(str(single))
+    assert directory.served_id("auto") == directory.model_id
+    assert directory.served_id("int8") == f"{directory.model_id}-int8"  # what a refused hello shows
+
+
 def test_large_shards_are_sampled_at_both_ends(single, monkeypatch):
     monkeypatch.setattr("disaggd.model.directory._SAMPLE_BYTES", 16)
     before = open_directory(str(single)).model_id

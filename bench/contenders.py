@@ -14,7 +14,7 @@ from disaggd.engine.engine import SequenceOutput
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import SeqId
 from disaggd.model.directory import open_directory
-from disaggd.model.spec import ModelSpec
+from disaggd.model.spec import ModelSpec, Weights
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import kv_spec
 
@@ -41,11 +41,14 @@ class Contender(Protocol):
 class Ours:
     """`disaggd`'s engine, as a decode node builds it, but for the pool's size and the step budget."""
 
-    def __init__(self, path: str, device: str, *, pool_tokens: int, max_step_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, path: str, device: str, *, pool_tokens: int, max_step_tokens: int, max_sequences: int, weights: Weights = "auto"
+    ) -> None:
         layout = kv_spec(open_directory(path).spec("bfloat16"), BLOCK_SIZE)
         loaded = build_engine(
             path,
             dtype="bfloat16",
+            weights=weights,
             device=device,
             kv_cache_bytes=layout.blocks_for(pool_tokens) * layout.bytes_per_block,
             block_size=BLOCK_SIZE,

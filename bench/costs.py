@@ -1,6 +1,6 @@
 """What a step must move and multiply at least, from a model's shape: the numerators of "% of roofline". Pure arithmetic."""
 
-from disaggd.model.spec import DTYPE_BYTES, ModelSpec
+from disaggd.model.spec import DTYPE_BYTES, ModelSpec, Weights
 
 
 def layer_weights(spec: ModelSpec) -> int:
@@ -18,10 +18,14 @@ def kv_bytes_per_token(spec: ModelSpec) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[spec.dtype]
 
 
-def decode_bytes(spec: ModelSpec, batch: int, context: float) -> float:
+def weight_bytes(spec: ModelSpec, weights: Weights) -> int:
+    """Of all projections and the head; in int8 the scales, 4 bytes for hundreds of weights, are left out."""
+    return (layer_weights(spec) + head_weights(spec)) * (1 if weights == "int8" else DTYPE_BYTES[spec.dtype])
+
+
+def decode_bytes(spec: ModelSpec, weights: Weights, batch: int, context: float) -> float:
     """Read in one decode step: every weight once, and the keys and values of every sequence."""
-    weights = (layer_weights(spec) + head_weights(spec)) * DTYPE_BYTES[spec.dtype]
-    return weights + batch * context * kv_bytes_per_token(spec)
+    return weight_bytes(spec, weights) + batch * context * kv_bytes_per_token(spec)
 
 
 def prefill_flops(spec: ModelSpec, num_tokens: int) -> float:

@@ -22,12 +22,12 @@ from roofline import Roofline, better
 from roofline import measure as measure_roofline
 from samples import interleaved, medians
 
-from disaggd.model.spec import ModelSpec
+from disaggd.model.spec import ModelSpec, Weights
 
 _HOPELESS = 1.5
 """A mode of transformers that is so many times slower than its other one, warm, is not measured further."""
 
-_OURS = "ours"
+_OURS, _CHUNKED, _INT8 = "ours", "chunked", "ours int8"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     against: bool
     against_tokens: int | None
     """transformers decodes up to so many tokens of context at once: its cache takes twice their memory, beside ours."""
+    int8: bool
+    """Our engine with int8 weights, too."""
     prefill: bool
     decode: bool
     quick: bool
@@ -93,16 +95,18 @@ def run(job: Job) -> Report:
     limits = measure_roofline(job.device, quick=job.quick)
     path = resolve(job.model)
     peers = _peers(path, job)
-    ours = Ours(path, job.device, pool_tokens=_pool_tokens(job), max_step_tokens=max(job.prompts), max_sequences=max(job.batches))
+    make = partial(Ours, path, job.device, pool_tokens=_pool_tokens(job), max_step_tokens=max(job.prompts), max_sequences=max(job.batches))
+    ours = {_OURS: make()} | ({_INT8: make(weights="int8")} if job.int8 else {})
+    spec = ours[_OURS].spec
     results: list[Result] = []
     if job.prefill:
         chunked = Ours(path, job.device, pool_tokens=max(job.prompts) + BLOCK_SIZE, max_step_tokens=job.chunk, max_sequences=1)
         for prompt in job.prompts:
-            results += measure_prefill(job, {_OURS: ours, "chunked": chunked, **peers}, ours.spec, prompt)
+            results += measure_prefill(job, {**ours, _CHUNKED: chunked, **peers}, spec, prompt)
         del chunked
     if job.decode:
         for batch, context in product(job.batches, job.contexts):
-            results.append(measure_decode(job, {_OURS: ours, **_able(peers, job, batch * context)}, ours.spec, batch, context))
+            results += measure_decode(job, {**ours, **_able(peers, job, batch * context)}, spec, batch, context)
     limits = better(limits, measure_roofline(job.device, quick=job.quick))
     return Report(job=job, machine=describe_machine(), load=load.read(), roofline=limits, results=results)
 
@@ -150,10 +154,11 @@ def measure_prefill(job: Job, contenders: dict[str, Contender], spec: ModelSpec,
             samples=found,
         )
 
-    return [result("prefill, whole", _OURS), result(f"prefill, chunks of {job.chunk}", "chunked")]
+    works = {_OURS: "prefill, whole", _INT8: "prefill, whole, int8", _CHUNKED: f"prefill, chunks of {job.chunk}"}
+    return [result(work, name) for name, work in works.items() if name in found]
 
 
-def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, batch: int, context: int) -> Result:
+def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, batch: int, context: int) -> list[Result]:
     """Steps of `batch` sequences, the first of each turn left out."""
 
     def decode(contender: Contender, steps: int) -> float:
@@ -165,19 +170,24 @@ def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, 
 
     warm = _worthwhile({name: partial(decode, contender, 1) for name, contender in contenders.items()})
     found = interleaved({name: partial(decode, contenders[name], job.steps) for name in warm}, job.repeats)
-    seconds, peer = medians(found)[_OURS], _better_peer(found)
-    return Result(
-        work="decode",
-        batch=batch,
-        num_tokens=context,
-        seconds=seconds,
-        tokens_per_s=batch / seconds,
-        read_bytes=decode_bytes(spec, batch, context + job.steps / 2),
-        flops=None,
-        peer=peer,
-        peer_seconds=None if peer is None else medians(found)[peer],
-        samples=found,
-    )
+
+    def result(work: str, name: str, weights: Weights) -> Result:
+        seconds, peer = medians(found)[name], _better_peer(found)
+        return Result(
+            work=work,
+            batch=batch,
+            num_tokens=context,
+            seconds=seconds,
+            tokens_per_s=batch / seconds,
+            read_bytes=decode_bytes(spec, weights, batch, context + job.steps / 2),
+            flops=None,
+            peer=peer,
+            peer_seconds=None if peer is None else medians(found)[peer],
+            samples=found,
+        )
+
+    works: dict[str, tuple[str, Weights]] = {_OURS: ("decode", "auto"), _INT8: ("decode, int8", "int8")}
+    return [result(work, name, weights) for name, (work, weights) in works.items() if name in found]
 
 
 def _worthwhile(measures: dict[str, Callable[[], float]]) -> dict[str, Callable[[], float]]:
@@ -220,7 +230,7 @@ def _timed(function: Callable[[], object]) -> float:
 def tables(report: Report) -> list[Table]:
     rows = [
         (
-            f"{one.work}, {one.num_tokens:,} tokens" if one.work != "decode" else f"decode, batch {one.batch}, context {one.num_tokens:,}",
+            f"{one.work}, {one.num_tokens:,} tokens" if one.flops else f"{one.work}, batch {one.batch}, context {one.num_tokens:,}",
             f"{one.seconds * 1e3:.2f}",
             f"{one.tokens_per_s:,.0f}",
             f"{one.share_of(report.roofline):.0%}",
@@ -263,6 +273,7 @@ def notes(report: Report) -> list[str]:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns; figures are their medians.")
 @click.option("--against/--alone", default=True, show_default=True, help="Measure transformers too.")
 @click.option("--against-tokens", type=click.IntRange(min=1), help="Leave transformers out where batch × context is more: it wants memory.")
+@click.option("--weights", type=click.Choice(["auto", "int8"]), default="auto", show_default=True, help="int8: ours with these, too.")
 @click.option("--only", type=click.Choice(["prefill", "decode"]), help="One of the two.")
 @click.option("--quick", is_flag=True, help="The built-in model, short: shows that it runs, not how fast.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures and samples here.")
@@ -279,6 +290,7 @@ def main(
     repeats: int,
     against: bool,
     against_tokens: int | None,
+    weights: str,
     only: str | None,
     quick: bool,
     json_path: Path | None,
@@ -289,6 +301,8 @@ def main(
     Both have the same weights in bfloat16, process, threads, malloc and OpenMP settings, and take turns; transformers is
     run with eager and with sdpa attention, and its better mode counts. Use --threads 1 and --threads 2 in runs of their own.
     """
+    if weights == "int8" and device != "cpu":
+        raise click.UsageError("--weights int8 is for --device cpu so far")
     measure_as_nodes_do(threads)
     torch.set_grad_enabled(False)
     job = Job(
@@ -303,6 +317,7 @@ def main(
         repeats=repeats,
         against=against,
         against_tokens=against_tokens,
+        int8=weights == "int8",
         prefill=only != "decode",
         decode=only != "prefill",
         quick=quick,

@@ -1,21 +1,24 @@
 """How many streams and tokens one router carries, and how long it holds a token: see --help.
 
-Three processes: stub decode nodes, the router, and this one, the client. It parses nothing but the ends of events, so that
-a core of its own is enough for what the router can send.
+Three processes: stub decode nodes, the router, and this one, the client. It parses nothing but the ends of events, and
+takes their times from the kernel, so that how late it reads them does not count. It looks once a millisecond: waiting for
+each event instead would bill the router for waking it, which on a virtual machine costs as much as sending.
 """
 
 import contextlib
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 
 import click
 import msgspec
@@ -32,6 +35,11 @@ from disaggd.transfer.layout import kv_spec
 BLOCK_SIZE = 64
 _EVENT_END = b"\n\n"
 _STALL_S = 20.0
+_LOOK_S = 0.001
+"""Between two looks of the client at its sockets."""
+_SO_TIMESTAMPNS = 35
+"""Linux: with what `recvmsg` brings comes the CLOCK_REALTIME of its last packet's arrival."""
+_TIMESPEC = struct.Struct("qq")
 _WARM_SHARE = 0.1
 """Of the tokens, the first ones do not count."""
 
@@ -46,11 +54,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     carried_per_s: float
     """Events per second, from the stub's sending of the first that counts to this client's reading of the last."""
     added_ms: Spread
-    """From the stub's send to this client's read."""
+    """From the stub's send to the arrival at the client's socket."""
     router_cores: float
     router_us_per_token: float
-    stub_late_ms: float
-    """How late at worst the stub sent a frame: large figures are this machine's, not the router's."""
+    stub_late_ms: Spread
+    """How late the stub sent its frames: large figures are this machine's, not the router's."""
+    client_late_ms: Spread
+    """How long events lay at the client's socket. Not in `added_ms`, unless so long that the stream's next event came."""
+    client_cores: float
     is_one_event_per_token: bool
 
     @property
@@ -70,37 +81,48 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stream:
-    """One request's socket; `event_s` has a time for each event that has ended."""
+    """One request's socket. For each event that has ended, in seconds of CLOCK_REALTIME:"""
 
     def __init__(self, address: tuple[str, int], request: bytes) -> None:
         self.event_s: list[float] = []
+        """its arrival here; of those that one read brought, the last one's,"""
+        self.read_s: list[float] = []
+        """and its reading."""
         self.socket = socket.create_connection(address)
+        self.socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self.socket.sendall(request)
         self.socket.setblocking(False)
         self._ends_open = False
         """The last read ended in the first half of an event's end."""
 
     def read(self) -> bool:
-        """Take what is there; False once the server has closed."""
-        data = self.socket.recv(65536)
-        now_s = time.monotonic()
+        """Take what is there; False once the server has closed. RuntimeError where the kernel gives no times."""
+        data, notes, _, _ = self.socket.recvmsg(65536, 64)
+        now_s = time.time()
         if not data:
             return False
+        if not notes:
+            raise RuntimeError("the kernel does not say when data came (SO_TIMESTAMPNS)")
+        seconds, nanoseconds = _TIMESPEC.unpack(notes[0][2])
         num_events = data.count(_EVENT_END) + (self._ends_open and data.startswith(b"\n"))
         self._ends_open = data.endswith(b"\n") and not data.endswith(_EVENT_END)
-        self.event_s.extend([now_s] * num_events)
+        self.event_s.extend([seconds + nanoseconds / 1e9] * num_events)
+        self.read_s.extend([now_s] * num_events)
         return True
 
 
 def read_all(streams: list[Stream]) -> None:
     """To their ends. TimeoutError when nothing comes for a while."""
     opened = {stream.socket.fileno(): stream for stream in streams}
+    heard_s = time.monotonic()
     with select.epoll() as poll:
         for number in opened:
             poll.register(number, select.EPOLLIN)
         while opened:
-            ready = poll.poll(_STALL_S)
-            if not ready:
+            time.sleep(_LOOK_S)
+            ready = poll.poll(0)
+            heard_s = time.monotonic() if ready else heard_s
+            if time.monotonic() - heard_s > _STALL_S:
                 raise TimeoutError(f"{len(opened)} streams are open, and nothing came for {_STALL_S:.0f} s")
             for number, _ in ready:
                 if not opened[number].read():
@@ -127,42 +149,47 @@ class Bench(msgspec.Struct, frozen=True):
     router_pid: int
     address: tuple[str, int]
     num_streams: int
-    num_peers: int
+    is_stub_first: bool
+    """The stub has real-time priority, so that the client, with which it shares a core, does not make it late."""
 
     def run(self, rate: float, seconds: float) -> Run:
         num_tokens = max(20, round(rate * seconds / self.num_streams))
         self.stub.send(Pace(num_streams=self.num_streams, num_tokens=num_tokens, step_s=self.num_streams / rate))
         streams = [Stream(self.address, request_of(number, num_tokens, self.address)) for number in range(1, self.num_streams + 1)]
         self.stub.recv()  # all are there
-        cpu_s = process_cpu_s(self.router_pid)
+        cpu_s, own_s = process_cpu_s(self.router_pid), time.process_time()
         self.stub.send(None)
         read_all(streams)
-        cpu_s = process_cpu_s(self.router_pid) - cpu_s
-        sent: Sent = self.stub.recv()
-        event_s = {number: stream.event_s for number, stream in enumerate(streams, start=1)}
-        return self._judge(rate, num_tokens, event_s, sent, cpu_s)
+        cpu_s, own_s = process_cpu_s(self.router_pid) - cpu_s, time.process_time() - own_s
+        return self._judge(rate, num_tokens, streams, self.stub.recv(), cpu_s, own_s)
 
-    def _judge(self, rate: float, num_tokens: int, streams: dict[int, list[float]], sent: Sent, cpu_s: float) -> Run:
+    def _judge(self, rate: float, num_tokens: int, streams: list[Stream], sent: Sent, cpu_s: float, own_s: float) -> Run:
         first = int(num_tokens * _WARM_SHARE)
-        added, arrived = [], []
-        for number, event_s in streams.items():
-            stamps_s = sent.stamps_s[sent.node_of_stream[number]]
-            arrived += event_s[first:num_tokens]
-            added += [(at - stamp) * 1e3 for at, stamp in zip(event_s[first:num_tokens], stamps_s[first:], strict=False)]
+        added, late, arrived = [], [], []
+        for number, stream in enumerate(streams, start=1):
+            stamps_s, event_s = sent.stamps_s[sent.node_of_stream[number]], stream.event_s[first:num_tokens]
+            arrived += event_s
+            added += [(at - stamp) * 1e3 for at, stamp in zip(event_s, stamps_s[first:], strict=False)]
+            late += [(read - at) * 1e3 for at, read in zip(event_s, stream.read_s[first:], strict=False)]
         began_s, warm_s = (min(stamps[index] for stamps in sent.stamps_s) for index in (0, first))
         ended_s = max(arrived)
-        found = spread(added)
-        assert found is not None, "no stream had any token"
-        num_all = num_tokens * self.num_streams
         return Run(
             offered_per_s=rate,
             carried_per_s=len(arrived) / (ended_s - warm_s),
-            added_ms=found,
+            added_ms=_spread(added),
             router_cores=cpu_s / (ended_s - began_s),
-            router_us_per_token=cpu_s * 1e6 / num_all,
-            stub_late_ms=sent.worst_late_s * 1e3,
-            is_one_event_per_token=all(len(event_s) == num_tokens + 1 for event_s in streams.values()),  # and [DONE]
+            router_us_per_token=cpu_s * 1e6 / (num_tokens * self.num_streams),
+            stub_late_ms=_spread([late_s * 1e3 for late_s in sent.late_s]),
+            client_late_ms=_spread(late),
+            client_cores=own_s / (ended_s - began_s),
+            is_one_event_per_token=all(len(stream.event_s) == num_tokens + 1 for stream in streams),  # and [DONE]
         )
+
+
+def _spread(samples: list[float]) -> Spread:
+    found = spread(samples)
+    assert found is not None, "no stream had any token"
+    return found
 
 
 @contextlib.contextmanager
@@ -198,7 +225,7 @@ def started(num_streams: int, num_peers: int, pin: bool) -> Iterator[Bench]:
         _wait_ready(f"http://127.0.0.1:{router_port}", router, root / "router.log")
         if pin:
             _pin(router.pid, stub_process.pid)
-        yield Bench(ours, router.pid, ("127.0.0.1", router_port), num_streams, num_peers)
+        yield Bench(ours, router.pid, ("127.0.0.1", router_port), num_streams, _put_first(stub_process.pid))
 
 
 def _config(port: int, names: tuple[str, ...], addresses: tuple[str, ...], num_streams: int) -> str:
@@ -224,6 +251,15 @@ def _pin(router_pid: int, stub_pid: int) -> None:
         os.sched_setaffinity(0, others)
 
 
+def _put_first(pid: int) -> bool:
+    """Give a process real-time priority; False where that is not allowed."""
+    try:
+        os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    return True
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
@@ -237,21 +273,29 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def table(runs: list[Run]) -> Table:
-    rows = [
-        (
-            f"{run.offered_per_s:,.0f}",
-            f"{run.carried_per_s:,.0f}{'' if run.kept_up else ' (fell behind)'}",
-            f"{run.added_ms.p50:.2f}",
-            f"{run.added_ms.p99:.2f}",
-            f"{run.added_ms.max:.1f}",
-            f"{run.router_cores:.2f}",
-            f"{run.router_us_per_token:.1f}",
-            f"{run.stub_late_ms:.1f}",
-        )
-        for run in runs
-    ]
-    header = ("offered tok/s", "carried tok/s", "added ms p50", "p99", "max", "router cores", "µs/token", "stub late ms")
+    """A row per offered rate: medians of its runs."""
+    rows = [_row(rate, [run for run in runs if run.offered_per_s == rate]) for rate in dict.fromkeys(run.offered_per_s for run in runs)]
+    late = ("stub late ms p99", "client late ms p99")
+    header = ("offered tok/s", "carried tok/s", "added ms p50", "p99", "max", "router cores", "µs/token", *late, "client cores")
     return Table("One router process, one SSE event per token", header, tuple(rows))
+
+
+def _row(rate: float, runs: list[Run]) -> tuple[str, ...]:
+    def middle(figure: Callable[[Run], float]) -> float:
+        return median(figure(run) for run in runs)
+
+    return (
+        f"{rate:,.0f}",
+        f"{middle(lambda run: run.carried_per_s):,.0f}{'' if all(run.kept_up for run in runs) else ' (fell behind)'}",
+        f"{middle(lambda run: run.added_ms.p50):.2f}",
+        f"{middle(lambda run: run.added_ms.p99):.2f}",
+        f"{middle(lambda run: run.added_ms.max):.1f}",
+        f"{middle(lambda run: run.router_cores):.2f}",
+        f"{middle(lambda run: run.router_us_per_token):.1f}",
+        f"{middle(lambda run: run.stub_late_ms.p99):.1f}",
+        f"{middle(lambda run: run.client_late_ms.p99):.1f}",
+        f"{middle(lambda run: run.client_cores):.2f}",
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -260,7 +304,8 @@ def table(runs: list[Run]) -> Table:
 @click.option(
     "--rate", "rates", type=float, multiple=True, help="Tokens per second, in all; again for more.  [default: 10, 20, 40, 60 thousand]"
 )
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="For each rate.")
+@click.option("--seconds", type=float, default=4.0, show_default=True, help="For each rate and turn.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns, each of all rates.")
 @click.option("--pin/--no-pin", default=True, show_default=True, help="Give the router a core of its own.")
 @click.option("--quick", is_flag=True, help="A few streams and tokens: shows that it runs, not how fast.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
@@ -270,6 +315,7 @@ def main(
     peers: int,
     rates: tuple[float, ...],
     seconds: float,
+    repeats: int,
     pin: bool,
     quick: bool,
     json_path: Path | None,
@@ -278,18 +324,19 @@ def main(
     """Measure one router between stub decode nodes, which send tokens at a given rate, and a client that streams them all.
 
     Every decode node sends a frame per step with one token for each of its streams, as real ones do, and the nodes take turns.
-    A token's added latency is from the stub's send to the client's read. Detokenizing and JSON are included; the model is
+    A token's added latency is from the stub's send to its arrival at the client's socket. Detokenizing and JSON are included; the model is
     the built-in one's tokenizer.
     """
     if quick:
-        streams, peers, rates, seconds = 16, 2, (1000.0,), 0.5
+        streams, peers, rates, seconds, repeats = 16, 2, (1000.0,), 0.5, 1
     load, runs = LoadMeter(), []
     with started(streams, peers, pin) as bench:
         bench.run(1000.0 if quick else 5000.0, 0.5)  # warms up
-        for rate in rates or (10e3, 20e3, 40e3, 60e3):
+        for rate in (rates or (10e3, 20e3, 40e3, 60e3)) * repeats:
             runs.append(bench.run(rate, seconds))
     report = Report(machine=describe_machine(), load=load.read(), streams=streams, peers=peers, runs=runs)
-    lines = [f"{streams} streams over {peers} decode nodes, {seconds:g} s for each rate"]
+    lines = [f"{streams} streams over {peers} decode nodes; medians of {repeats} turns, {seconds:g} s for each rate"]
+    lines.append(f"stub nodes at {'real-time' if bench.is_stub_first else 'ordinary (no other is allowed)'} priority")
     if not all(run.is_one_event_per_token for run in runs):
         lines.append("NOT one event per token: the figures mean something else")
     show(section("Router", report.machine, report.load, [table(runs)], lines), markdown)

@@ -1,11 +1,12 @@
 """Decode nodes without an engine: they speak the link protocol and send tokens at a given pace. Started by `router.py`.
 
 argv: the file descriptor of a pipe. The first message is a `Stub`; then, for each run, a `Pace`, answered once all its streams
-are here, and the word to begin, answered by `Sent` once all have had all their tokens. Times are of CLOCK_MONOTONIC. One
-asyncio thread serves all nodes.
+are here, and the word to begin, answered by `Sent` once all have had all their tokens. Times are of CLOCK_REALTIME, as the
+kernel's are that they are compared with. One asyncio thread serves all nodes; all it sends in a run is built before it.
 """
 
 import asyncio
+import gc
 import logging
 import random
 import sys
@@ -53,8 +54,8 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     """Of each node's frames: the k-th carried the k-th token of all its streams."""
     node_of_stream: dict[int, int]
     """The stream's number is its prompt's first token."""
-    worst_late_s: float
-    """How late at worst a frame was sent."""
+    late_s: list[float]
+    """How late each frame of any node was sent."""
 
 
 class StubNode:
@@ -64,7 +65,7 @@ class StubNode:
         self.number = number
         self.streams: dict[int, Generate] = {}
         self.stamps_s: list[float] = []
-        self.worst_late_s = 0.0
+        self.late_s: list[float] = []
         self._stub = stub
         self._link: NodeLink | None = None
         self._words = [random.Random(number).randrange(1, stub.vocab_size) for _ in range(997)]  # coprime to any batch of streams
@@ -82,26 +83,31 @@ class StubNode:
         self.streams[unpack_tokens(frame.tokens)[0]] = frame
         self._link.send(Decided(frame.seq, frame.attempt, "threshold: short", 0))
 
-    async def run(self, pace: Pace, begin_s: float) -> None:
-        self.stamps_s, self.worst_late_s = [], 0.0
-        for index in range(pace.num_tokens):
-            due_s = begin_s + index * pace.step_s
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            now_s = time.monotonic()
-            self.worst_late_s = max(self.worst_late_s, now_s - due_s)
-            self.stamps_s.append(now_s)
-            self._send(index, is_last=index == pace.num_tokens - 1)
-        self.streams.clear()
+    def frames(self, pace: Pace) -> list[Tokens]:
+        """One for each step."""
+        finish: list[FinishReason | None] = [*([None] * (pace.num_tokens - 1)), "length"]
+        return [self._frame(index, reason) for index, reason in enumerate(finish)]
 
-    def _send(self, index: int, *, is_last: bool) -> None:
-        assert self._link is not None
-        finish: FinishReason | None = "length" if is_last else None
+    def _frame(self, index: int, finish: FinishReason | None) -> Tokens:
         words = self._words
-        runs = [
-            TokenRun(frame.seq, frame.attempt, index, (words[(index + stream) % len(words)],), None, finish)
-            for stream, frame in self.streams.items()
-        ]
-        self._link.send(Tokens(tuple(runs)))
+        return Tokens(
+            tuple(
+                TokenRun(frame.seq, frame.attempt, index, (words[(index + stream) % len(words)],), None, finish)
+                for stream, frame in self.streams.items()
+            )
+        )
+
+    async def run(self, frames: list[Tokens], step_s: float, begin_s: float) -> None:
+        assert self._link is not None
+        self.stamps_s, self.late_s = [], []
+        for index, frame in enumerate(frames):
+            due_s = begin_s + index * step_s
+            await asyncio.sleep(max(0.0, due_s - time.time()))
+            now_s = time.time()
+            self._link.send(frame)
+            self.stamps_s.append(now_s)
+            self.late_s.append(now_s - due_s)
+        self.streams.clear()
 
 
 class StubNodes:
@@ -139,15 +145,18 @@ class StubNodes:
     async def run(self, pace: Pace) -> Sent:
         """Send; the nodes' steps are spread evenly over a step's time."""
         node_of_stream = {stream: node.number for node in self.nodes for stream in node.streams}
-        begin_s = time.monotonic() + 0.05
+        frames = [node.frames(pace) for node in self.nodes]
+        gc.freeze()
+        begin_s = time.time() + 0.05
         offset_s = pace.step_s / len(self.nodes)
         async with asyncio.TaskGroup() as group:
             for node in self.nodes:
-                group.create_task(node.run(pace, begin_s + node.number * offset_s))
+                group.create_task(node.run(frames[node.number], pace.step_s, begin_s + node.number * offset_s))
+        gc.unfreeze()
         return Sent(
             stamps_s=[node.stamps_s for node in self.nodes],
             node_of_stream=node_of_stream,
-            worst_late_s=max(node.worst_late_s for node in self.nodes),
+            late_s=[late_s for node in self.nodes for late_s in node.late_s],
         )
 
 

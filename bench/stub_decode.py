@@ -133,14 +133,18 @@ class StubNodes:
     def _on_frame(self, node: StubNode, link: NodeLink, frame: ToNode) -> None:
         if isinstance(frame, Generate):
             node.accept(frame)
-            if self._pace is not None and sum(len(one.streams) for one in self.nodes) == self._pace.num_streams:
-                self._is_full.set()
+            self._note_if_full()
 
     async def gather(self, pace: Pace) -> None:
-        """Until the streams are here."""
+        """Until the streams are here; some, or all, may have been quicker than the pace."""
         self._pace = pace
         self._is_full.clear()
+        self._note_if_full()
         await self._is_full.wait()
+
+    def _note_if_full(self) -> None:
+        if self._pace is not None and sum(len(node.streams) for node in self.nodes) == self._pace.num_streams:
+            self._is_full.set()
 
     async def run(self, pace: Pace) -> Sent:
         """Send; the nodes' steps are spread evenly over a step's time."""

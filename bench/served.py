@@ -206,7 +206,10 @@ def started(job: Job, root: Path, turns: Path) -> Iterator[Bench]:
             stack.callback(_end, process)
         engine = stack.enter_context(_engine(job, path, engine_cpus))
         _wait_ready(url, nodes, root / "cluster.log")
-        yield Bench(job, Target.of(url, "completions", None), "served", open_directory(path).spec().vocab_size, engine)
+        try:
+            yield Bench(job, Target.of(url, "completions", None), "served", open_directory(path).spec().vocab_size, engine)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{_tail(root / 'cluster.log')}") from error
 
 
 @contextlib.contextmanager
@@ -249,8 +252,12 @@ def _wait_ready(url: str, processes: list[subprocess.Popen[bytes]], log: Path) -
     deadline = time.monotonic() + _START_S
     while not answers(f"{url}/ready"):
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
-            raise RuntimeError(f"the cluster did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            raise RuntimeError(f"the cluster did not start:\n{_tail(log)}")
         time.sleep(0.1)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

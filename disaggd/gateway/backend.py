@@ -3,7 +3,7 @@
 Everything here is called on the asyncio thread. Knows nothing of HTTP, of text or of nodes.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -37,6 +37,10 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     """Set on the last Delta, and only there."""
 
 
+Deltas = Sequence[Delta]
+"""All that has come of a sequence since the last ones were taken; never empty."""
+
+
 class Backend(Protocol):
     """What the gateway asks of a cluster."""
 
@@ -52,8 +56,10 @@ class Backend(Protocol):
     def vocab_size(self) -> int:
         """Token ids lie in [0, vocab_size)."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         """Yield the sequence's tokens as they come; the last Delta has a `finish_reason`.
+
+        Whoever falls behind finds several Deltas at a time, and catches up by it.
 
         Raises RequestError, before the first Delta or after any. Closing the generator, or cancelling the task that
         waits for it, aborts the sequence; neither waits for the cluster.

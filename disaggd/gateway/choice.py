@@ -1,4 +1,4 @@
-"""One sequence as its client sees it: Deltas of tokens in, text out. Runs on the asyncio thread, once per Delta.
+"""One sequence as its client sees it: Deltas of tokens in, text out. Runs on the asyncio thread.
 
 Knows nothing of HTTP or JSON.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from disaggd.errors import RequestFailed
-from disaggd.gateway.backend import Delta
+from disaggd.gateway.backend import Delta, Deltas
 from disaggd.gateway.detokenizer import Detokenizer
 from disaggd.gateway.stop import StopStrings
 from disaggd.sampling import FinishReason, TokenLogprob
@@ -46,8 +46,17 @@ class Choice:
         self._stop = StopStrings(stop) if stop else None
         self._num_chars = 0
 
-    def hear(self, delta: Delta) -> Said:
-        """What may be shown now. The token that stopped a sequence counts, but is no text."""
+    def hear(self, deltas: Deltas) -> list[Said]:
+        """What each lets be shown now; nothing of those after a stop string."""
+        said: list[Said] = []
+        for delta in deltas:
+            said.append(self._hear(delta))
+            if self.stopped:
+                break
+        return said
+
+    def _hear(self, delta: Delta) -> Said:
+        """The token that stopped a sequence counts, but is no text."""
         self.num_tokens += len(delta.tokens)
         finish = delta.finish_reason
         if finish is None and delta.logprobs is None and self._stop is None:
@@ -87,8 +96,8 @@ class Transcript:
     def __init__(self, num_choices: int) -> None:
         self._said: list[list[Said]] = [[] for _ in range(num_choices)]
 
-    async def add(self, index: int, said: Said) -> None:
-        self._said[index].append(said)
+    async def add(self, index: int, said: Sequence[Said]) -> None:
+        self._said[index].extend(said)
 
     def whole(self) -> Sequence[Said]:
         """One Said for each choice."""

@@ -22,8 +22,8 @@ class Usage(msgspec.Struct, frozen=True):
     cached_tokens: int | None
 
 
-Listener = Callable[[int, Said], Awaitable[None]]
-"""Told the choice's index and what one Delta said."""
+Listener = Callable[[int, Sequence[Said]], Awaitable[None]]
+"""Told the choice's index and what some Deltas said, one after another."""
 
 
 class Generation:
@@ -65,14 +65,14 @@ class Generation:
     async def _run_one(self, request: GenerationRequest, choice: Choice, listener: Listener) -> None:
         observe, since_s = self._metrics.observe_first_token, self._arrived_s
         finish = None
-        async with aclosing(self._backend.generate(request)) as deltas:
-            async for delta in deltas:
-                said = choice.hear(delta)
+        async with aclosing(self._backend.generate(request)) as batches:
+            async for deltas in batches:
+                said = choice.hear(deltas)
                 await listener(choice.index, said)
                 now_s = time.perf_counter()
                 observe(now_s - since_s)
                 observe, since_s = self._metrics.observe_inter_token, now_s
-                finish = said.finish_reason
+                finish = said[-1].finish_reason
                 if choice.stopped:
                     self._backend.stopped(request)
                     return

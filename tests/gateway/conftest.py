@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 import disaggd.model
 from disaggd.gateway.app import create_app
-from disaggd.gateway.backend import Delta, GenerationRequest
+from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.tokenizer import Tokenizer, read_tokenizer
 from disaggd.observe.metrics import Metrics
@@ -43,11 +43,11 @@ class ScriptedBackend:
         self.events: list[str] = []
         self.is_ready = True
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         self.requests.append(request)
         try:
             async for delta in self.script(request):
-                yield delta
+                yield [delta]
         except (GeneratorExit, asyncio.CancelledError):
             self.events.append(f"aborted {request.id}")
             raise

@@ -11,7 +11,7 @@ from disaggd.cluster.peers import DecodePeer
 from disaggd.cluster.protocol import Decided, Generate, NodeHello, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
-from disaggd.gateway.backend import Delta, GenerationRequest
+from disaggd.gateway.backend import Deltas, GenerationRequest
 from disaggd.ids import Incarnation, NodeName
 from disaggd.model.directory import open_directory
 from disaggd.observe.metrics import Metrics
@@ -54,7 +54,7 @@ class Front:
     def request(self, request_id: str) -> GenerationRequest:
         return GenerationRequest(id=request_id, tokens=[5, 6, 7], sampling=SamplingParams(max_tokens=4), policy="auto")
 
-    async def begin(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    async def begin(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         """Generate until the first delta, token 9."""
         deltas = self.backend.generate(request)
         first = asyncio.create_task(anext(deltas))
@@ -63,7 +63,7 @@ class Front:
         assert isinstance(frame, Generate)
         self.backend.dispatcher.on_frame(NodeName("d0"), Decided(frame.seq, 0, "short: it is", 0))
         self.tokens(frame, 0, 9)
-        assert (await first).tokens == (9,)
+        assert [delta.tokens for delta in await first] == [(9,)]
         return deltas
 
     def tokens(self, frame: Generate, start: int, *tokens: int, finish: bool = False) -> None:
@@ -99,7 +99,22 @@ def test_a_stop_string_of_one_request_leaves_another_with_the_same_id_alone() ->
         front.backend.stopped(one)
         await first.aclose()
         front.tokens(front.generates()[1], 1, 10, 11, 12, finish=True)
-        assert [delta.tokens async for delta in second] == [(10, 11, 12)]
+        assert [delta.tokens async for deltas in second for delta in deltas] == [(10, 11, 12)]
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_fell_behind_finds_all_that_came_and_then_the_error() -> None:
+    async def scenario() -> None:
+        front = Front()
+        stream = await front.begin(front.request("a"))
+        frame = front.generates()[0]
+        front.tokens(frame, 1, 10)
+        front.tokens(frame, 2, 11)
+        front.backend.dispatcher.fail(frame.seq, Unavailable("gone"))
+        assert [delta.tokens for delta in await anext(stream)] == [(10,), (11,)]
+        with pytest.raises(Unavailable, match="gone"):
+            await anext(stream)
 
     asyncio.run(scenario())
 
@@ -125,7 +140,7 @@ def test_a_draining_router_admits_nothing_and_lets_streams_go_on_for_a_while() -
         with pytest.raises(Unavailable, match="stopping"):
             await anext(front.backend.generate(front.request("b")))
         front.tokens(front.generates()[0], 1, 10, 11, 12, finish=True)
-        assert [delta.finish_reason async for delta in stream] == ["length"]
+        assert [delta.finish_reason async for deltas in stream for delta in deltas] == ["length"]
 
     asyncio.run(scenario())
 

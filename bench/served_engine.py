@@ -4,6 +4,7 @@ argv: the file descriptor of a pipe. The first message is a `Setup`, answered wh
 answered by the seconds that each of them took.
 """
 
+import gc
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     pool_tokens: int
     max_step_tokens: int
+    max_sequences: int
     cpus: tuple[int, ...]
 
 
@@ -35,7 +37,10 @@ def serve(pipe: Connection) -> None:
 
     setup: Setup = pipe.recv()
     os.sched_setaffinity(0, setup.cpus)
-    engine = Ours(setup.path, "cpu", pool_tokens=setup.pool_tokens, max_step_tokens=setup.max_step_tokens)
+    limits = {"max_step_tokens": setup.max_step_tokens, "max_sequences": setup.max_sequences}
+    engine = Ours(setup.path, "cpu", pool_tokens=setup.pool_tokens, **limits)
+    gc.collect()
+    gc.freeze()  # as nodes do
     pipe.send(None)
     while True:
         wanted: Steps = pipe.recv()

@@ -185,6 +185,9 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill node that does not confirm within this that it stopped writing is fenced off."""
     user_timeout_s: Seconds = 5.0
     """TCP gives a silent peer up after this."""
+    staging: Size = Size(2**30)
+    """Bytes of pinned host memory, on a node with a GPU, that its KV goes through. A prompt whose KV they do not hold at once is
+    prefilled by its decode node."""
     layer_group: Positive = 1
     """Layers per write: with one, at most about a layer's wire time is exposed; twelve writes cost TCP no more than one."""
 

@@ -22,6 +22,7 @@ from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.supervisor import is_local
 from disaggd.transfer.layout import KVSpec, kv_spec
+from disaggd.transfer.source import staging_blocks
 
 _COLUMNS = ("node", "role", "listens on", "device", "threads", "pool", "blocks", "tokens")
 _NUMBERS = ("threads", "pool", "blocks", "tokens")
@@ -38,6 +39,7 @@ def describe(path: Path, config: Config) -> None:
         _check_model_len(config, spec)
         for node in config.nodes:
             node_environment(config, node)
+            _staging_blocks(config, node, spec)
         table = _nodes(config, spec)
     console = Console()
     if not console.is_terminal:
@@ -59,6 +61,7 @@ def _warnings(config: Config, spec: ModelSpec) -> Iterator[str]:
     for node in config.nodes:
         if node.role != "router":
             yield from _small_pool(config, node, spec)
+            yield from _small_staging(config, node, spec)
         if is_local(node):
             yield from _absent_cpus(node)
             yield from _absent_devices(config, node)
@@ -69,6 +72,17 @@ def _small_pool(config: Config, node: NodeConfig, spec: ModelSpec) -> Iterator[s
     limit = config.model.max_model_len or spec.max_position_embeddings
     if blocks is not None and (tokens := blocks * node.block_size) < limit:
         yield f"node {node.name!r}: kv_cache holds {tokens:,} tokens, but one request may have {limit:,} (model.max_model_len)"
+
+
+def _small_staging(config: Config, node: NodeConfig, spec: ModelSpec) -> Iterator[str]:
+    """Only what a decode node receives must be there at once."""
+    blocks = _staging_blocks(config, node, spec)
+    limit = config.model.max_model_len or spec.max_position_embeddings
+    if node.role == "decode" and blocks is not None and (tokens := blocks * node.block_size) < limit:
+        yield (
+            f"node {node.name!r}: transfer.staging holds {tokens:,} tokens: longer prompts are never prefilled elsewhere, and one request "
+            f"may have {limit:,} (model.max_model_len)"
+        )
 
 
 def _absent_cpus(node: NodeConfig) -> Iterator[str]:
@@ -94,6 +108,19 @@ def num_blocks(node: NodeConfig, kv: KVSpec) -> int | None:
     if pool_bytes < kv.bytes_per_block:
         raise ConfigError(f"node {node.name!r}: kv_cache ({_size(pool_bytes)}) is less than one block ({_size(kv.bytes_per_block)})")
     return pool_bytes // kv.bytes_per_block
+
+
+def _staging_blocks(config: Config, node: NodeConfig, spec: ModelSpec) -> int | None:
+    """Blocks of the memory that a GPU's KV goes through; None for a node without. Raises ConfigError for too little."""
+    if not node.is_gpu:
+        return None
+    return staging_blocks(
+        kv_spec(spec, node.block_size),
+        config.transfer.staging,
+        pool_blocks=None,  # a pool that is smaller has a warning of its own
+        max_step_tokens=node.max_step_tokens,
+        layer_group=config.transfer.layer_group,
+    )
 
 
 def _nodes(config: Config, spec: ModelSpec) -> Table:
@@ -123,7 +150,7 @@ def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpe
         "model": f"{config.model.served_name} ({config.model.path}): {kind}",
         "model id": directory.served_id(config.model.weights),
         "policy": _policy(config),
-        "transfer": f"{config.transfer.transports} on {config.transfer.devices or 'loopback'}, ports {config.transfer.port_range}",
+        "transfer": _transfer(config),
         "links": f"heartbeat {config.cluster.heartbeat_s:g} s, {'shared secret' if config.cluster.secret else 'no secret: loopback only'}",
     }
     return Text("\n").join(Text.assemble((f"{name:<9}", "bold"), value) for name, value in facts.items())
@@ -131,6 +158,12 @@ def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpe
 
 def _dtype(config: Config, spec: ModelSpec) -> str:
     return spec.dtype if config.model.weights == "auto" else f"{spec.dtype} with {config.model.weights} weights"
+
+
+def _transfer(config: Config) -> str:
+    transfer = config.transfer
+    shown = f"{transfer.transports} on {transfer.devices or 'loopback'}, ports {transfer.port_range}"
+    return shown + f", a GPU's through {_size(transfer.staging)} of its host" if any(node.is_gpu for node in config.nodes) else shown
 
 
 def _policy(config: Config) -> str:

@@ -129,6 +129,7 @@ def test_check_shows_the_resolved_cluster(config: Path, capsys: pytest.CaptureFi
         ('kv_cache = "1KiB"', "node 'd0': kv_cache (1 KiB) is less than one block"),
         ('[model]\npath = "builtin:huge"', "builtin:huge: no such built-in model"),
         ('[transfer]\ntransports = "pigeon"', "cluster.toml: [transfer] transports = 'pigeon'"),
+        ('device = "cuda"\n[transfer]\nstaging = "100KiB"', "transfer.staging: 102,400 bytes are less than one write takes; it must have"),
         ("[model]\nmax_model_len = 5000", "cluster.toml: model.max_model_len: 5,000 is more than the model's own limit of 4,096 tokens"),
     ],
 )
@@ -145,6 +146,20 @@ def test_check_warns_of_what_this_host_lacks(config: Path, capsys: pytest.Captur
     assert "kv_cache holds 320 tokens, but one request may have 4,096" in small
     assert "cpus [1023] are not among those that a process may use here" in cpus
     assert "this host has no network device 'eth77' (transfer.devices); it has lo" in device
+
+
+def test_check_warns_of_staging_memory_that_holds_no_whole_request(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = DECODE.replace("32MiB", "1GiB") + 'device = "cuda"\n'
+    prefill = gpu.replace('"d0"', '"p0"').replace("decode", "prefill").replace("8102", "8101")
+    config.write_text('[transfer]\nstaging = "1MiB"\n' + ROUTER + prefill + gpu)
+    assert run("check", "--config", str(config)) == 0
+    shown = capsys.readouterr().out
+    assert "a GPU's through 1 MiB of its host" in shown
+    (warning,) = [line for line in shown.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: node 'd0': transfer.staging holds 320 tokens: longer prompts are never prefilled elsewhere")
+    config.write_text('[transfer]\nstaging = "64MiB"\n' + ROUTER + gpu)
+    assert run("check", "--config", str(config)) == 0
+    assert "staging holds" not in capsys.readouterr().out
 
 
 def test_check_asks_nothing_of_this_host_for_a_node_elsewhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

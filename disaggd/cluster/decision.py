@@ -26,10 +26,19 @@ class Decision(msgspec.Struct, frozen=True):
     reason: str
 
 
-def decide(rule: DecisionRule, num_uncached: int, *, prefill_nodes: int, queue_depth: int, override: Override = "auto") -> Decision:
+def decide(
+    rule: DecisionRule,
+    num_uncached: int,
+    *,
+    prefill_nodes: int,
+    queue_depth: int,
+    override: Override = "auto",
+    max_remote_tokens: int | None = None,
+) -> Decision:
     """Remote iff more than `max_local_prefill_tokens` tokens are uncached and the prefill queue is shorter than its limit.
 
-    `prefill_nodes` counts those that this decode node can receive from now; with none of them every policy is local.
+    `prefill_nodes` counts those that this decode node can receive from now; with none of them every policy is local. So it is for
+    more than `max_remote_tokens`, which the node has no memory to receive.
     """
     if override == "local":
         return Decision(False, "requested: local prefill")
@@ -37,6 +46,8 @@ def decide(rule: DecisionRule, num_uncached: int, *, prefill_nodes: int, queue_d
         return Decision(False, "policy: never remote")
     if prefill_nodes == 0:
         return Decision(False, "no_prefill_node: none is reachable")
+    if max_remote_tokens is not None and num_uncached > max_remote_tokens:
+        return Decision(False, f"staging: {num_uncached} uncached tokens > {max_remote_tokens} that can be received")
     if override == "remote":
         return Decision(True, "requested: remote prefill")
     if rule.policy == "always":

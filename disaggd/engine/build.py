@@ -39,14 +39,13 @@ class LoadedEngine:
     spec: ModelSpec
     kv_spec: KVSpec
     kv: Tensor
-    """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: what other nodes' pushes write into."""
+    """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: the pool."""
     stream: DeviceStream
 
     @property
     def place(self) -> PoolPlace:
         """Where `kv` lies."""
-        where = self.kv.device
-        return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks, where.index if where.type == "cuda" else None)
+        return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)
 
 
 def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:

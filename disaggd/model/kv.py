@@ -8,8 +8,10 @@ from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVSpec
 
 
-def allocate_kv(spec: KVSpec, num_blocks: int, where: device) -> Tensor:
+def allocate_kv(spec: KVSpec, num_blocks: int, where: device, *, pinned: bool = False) -> Tensor:
     """The pool [layers, num_blocks, kv_heads, 2, block_size, head_dim] in `spec.dtype`, contiguous and zero.
+
+    `pinned`: memory of the host that a GPU copies from and to by itself.
 
     Every page is touched now, so that a host without the memory fails at its start rather than under load, and no step pays
     for a page fault. Raises ResourceError when the memory cannot be had.
@@ -20,6 +22,6 @@ def allocate_kv(spec: KVSpec, num_blocks: int, where: device) -> Tensor:
     assert group.head_bytes == 2 * spec.block_size * spec.head_dim * DTYPE_BYTES[spec.dtype], "KVGroup.head_bytes disagrees with its KVSpec"
     shape = (group.layers, num_blocks, group.kv_heads, 2, spec.block_size, spec.head_dim)
     try:
-        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=where).zero_()
+        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=where, pin_memory=pinned).zero_()
     except RuntimeError as error:
         raise ResourceError(f"no memory for a KV pool of {num_blocks * spec.bytes_per_block:,} bytes on {where}: {error}") from error

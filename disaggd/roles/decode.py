@@ -6,7 +6,7 @@ out, so a test can script any order of messages. Knows nothing of sockets, text 
 A sequence is either the engine's alone (prefilled here, or landed), or QUEUED there with at most one grant out:
 
     Generate ─► Decided, the engine has it
-    Generate ─► NeedPrefill ─► RequestGrant ─► Granted ─► Landed ─► the engine has it
+    Generate ─► NeedPrefill ─► RequestGrant ─► Granted ─► Landed ─► (on a GPU: copied into the pool) ─► the engine has it
                                                   └─► Released: the grant is quarantined, the sequence forgotten
 """
 
@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import singledispatchmethod
 
 import uvloop
@@ -48,17 +48,23 @@ from disaggd.cluster.protocol import (
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
+from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.scheduler import StepPlan
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import InvalidRequest
-from disaggd.ids import GrantToken, NodeName, SeqId
+from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.landing import Copy, LandingMemory, Landings
 from disaggd.roles.node import run_engine_node
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord, GrantState
+from disaggd.transfer.notification import FirstToken
 
 log = logging.getLogger(__name__)
+
+COPY_POLL_S = 200e-6
+"""A prompt's KV is copied into a GPU's memory in 0.1 to 20 ms, and CUDA has no event that wakes a thread with an inbox."""
 
 
 @dataclass(slots=True)
@@ -69,6 +75,8 @@ class Placed:
     sequence: Sequence
     grant: GrantToken | None = None
     """Out now; None again once it landed."""
+    reserved: list[BlockId] = field(default_factory=list)
+    """Blocks of the pool that wait for what the grant brings, where that lands elsewhere first."""
 
     @property
     def seq(self) -> SeqId:
@@ -79,8 +87,20 @@ class Placed:
         return self.sequence.attempt
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A grant that has landed, until it is in the pool; its sequence may have been given up meanwhile."""
+
+    placed: Placed
+    first: FirstToken
+    copy: Copy
+
+
 class DecodeRole:
-    """One decode node's decisions. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+    """One decode node's decisions. `submit` takes commands to the transfer thread; `clock` is monotonic seconds.
+
+    `staging` is what peers write where they cannot write the engine's pool.
+    """
 
     def __init__(
         self,
@@ -95,6 +115,7 @@ class DecodeRole:
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
+        staging: LandingMemory | None = None,
     ) -> None:
         self._name = name
         self._engine = engine
@@ -107,6 +128,9 @@ class DecodeRole:
         self._submit = submit
         self._clock = clock
         self._grants = GrantBook(quiesce_s, clock)
+        self._landings = Landings(engine.pool, staging)
+        self._is_staged = staging is not None
+        self._arrivals: list[Arrival] = []
         self._placed: dict[SeqId, Placed] = {}
         self._agents: dict[NodeName, transfer.PairOpened] = {}
         """Our agent for each prefill node."""
@@ -147,7 +171,14 @@ class DecodeRole:
         """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
         num_uncached = len(sequence.tokens)
-        verdict = decide(self._rule, num_uncached, prefill_nodes=frame.prefill_nodes, queue_depth=frame.queue_depth, override=frame.policy)
+        verdict = decide(
+            self._rule,
+            num_uncached,
+            prefill_nodes=frame.prefill_nodes,
+            queue_depth=frame.queue_depth,
+            override=frame.policy,
+            max_remote_tokens=self._landings.max_tokens,
+        )
         if not verdict.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed
@@ -167,6 +198,7 @@ class DecodeRole:
             return self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
         if placed.grant is not None:  # given with `NeedPrefill`; that the router asks again says that it forwarded it to nobody
             self._free(self._grants.withdraw(placed.grant))
+            self._unreserve(placed)
             placed.grant = None
         if (grant := self._grant(placed, frame.prefill)) is not None:
             return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
@@ -186,7 +218,7 @@ class DecodeRole:
             self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
         elif placed.sequence.state is not SequenceState.QUEUED:
             self._outbox.send(link, Landed(frame.seq, frame.attempt))
-        else:
+        elif not any(arrival.placed is placed for arrival in self._arrivals):  # else `Landed` is about to be said
             self._release(placed, "its prefill failed or is lost")
 
     @_on_frame.register
@@ -221,9 +253,11 @@ class DecodeRole:
             return self._free(self._grants.quiesced(event.token, clean=True))
         placed = self._placed[record.seq_id]
         placed.grant = None
-        output = self._engine.resume(placed.sequence, list(record.blocks), event.first.token, event.first.logprob)
-        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
-        return self.deliver([output])
+        if not self._is_staged:
+            return self._resume(placed, list(record.blocks), event.first)
+        blocks, placed.reserved = placed.reserved, []
+        self._arrivals.append(Arrival(placed, event.first, self._landings.copy_in(record.blocks, blocks)))
+        return None
 
     @_on_event.register
     def _(self, event: transfer.LandingFailed) -> None:
@@ -274,7 +308,8 @@ class DecodeRole:
             self._outbox.send(link, Tokens(tuple(batch)))
 
     def tick(self) -> None:
-        """Leases that ran out, agents to fence, room for those who were refused."""
+        """Sequences whose KV is there, leases that ran out, agents to fence, room for those who were refused."""
+        self._take_arrivals()
         for record in self._grants.expired():
             self._release(self._placed[record.seq_id], f"no sign of life from {record.peer} for {record.lease_s:g} s")
         for peer, agent_id in self._grants.overdue():
@@ -287,18 +322,25 @@ class DecodeRole:
     def next_deadline(self) -> float | None:
         if self._links_with_room():
             return self._clock()  # a step has freed it, and nothing else may come in
-        return self._grants.next_deadline()
+        deadline = self._grants.next_deadline()
+        if not self._arrivals:
+            return deadline
+        asked_again = self._clock() + COPY_POLL_S
+        return asked_again if deadline is None else min(asked_again, deadline)
 
     def gauges(self) -> Gauges:
         granted, quarantined = self._grants.blocks_granted, self._grants.blocks_quarantined
         engine, free = self._engine.gauges(), self._pool.num_free
+        promised = granted + quarantined
+        if self._is_staged:  # what is quarantined is not the pool's
+            granted = promised = self._landings.num_reserved
         return Gauges(
             waiting=engine.waiting,
             running=engine.running,
             queued=engine.queued,
             blocks_free=free,
             blocks_cached=0,
-            blocks_used=self._pool.num_blocks - free - granted - quarantined,
+            blocks_used=self._pool.num_blocks - free - promised,
             blocks_granted=granted,
             blocks_held=0,
             blocks_quarantined=quarantined,
@@ -311,10 +353,15 @@ class DecodeRole:
         """For its tokens and the first one generated."""
         return self._pool.blocks_for(len(sequence.tokens) + 1)
 
+    def _blocks_pushed(self, sequence: Sequence) -> int:
+        return self._pool.blocks_for(len(sequence.tokens))
+
     def _has_room(self, placed: Placed, prefill: NodeName) -> bool:
         """Whether a grant for `prefill` could be given now."""
-        need = self._blocks_needed(placed.sequence)
-        return prefill in self._agents and self._engine.room_for_grant(placed.sequence, need, self._grants.num_granted)
+        if prefill not in self._agents or not self._landings.has_room(self._blocks_pushed(placed.sequence)):
+            return False
+        num_coming = self._grants.num_granted + len(self._arrivals)
+        return self._engine.room_for_grant(placed.sequence, self._blocks_needed(placed.sequence), num_coming)
 
     def _links_with_room(self) -> set[LinkId]:
         """Routers of which a refused grant could be given now."""
@@ -326,8 +373,8 @@ class DecodeRole:
         if not self._has_room(placed, prefill):
             return None
         agent = self._agents[prefill]
-        blocks = self._pool.allocate(self._blocks_needed(placed.sequence))
-        assert blocks is not None, "room was checked"
+        num_pushed = self._blocks_pushed(placed.sequence)
+        blocks, placed.reserved = self._landings.reserve(self._blocks_needed(placed.sequence), num_pushed)
         token = GrantToken(os.urandom(16))
         self._grants.add(
             token,
@@ -339,15 +386,38 @@ class DecodeRole:
             lease_s=self._lease_s,
         )
         placed.grant = token
-        kv_bytes = self._pool.blocks_for(len(placed.sequence.tokens)) * self._bytes_per_block
-        self._submit(transfer.Expect(token, prefill, agent.agent_id, kv_bytes))
+        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block))
         return Grant(token, self._name, prefill, agent.agent_id, 0, tuple(blocks), self._lease_s)
 
     def _free(self, record: GrantRecord | None) -> None:
         """The record has left the book: nobody can write its blocks any more."""
         if record is not None:
             self._submit(transfer.Forget(record.token))
-            self._pool.release(record.blocks)
+            self._landings.free(record.blocks)
+
+    def _unreserve(self, placed: Placed) -> None:
+        self._landings.unreserve(placed.reserved)
+        placed.reserved = []
+
+    def _take_arrivals(self) -> None:
+        """Resume what has been copied into the pool; of what was given up meanwhile the blocks are free."""
+        arrivals, self._arrivals = self._arrivals, []
+        for arrival in arrivals:
+            placed = arrival.placed
+            if not arrival.copy.is_done():
+                self._arrivals.append(arrival)
+                continue
+            blocks = self._landings.copied(arrival.copy)
+            if self._placed.get(placed.seq) is placed:
+                self._resume(placed, blocks, arrival.first)
+            else:
+                self._pool.release(blocks)
+
+    def _resume(self, placed: Placed, blocks: list[BlockId], first: FirstToken) -> None:
+        """Its KV is in `blocks`, which become the sequence's: it runs."""
+        output = self._engine.resume(placed.sequence, blocks, first.token, first.logprob)
+        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
+        self.deliver([output])
 
     def _release(self, placed: Placed, reason: str) -> None:
         """Give the attempt up, and tell its router to place the sequence again."""
@@ -358,6 +428,7 @@ class DecodeRole:
         """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
         del self._placed[placed.seq]
         self._engine.abort(placed.sequence)
+        self._unreserve(placed)
         if placed.grant is not None and (record := self._grants.quarantine(placed.grant, reason)) is not None:
             self._outbox.send(placed.link, Cancel(record.token, record.peer, self._name))
 
@@ -385,7 +456,9 @@ def run(config: Config, node: NodeConfig) -> None:
         policy=rules.policy, max_local_prefill_tokens=rules.max_local_prefill_tokens, max_prefill_queue=rules.max_prefill_queue
     )
 
-    def make_role(loaded: LoadedEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> DecodeRole:
+    def make_role(
+        loaded: LoadedEngine, staging: KVStaging | None, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]
+    ) -> DecodeRole:
         return DecodeRole(
             node.name,
             loaded.engine,
@@ -397,6 +470,7 @@ def run(config: Config, node: NodeConfig) -> None:
             outbox=outbox,
             submit=submit,
             clock=time.monotonic,
+            staging=staging,
         )
 
     uvloop.run(run_engine_node(config, node, make_role))

@@ -18,10 +18,12 @@ from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_link
 from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
+from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.errors import DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.roles.compute import Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
+from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 """A step under way may finish; then the process goes, whatever is left."""
 
-MakeRole = Callable[[LoadedEngine, Outbox, Callable[[TransferCommand], None]], Role]
+MakeRole = Callable[[LoadedEngine, KVStaging | None, Outbox, Callable[[TransferCommand], None]], Role]
 
 
 class EngineNode:
@@ -49,6 +51,7 @@ class EngineNode:
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self._loaded = load_engine(config, node)
+        staging = staging_of(config, node, self._loaded)
         self._transfer = TransferThread(
             place=self._loaded.place,
             pool_bytes=self._loaded.kv.nbytes,
@@ -56,9 +59,10 @@ class EngineNode:
             post=self._on_transfer_event,
             port_range=config.transfer.port_range,
             on_start=self._loaded.stream.enter,
+            staging=staging,
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
-        role = make_role(self._loaded, outbox, self._transfer.submit)
+        role = make_role(self._loaded, staging, outbox, self._transfer.submit)
         self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail, self._loaded.stream.enter)
 
     async def serve(self) -> None:
@@ -156,6 +160,20 @@ class EngineNode:
         """Onto the asyncio thread, which may have ended already when this node is stopping."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStaging | None:
+    """Host memory for the KV of a GPU; a pool in the host's own memory needs none. Raises ConfigError or ResourceError."""
+    if not node.is_gpu:
+        return None
+    num_blocks = staging_blocks(
+        loaded.kv_spec,
+        config.transfer.staging,
+        pool_blocks=loaded.engine.pool.num_blocks,
+        max_step_tokens=node.max_step_tokens,
+        layer_group=config.transfer.layer_group,
+    )
+    return make_staging(loaded.kv, loaded.kv_spec, num_blocks)
 
 
 async def run_engine_node(config: Config, node: NodeConfig, make_role: MakeRole) -> None:

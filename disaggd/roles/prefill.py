@@ -37,6 +37,7 @@ from disaggd.cluster.protocol import (
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.engine import Engine, SequenceOutput
+from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import InvalidRequest
@@ -399,7 +400,10 @@ class PrefillRole:
 def run(config: Config, node: NodeConfig) -> None:
     """Serve a prefill node until SIGTERM or SIGINT. Raises DisaggdError."""
 
-    def make_role(loaded: LoadedEngine, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]) -> PrefillRole:
+    def make_role(
+        loaded: LoadedEngine, staging: KVStaging | None, outbox: Outbox, submit: Callable[[transfer.TransferCommand], None]
+    ) -> PrefillRole:
+        """`staging` is the transfer thread's alone."""
         pool = loaded.engine.pool
         return PrefillRole(
             loaded.engine,

@@ -1,4 +1,4 @@
-"""`Agent`: one NIXL agent that registers the whole pool; the only home of NIXL. Used by the transfer thread alone.
+"""`Agent`: one NIXL agent that registers the memory which KV moves from and to; the only home of NIXL. Used by the transfer thread alone.
 
 Agents are not thread-safe (three threads on one: SIGSEGV, measured), and without NIXL's own progress thread, which would
 spin on a core, they move bytes only while `poll` and `notifications` are called, on both sides.
@@ -22,7 +22,6 @@ from nixl._bindings import (
 
 from disaggd.errors import ResourceError
 from disaggd.ids import AgentId
-from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.pool import Indices, Pool
 from disaggd.transfer.ports import Port, PortRange, is_free
 
@@ -42,10 +41,7 @@ class PeerLost(Exception):
 class Agent:
     """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there.
 
-    Either pool may lie in a GPU's memory. Over TCP the writer's `poll` then copies to the host and the reader's
-    `notifications` to the device, one segment at a time, and each waits for its copy (UCX's software put: `cuda_copy` from
-    and to memory of the device, `cuStreamSynchronize` in both). So a notification still comes after its bytes, for any
-    stream; and a destroyed agent, which is polled no more, copies nothing. The calling thread must have a CUDA context.
+    Both pools lie in the memory of their hosts (`source.py` says why): over TCP a put between those copies nothing in between.
     """
 
     def __init__(self, port: Port, pool: Pool) -> None:
@@ -60,11 +56,10 @@ class Agent:
         self._register(pool)
 
     def _register(self, pool: Pool) -> None:
-        place = pool.place
         try:
-            self._nixl.register_memory([(place.address, pool.num_bytes, place.device or 0, "")], _memory(place))
+            self._nixl.register_memory([(pool.place.address, pool.num_bytes, 0, "")], "DRAM")
         except nixlBackendError as error:
-            raise ResourceError(f"NIXL cannot register a KV pool in {_memory(place)} ({error}): what it said before tells why") from error
+            raise ResourceError(f"NIXL cannot register the KV's memory ({error}): what it said before tells why") from error
 
     @property
     def metadata(self) -> bytes:
@@ -79,8 +74,8 @@ class Agent:
             raise PeerLost(f"agent {agent_id} cannot be connected to: {error}") from error
         if self._remote_name != agent_id.encode():
             raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
-        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), _memory(self._pool.place))
-        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), _memory(pool.place))
+        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), "DRAM")
+        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), "DRAM")
 
     def notify(self, message: bytes) -> None:
         """Send a notification on its own. Raises `PeerLost`."""
@@ -132,11 +127,6 @@ class Agent:
         for name in ("_sources", "_targets", "_nixl"):
             self.__dict__.pop(name, None)
         assert gone() is None, f"agent {self.agent_id} is still referenced: it is not fenced"
-
-
-def _memory(place: PoolPlace) -> str:
-    """NIXL's name for the kind of memory."""
-    return "DRAM" if place.device is None else "VRAM"
 
 
 def open_agent(ports: PortRange, pool: Pool) -> Agent:

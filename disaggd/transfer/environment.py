@@ -13,7 +13,8 @@ FENCEABLE_TRANSPORTS = frozenset({"tcp"})
 is of its kind: the peer writes through a mapping of our memory, which outlives our agent."""
 
 GPU_COPIES = "cuda_copy"
-"""What carries bytes between a process's own GPU memory and its TCP buffers. It reaches no other process, so it needs no fence."""
+"""Copies within a process, to and from its own GPU memory. It reaches no other process, so it needs no fence; and KV does without it,
+since NIXL is shown the host's memory only."""
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
@@ -56,7 +57,7 @@ def _first_line(path: Path) -> str:
 def transfer_environment(
     devices: str, *, transports: str = "tcp", user_timeout_s: float = 5.0, gpu: bool = False, pci: Path = PCI_DEVICES
 ) -> dict[str, str]:
-    """The variables that must be set before the first agent is made. `gpu`: the pool lies in a GPU's memory.
+    """The variables that must be set before the first agent is made. `gpu`: the node computes on one.
 
     `devices` are UCX device names (`lo`, `eth1`, `eth1,eth2`). A write to a peer whose kernel acknowledges nothing for
     `user_timeout_s` fails; one to a peer that is merely stopped does not (no setting makes it: measured for 120 s).
@@ -66,10 +67,8 @@ def transfer_environment(
         valid = ", ".join(sorted(FENCEABLE_TRANSPORTS))
         raise ConfigError(f"[transfer] transports = {transports!r}: a peer's late writes cannot be fenced there; valid: {valid}")
     return {
-        # On a host with a GPU NIXL starts nobody without it, not even a node on the CPU, for which it then does nothing.
+        # On a host with a GPU NIXL starts nobody without it, not even a node on the CPU.
         "UCX_TLS": f"{transports},{GPU_COPIES}" if gpu or has_nvidia_gpu(pci) else transports,
-        # A put from or to a GPU over TCP is one that UCX composes of copies and messages; some versions of NIXL forbid these.
-        "UCX_PROTO_EMULATION_ENABLE": "y",
         "UCX_NET_DEVICES": devices,
         "UCX_TCP_USER_TIMEOUT": f"{round(user_timeout_s * 1000)}ms",
         "UCX_TCP_KEEPIDLE": f"{KEEPALIVE_IDLE_S}s",

@@ -1,6 +1,6 @@
 """`Incoming`: the agents that peers write to, and the grants that are landing. Runs on the transfer thread.
 
-One agent per peer node, all registering the same pool, so that one peer can be fenced without the others. What counts
+One agent per peer node, all registering the same memory, so that one peer can be fenced without the others. What counts
 is the agent at which a notification comes in, never what its sender calls itself.
 """
 

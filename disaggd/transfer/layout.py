@@ -54,8 +54,6 @@ class PoolPlace(msgspec.Struct, frozen=True, array_like=True):
     address: int
     """Of its first byte."""
     num_blocks: int
-    device: int | None = None
-    """The CUDA device whose memory it is, as its own process counts them. None: the host's memory."""
 
 
 def kv_spec(model: ModelSpec, block_size: int) -> KVSpec:

@@ -64,7 +64,7 @@ class Fence(TransferCommand, frozen=True):
 
 
 class PairOpened(TransferEvent, frozen=True):
-    """The agent that `peer` shall write to, and where the pool lies."""
+    """The agent that `peer` shall write to, and where the blocks lie that grants name."""
 
     peer: NodeName
     peer_incarnation: Incarnation
@@ -125,7 +125,7 @@ class ConnectPair(TransferCommand, frozen=True):
     agent_id: AgentId
     metadata: bytes
     place: PoolPlace
-    """The peer's pool."""
+    """Of the blocks that the peer grants."""
 
 
 class BeginPush(TransferCommand, frozen=True):
@@ -149,8 +149,8 @@ def at_once() -> bool:
 class PushBlocks(TransferCommand, frozen=True):
     """Write `source` blocks, the given layers of them, into the `target` blocks of the same positions: one handle.
 
-    Posted once `is_ready`: a GPU may not have computed them yet. What the same push is told later waits behind it. The
-    caller holds a reference on each source block until `HandleDone`.
+    Posted once `is_ready`, for a GPU may not have computed them yet, and once they are where NIXL can read them. What the same
+    push is told later waits behind it. The caller holds a reference on each source block until `HandleDone`.
     """
 
     token: GrantToken

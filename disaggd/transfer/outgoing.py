@@ -2,6 +2,9 @@
 
 One local agent per peer node. A pair whose peer is out of reach loses its agent at once: destroying it ends every handle
 of it for good (13 ms, and not a byte leaves after), so the source blocks can be used again.
+
+What is pushed waits until it is computed, is loaded (`source.py`), and waits until that is done; then it is written. Pushes wait for
+nothing of each other's but room to load to: whoever is told first has it first, and every write that ends makes some.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,8 @@ from disaggd.transfer.messages import (
 )
 from disaggd.transfer.notification import Connect, Piece, WireQuiesced, encode
 from disaggd.transfer.pool import Pool
-from disaggd.transfer.push import Push
+from disaggd.transfer.push import Loaded, Push
+from disaggd.transfer.source import Load, Source
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class _Flight(msgspec.Struct, frozen=True):
     handle: HandleId
     push: Push
     source: tuple[BlockId, ...]
+    load: Load
     kv_bytes: int
 
 
@@ -50,9 +55,10 @@ class Outgoing:
     """Connects pairs, posts writes and polls them to their ends. Posts to the compute thread."""
 
     def __init__(
-        self, pool: Pool, rank: int, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None], clock: Callable[[], float]
+        self, source: Source, rank: int, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None], clock: Callable[[], float]
     ) -> None:
-        self._pool = pool
+        self._source = source
+        self._pool = source.pool
         self._rank = rank
         self._open_agent = open_agent
         self._post = post
@@ -60,6 +66,8 @@ class Outgoing:
         self._pairs: dict[NodeName, _Pair] = {}
         self._pushes: dict[GrantToken, Push] = {}
         self._flights: list[_Flight] = []
+        self._is_short = False
+        """Somebody was refused room to load to: until all have been asked again, in their order, nobody is given any."""
         self.sent_bytes = 0
 
     @property
@@ -72,8 +80,8 @@ class Outgoing:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether blocks are to be pushed that are not computed yet; only `poll` finds out when they are."""
-        return any(push.waiting for push in self._pushes.values())
+        """Whether blocks are to be pushed that are not computed or loaded yet; only `poll` finds out when they are."""
+        return any(push.waiting or push.loaded for push in self._pushes.values())
 
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -187,6 +195,7 @@ class Outgoing:
             pair.agent.notifications()  # nobody writes to these agents; the call lets their own messages out
         for flight in list(self._flights):
             self._poll(flight)
+        self._is_short = False
         for push in list(self._pushes.values()):
             self._expire(push)
             self._advance(push)
@@ -204,39 +213,51 @@ class Outgoing:
         self._settle(push)
 
     def _advance(self, push: Push) -> None:
-        """Obey in order what waits, as far as its blocks are computed. Any of it may lose the pair, and end the push by that."""
-        while push.waiting and _is_ready(push.waiting[0]):
+        """Obey in order what waits, as far as can be now. Any write may lose the pair, and end the push by that."""
+        self._load(push)
+        while push.loaded and push.loaded[0].load.is_ready():
             now = self._clock()
             push.expire(now)
             if not push.may_post:
                 break
-            command = push.waiting.popleft()
-            if isinstance(command, PushBlocks):
-                self._write(push, command, now)
-            else:
+            self._write(push, push.loaded.popleft(), now)
+        if push.waiting and not push.loaded and isinstance(command := push.waiting[0], FinishPush):
+            push.expire(self._clock())
+            if push.may_post:
+                push.waiting.popleft()
                 self._send_first(push, command)
         self._settle(push)
+
+    def _load(self, push: Push) -> None:
+        """Load what is computed, as far as there is room."""
+        while push.waiting and isinstance(command := push.waiting[0], PushBlocks) and not self._is_short and command.is_ready():
+            load = self._source.load(command.layers, command.source)
+            if load is None:
+                self._is_short = True
+                return
+            push.waiting.popleft()
+            push.loaded.append(Loaded(command, load))
 
     def _send_first(self, push: Push, command: FinishPush) -> None:
         seq = push.finish()
         piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
         self._notify(self._pairs[push.peer], encode(piece))
 
-    def _write(self, push: Push, command: PushBlocks, now: float) -> None:
+    def _write(self, push: Push, loaded: Loaded, now: float) -> None:
+        command, load = loaded.command, loaded.load
         pair = self._pairs[push.peer]
         kv_bytes = self._pool.bytes_of(command.layers, len(command.source))
         piece = Piece(push.token, self._rank, push.posted(now), kv_bytes)
-        sources = self._pool.indices(command.layers, command.source)
         targets = pair.remote.indices(command.layers, command.target)
         try:
-            handle = pair.agent.write(sources, targets, encode(piece))
+            handle = pair.agent.write(load.indices, targets, encode(piece))
         except PeerLost as error:
             reason = str(error)
         else:
-            self._flights.append(_Flight(pair, handle, push, command.source, kv_bytes))
+            self._flights.append(_Flight(pair, handle, push, command.source, load, kv_bytes))
             return
         push.ended(None, self._clock())
-        self._post(HandleDone(command.token, command.source, 0))
+        self._let_go(loaded)
         self._lose(pair, reason)
 
     def _poll(self, flight: _Flight) -> None:
@@ -254,6 +275,7 @@ class Outgoing:
         self._lose(flight.pair, reason)
 
     def _end(self, flight: _Flight, kv_bytes: int | None) -> None:
+        self._source.unload(flight.load)
         flight.push.ended(kv_bytes, self._clock())
         self.sent_bytes += kv_bytes or 0
         self._post(HandleDone(flight.push.token, flight.source, kv_bytes or 0))
@@ -277,12 +299,15 @@ class Outgoing:
         )
 
     def _give_up_waiting(self, push: Push) -> None:
-        """Nothing reads these blocks. What still computes them does so before whatever the same device is asked next."""
+        """Nothing is written of these blocks. What still computes them does so before whatever the same device is asked next; what
+        still loads them brings what nobody reads."""
+        while push.loaded:
+            self._let_go(push.loaded.popleft())
         while push.waiting:
             command = push.waiting.popleft()
             if isinstance(command, PushBlocks):
                 self._post(HandleDone(command.token, command.source, 0))
 
-
-def _is_ready(command: PushBlocks | FinishPush) -> bool:
-    return isinstance(command, FinishPush) or command.is_ready()
+    def _let_go(self, loaded: Loaded) -> None:
+        self._source.unload(loaded.load)
+        self._post(HandleDone(loaded.command.token, loaded.command.source, 0))

@@ -1,4 +1,4 @@
-"""`Pool`: where a node's KV blocks lie in memory, and how NIXL's descriptor lists number them. Pure arithmetic."""
+"""`Pool`: where KV blocks lie in memory, and how NIXL's descriptor lists number them. Pure arithmetic."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -30,12 +30,13 @@ class Pool(msgspec.Struct, frozen=True):
     def rows(self) -> Rows:
         """One descriptor per block and layer, as NIXL's strided rows: uint64 [groups, 5].
 
-        A row is (address, length, device, stride, count). Descriptor `layer · num_blocks + block` is that block.
+        A row is (address, length, device, stride, count), the device 0 in the host's memory. Descriptor
+        `layer · num_blocks + block` is that block.
         """
-        rows, address, device = [], self.place.address, self.place.device or 0
+        rows, address = [], self.place.address
         for group in self.kv.groups:
             count = group.layers * self.num_blocks
-            rows.append((address, group.block_bytes, device, group.block_bytes, count))
+            rows.append((address, group.block_bytes, 0, group.block_bytes, count))
             address += count * group.block_bytes
         return np.array(rows, dtype=np.uint64)
 

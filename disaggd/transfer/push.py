@@ -11,6 +11,7 @@ import msgspec
 
 from disaggd.ids import AgentId, GrantToken, NodeName
 from disaggd.transfer.messages import FinishPush, PushBlocks
+from disaggd.transfer.source import Load
 
 
 class PushState(enum.Enum):
@@ -24,6 +25,13 @@ MOVES: dict[PushState, frozenset[PushState]] = {
     PushState.DRAINING: frozenset({PushState.DONE}),
     PushState.DONE: frozenset(),
 }
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Blocks on their way to where a write finds them, or there."""
+
+    command: PushBlocks
+    load: Load
 
 
 class Push(msgspec.Struct, kw_only=True):
@@ -45,7 +53,9 @@ class Push(msgspec.Struct, kw_only=True):
     first_post_at: float | None = None
     last_done_at: float | None = None
     waiting: deque[PushBlocks | FinishPush] = msgspec.field(default_factory=deque)
-    """Commands in order, the first of which writes blocks that are not computed yet."""
+    """Commands in order, the first of which writes blocks that are not computed yet or have nowhere to be loaded to."""
+    loaded: deque[Loaded] = msgspec.field(default_factory=deque)
+    """Commands before those, to be written in order."""
 
     def renew(self, now: float) -> None:
         """The lease starts anew, if it has not run out: an expired one was given up by the receiver too."""

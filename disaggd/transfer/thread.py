@@ -22,6 +22,7 @@ from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
+from disaggd.transfer.source import InPlace, Staged, Staging
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,14 @@ class _Stop(m.TransferCommand, frozen=True):
 
 
 class TransferThread:
-    """Moves KV between this process's pool and its peers'.
+    """Moves KV between this process's memory and its peers'.
 
-    `pool_bytes` from `place` on are the registered memory, laid out as `kv` says. `post` is called on the transfer thread, must
-    be thread-safe and must not block. `on_start` is called there first: a pool in a GPU's memory needs a CUDA context made
-    current on each thread that touches it. The UCX environment must be set (`environment.py`).
+    `pool_bytes` from `place` on are the pool, laid out as `kv` says: what is pushed, and, without `staging`, what NIXL reads and
+    peers write. With it NIXL knows of the staging memory alone. What has landed there it is the caller's to copy into the pool,
+    and he may use it for grants or for pushes, not both.
+
+    `post` is called on the transfer thread, must be thread-safe and must not block. `on_start` is called there first: copies from a
+    GPU need its context made current on each thread that asks for them. The UCX environment must be set (`environment.py`).
     """
 
     def __init__(
@@ -60,15 +64,17 @@ class TransferThread:
         clock: Callable[[], float] = time.monotonic,
         rank: int = 0,
         on_start: Callable[[], None] = lambda: None,
+        staging: Staging | None = None,
     ) -> None:
         pool = Pool(place, kv)
         assert pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
         self._post = post
         self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
-        opener = partial(open_agent, PortRange(*port_range), pool)
-        self._incoming = Incoming(pool, opener, self._report)
-        self._outgoing = Outgoing(pool, rank, opener, self._report, clock)
+        source = InPlace(pool) if staging is None else Staged(pool, staging)
+        opener = partial(open_agent, PortRange(*port_range), source.registered)
+        self._incoming = Incoming(source.registered, opener, self._report)
+        self._outgoing = Outgoing(source, rank, opener, self._report, clock)
         self._cadence = Cadence(clock)
         self._has_stirred = False
         self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)

@@ -7,8 +7,16 @@ from disaggd.cluster.decision import DecisionRule, Override, Policy, decide
 LONG, SHORT = 513, 512
 
 
-def code(num_uncached: int, policy: Policy = "threshold", override: Override = "auto", nodes: int = 1, depth: int = 0) -> tuple[bool, str]:
-    decision = decide(DecisionRule(policy=policy), num_uncached, prefill_nodes=nodes, queue_depth=depth, override=override)
+def code(
+    num_uncached: int,
+    policy: Policy = "threshold",
+    override: Override = "auto",
+    nodes: int = 1,
+    depth: int = 0,
+    max_remote_tokens: int | None = None,
+) -> tuple[bool, str]:
+    rule = DecisionRule(policy=policy)
+    decision = decide(rule, num_uncached, prefill_nodes=nodes, queue_depth=depth, override=override, max_remote_tokens=max_remote_tokens)
     return decision.remote, decision.reason.partition(":")[0]
 
 
@@ -41,3 +49,15 @@ def test_always_and_never_look_at_no_length_and_no_queue() -> None:
 def test_a_requests_own_wish_wins_over_any_policy(policy: Policy) -> None:
     assert code(LONG, policy, "local") == (False, "requested")
     assert code(1, policy, "remote", depth=99) == (True, "requested")
+
+
+@pytest.mark.parametrize("policy", ["threshold", "always"])
+@pytest.mark.parametrize("override", ["auto", "remote"])
+def test_what_cannot_be_received_at_once_is_local_whatever_is_wished(policy: Policy, override: Override) -> None:
+    assert code(LONG, policy, override, max_remote_tokens=LONG)[0]
+    assert code(LONG, policy, override, max_remote_tokens=LONG - 1) == (False, "staging")
+
+
+def test_the_reason_says_how_much_can_be_received() -> None:
+    decision = decide(DecisionRule(), 9000, prefill_nodes=1, queue_depth=0, max_remote_tokens=6912)
+    assert decision.reason == "staging: 9000 uncached tokens > 6912 that can be received"

@@ -69,7 +69,7 @@ def ready_pair() -> Pairing:
     return pairing
 
 
-PLACE = PoolPlace(4096, 64, device=1)
+PLACE = PoolPlace(4096, 64)
 CONNECT = ConnectPair(D0, Incarnation("d0-first"), OLD, b"metadata", PLACE)
 
 

@@ -21,7 +21,7 @@ def test_environment_pins_transport_and_devices(tmp_path: Path) -> None:
     assert environment["UCX_TCP_USER_TIMEOUT"] == "2500ms"
 
 
-def test_gpu_memory_is_copied_to_and_from_tcp_and_reached_by_nobody_else(tmp_path: Path) -> None:
+def test_node_on_a_gpu_has_what_nixl_insists_on_and_nothing_that_a_peer_reaches(tmp_path: Path) -> None:
     assert transfer_environment("lo", gpu=True, pci=tmp_path)["UCX_TLS"] == "tcp,cuda_copy"
     with pytest.raises(ConfigError, match="cannot be fenced"):
         transfer_environment("lo", transports="tcp,cuda_ipc", gpu=True)

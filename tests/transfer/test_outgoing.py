@@ -11,6 +11,7 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.source import InPlace
 from tests.support.scripted_agent import ScriptedAgent
 
 D0 = NodeName("d0")
@@ -49,7 +50,7 @@ class Bench:
     next_is_lost: bool = False
 
     def __post_init__(self) -> None:
-        self.outgoing = Outgoing(POOL, 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+        self.outgoing = Outgoing(InPlace(POOL), 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _make(self) -> ScriptedAgent:
         self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost))

@@ -7,8 +7,8 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.pool import Pool
 
 
-def make_pool(*groups: KVGroup, device: int | None = None) -> Pool:
-    return Pool(PoolPlace(1000, 5, device), KVSpec(dtype="float32", block_size=1, head_dim=1, groups=groups))
+def make_pool(*groups: KVGroup) -> Pool:
+    return Pool(PoolPlace(1000, 5), KVSpec(dtype="float32", block_size=1, head_dim=1, groups=groups))
 
 
 WIDE, NARROW = KVGroup(layers=2, kv_heads=2, head_bytes=64), KVGroup(layers=1, kv_heads=1, head_bytes=16)
@@ -20,11 +20,6 @@ def test_rows_cover_the_pool_one_block_of_one_layer_after_the_other() -> None:
     sizes = [int(length) for _, length, _, _, count in pool.rows() for _ in range(int(count))]
     assert addresses == [1000 + sum(sizes[:i]) for i in range(15)]
     assert sum(sizes) == pool.num_bytes
-
-
-def test_rows_name_the_device_that_holds_the_pool() -> None:
-    assert {int(device) for _, _, device, _, _ in make_pool(WIDE, NARROW, device=3).rows()} == {3}
-    assert {int(device) for _, _, device, _, _ in make_pool(WIDE, NARROW).rows()} == {0}, "host memory has no device: NIXL wants 0"
 
 
 def test_indices_name_blocks_layer_by_layer() -> None:

@@ -25,16 +25,19 @@ from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
-from tests.support.decode_scripts import AGENT, P0, PLACE, generate, make_decode_node
+from tests.support.decode_scripts import AGENT, P0, PLACE, Staging, generate, is_empty, make_decode_node
 from tests.support.role_nodes import LEASE_S, QUIESCE_S, prompt
 
 NAMES = st.sampled_from([SeqId(name) for name in "abcd"])
 
 
 class DecodeOrders(RuleBasedStateMachine):
+    staging_blocks: int | None = None
+
     @initialize()
     def start(self) -> None:
-        self.node = make_decode_node(num_blocks=24)
+        self.staging = None if self.staging_blocks is None else Staging(self.staging_blocks)
+        self.node = make_decode_node(24, self.staging)
         self.link = LinkId(1)
         self.num_links = 1
         self.attempts: dict[SeqId, int] = {}
@@ -81,9 +84,14 @@ class DecodeOrders(RuleBasedStateMachine):
     def check_blocks(self) -> None:
         """Nobody computes in blocks that a prefill node may still write."""
         used = {block for sequence in self.node.engine.sequences.values() for block in sequence.block_table}
+        landing = self.node.role._landings._landing
         for grant in self.writable.values():
-            assert not used & set(grant.block_ids)
-            assert all(self.node.pool.references(block) for block in grant.block_ids)
+            assert self.staging is not None or not used & set(grant.block_ids)
+            assert all(landing.references(block) for block in grant.block_ids)
+        for landed, blocks in self.staging.under_way if self.staging is not None else ():
+            assert not used & set(blocks), "nobody computes where a copy writes"
+            assert all(self.node.pool.references(block) for block in blocks)
+            assert all(landing.references(block) for block in landed), "nor is a peer given what it reads"
 
     # ── the router ──
 
@@ -171,6 +179,13 @@ class DecodeOrders(RuleBasedStateMachine):
         self.node.event(transfer.QuiescedByWire(token, clean, P0)) if wire else self.node.say(Quiesced(token, NodeName("d0"), clean))
         self.settle()
 
+    @precondition(lambda self: self.staging is not None)
+    @rule()
+    def copy(self) -> None:
+        self.staging.finish()
+        self.node.after(0.0)
+        self.settle()
+
     # ── time and computing ──
 
     @rule(seconds=st.sampled_from([0.0, 1.0, LEASE_S, QUIESCE_S]))
@@ -190,13 +205,22 @@ class DecodeOrders(RuleBasedStateMachine):
         for seq, attempt in self.attempts.items():
             self.node.say(Abort(seq, attempt), link=self.link)
         self.settle()
+        if self.staging is not None:
+            self.staging.finish()
         for _ in range(2):
             self.node.after(LEASE_S + QUIESCE_S)
             self.settle()
-        assert not self.node.engine.sequences
-        assert self.node.pool.num_free == self.node.pool.num_blocks
+        assert is_empty(self.node)
         assert not self.node.frames(Cancel)
 
 
+class StagedDecodeOrders(DecodeOrders):
+    """Grants land in staging memory that holds two of the longer prompts."""
+
+    staging_blocks = 30
+
+
 DecodeOrders.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+StagedDecodeOrders.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestDecodeOrders = DecodeOrders.TestCase
+TestStagedDecodeOrders = StagedDecodeOrders.TestCase

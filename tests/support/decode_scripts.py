@@ -1,9 +1,11 @@
 """A decode node `d0` among scripted surroundings, and the messages that its tests send most."""
 
+from collections.abc import Sequence
+
 from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.protocol import Generate, Grant, Granted, RequestGrant, Tokens, pack_tokens
 from disaggd.engine.engine import Engine
-from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
+from disaggd.ids import AgentId, BlockId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode import DecodeRole
 from disaggd.sampling import SamplingParams
@@ -21,7 +23,31 @@ PLACE = PoolPlace(4096, 64)
 Node = RoleNode[DecodeRole]
 
 
-def make_decode_node(num_blocks: int = 64) -> Node:
+class Staging:
+    """Stands where `KVStaging` stands: records what is to be copied, and says that it is done when the test does."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.place = PoolPlace(8192, num_blocks)
+        self.copies: list[tuple[tuple[BlockId, ...], tuple[BlockId, ...]]] = []
+        """(landed, blocks of the pool) in order."""
+        self.num_done = 0
+
+    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> transfer.IsReady:
+        assert len(landed) == len(blocks)
+        self.copies.append((tuple(landed), tuple(blocks)))
+        number = len(self.copies)
+        return lambda: self.num_done >= number
+
+    @property
+    def under_way(self) -> list[tuple[tuple[BlockId, ...], tuple[BlockId, ...]]]:
+        return self.copies[self.num_done :]
+
+    def finish(self) -> None:
+        """All copies so far are done."""
+        self.num_done = len(self.copies)
+
+
+def make_decode_node(num_blocks: int = 64, staging: Staging | None = None) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> DecodeRole:
@@ -37,6 +63,7 @@ def make_decode_node(num_blocks: int = 64) -> Node:
             outbox=outbox,
             submit=submit,
             clock=clock,
+            staging=staging,
         )
 
     node = RoleNode(make_role, num_blocks=num_blocks)
@@ -47,10 +74,21 @@ def make_decode_node(num_blocks: int = 64) -> Node:
 
 
 def check_decode_pool(node: Node) -> None:
-    """Every block is free, a running sequence's, granted or quarantined; every sequence and grant has its owner."""
+    """Every block is free, a running sequence's, granted or quarantined; every sequence and grant has its owner.
+
+    With staging memory the quarantined are of that, and each of its other blocks is free, or waited for in the pool.
+    """
     gauges, engine = node.role.gauges(), node.engine.gauges()
     assert gauges.blocks_used == engine.blocks_used
-    assert gauges.blocks_free + engine.blocks_used + gauges.blocks_granted + gauges.blocks_quarantined == node.pool.num_blocks
+    in_pool = gauges.blocks_free + engine.blocks_used + gauges.blocks_granted
+    if node.role._is_staged:
+        landing, grants, arrivals = node.role._landings._landing, node.role._grants, node.role._arrivals
+        assert in_pool == node.pool.num_blocks
+        assert gauges.blocks_quarantined == grants.blocks_quarantined
+        arriving = sum(len(arrival.copy.landed) for arrival in arrivals)
+        assert landing.num_free + grants.blocks_granted + grants.blocks_quarantined + arriving == landing.num_blocks
+    else:
+        assert in_pool + gauges.blocks_quarantined == node.pool.num_blocks
     placed = node.role._placed
     assert {p.sequence for p in placed.values()} == set(node.engine.sequences.values())
     granted = {token for token, record in node.role._grants._records.items() if record.state is GrantState.GRANTED}
@@ -94,4 +132,5 @@ def delivered(node: Node, seq: SeqId = S) -> list[int]:
 
 
 def is_empty(node: Node) -> bool:
-    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks
+    landing = node.role._landings._landing
+    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks and landing.num_free == landing.num_blocks

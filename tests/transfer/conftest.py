@@ -28,7 +28,7 @@ class Node:
     """The test's end of a `kv_node.py` process. Everything that waits has a deadline."""
 
     def __init__(self, ports: tuple[int, int], layers: int, num_blocks: int, block_bytes: int, device: str) -> None:
-        wanted = transfer_environment("lo", user_timeout_s=3.0, gpu=device != "cpu")
+        wanted = transfer_environment("lo", user_timeout_s=3.0, gpu=device.startswith("cuda"))
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **wanted, "PYTHONPATH": path}
         self._connection, theirs = Pipe()
@@ -101,7 +101,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 @pytest.fixture
 def make_node(port_range: tuple[int, int]) -> Iterator[Callable[..., Node]]:
-    """Start a process with its own pool: by default 4 layers of 16 blocks of 4 KiB, in the host's memory."""
+    """Start a process with its own pool: by default 4 layers of 16 blocks of 4 KiB, in the host's memory.
+
+    Staging memory has as many blocks; a grant's blocks there and in the pool have the same ids in these tests.
+    """
     nodes: list[Node] = []
 
     def start(
@@ -115,9 +118,9 @@ def make_node(port_range: tuple[int, int]) -> Iterator[Callable[..., Node]]:
         node.close()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=needs_gpu)])
+@pytest.fixture(params=["cpu", "staged", pytest.param("cuda:0", marks=needs_gpu)])
 def start_node(make_node: Callable[..., Node], request: pytest.FixtureRequest) -> Callable[..., Node]:
-    """`make_node` with pools in the memory that the test is run for."""
+    """`make_node` with pools in the memory that the test is run for; `staged` is the host's, handled as a GPU's."""
     return partial(make_node, device=request.param)
 
 

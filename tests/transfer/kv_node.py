@@ -1,36 +1,57 @@
 # ruff: noqa: E402
 """A process with a small pool and a `TransferThread`, driven by a test over a pipe. Started by `conftest.py`.
 
-argv: the pipe's file descriptor, first port, last port, layers, blocks, block bytes, and the device that holds the pool.
+argv: the pipe's file descriptor, first port, last port, layers, blocks, block bytes, and where the pool lies: `cpu`, `staged` (the host's
+memory too, but NIXL is shown staging memory only, as on a GPU, and copies are late) or a CUDA device.
 """
 
 import sys
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 DEVICE = sys.argv[-1]
-if DEVICE == "cpu":  # NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
+if DEVICE in ("cpu", "staged"):  # NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
     sys.modules["torch"] = None  # type: ignore[assignment]
 else:
     import torch
 
+    from disaggd.engine.kv_staging import KVStaging
     from disaggd.engine.stream import DeviceStream
 
+from disaggd.ids import BlockId
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
-from disaggd.transfer.messages import TransferCommand
+from disaggd.transfer.messages import IsReady, TransferCommand
 from disaggd.transfer.thread import TransferThread
+from tests.support.copies import LateCopies
+
+LATE = 3
+"""So often a copy is asked about before it is made."""
+
+
+class Staging(Protocol):
+    """What `KVStaging` and `LateCopies` are."""
+
+    place: PoolPlace
+
+    def copy_out(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> IsReady: ...
+    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady: ...
 
 
 class HostMemory:
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._array = np.zeros(shape, dtype=np.uint8)
-        self.place = PoolPlace(self._array.ctypes.data, 0)
+    """As many blocks of staging memory as there are blocks, if there is any."""
+
+    def __init__(self, layers: int, num_blocks: int, block_bytes: int, kv: KVSpec) -> None:
+        self._array = np.zeros((layers * num_blocks, block_bytes), dtype=np.uint8)
+        self.place = PoolPlace(self._array.ctypes.data, num_blocks)
+        self._staged = np.zeros_like(self._array)
+        self.staging: Staging | None = LateCopies(self._array, self._staged, kv, patience=LATE) if DEVICE == "staged" else None
 
     def enter(self) -> None:
         """Nothing is a thread's own here."""
@@ -39,22 +60,27 @@ class HostMemory:
         return self._array
 
     def write(self, array: NDArray[np.uint8]) -> None:
-        self._array[:] = array
+        self._array[:], self._staged[:] = array, ~array
 
 
 class GpuMemory:
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, layers: int, num_blocks: int, block_bytes: int, kv: KVSpec) -> None:
         stream = DeviceStream(torch.device(DEVICE))
         stream.enter()
         self.enter = stream.enter
+        shape = (layers, num_blocks, block_bytes)
         self._tensor = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
-        self.place = PoolPlace(self._tensor.data_ptr(), 0, self._tensor.device.index)
+        self.place = PoolPlace(self._tensor.data_ptr(), num_blocks)
+        self._host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+        self.staging: Staging | None = KVStaging(self._tensor, self._host, kv)
 
     def read(self) -> NDArray[np.uint8]:
-        return self._tensor.cpu().numpy()
+        return self._tensor.flatten(0, 1).cpu().numpy()
 
     def write(self, array: NDArray[np.uint8]) -> None:
-        self._tensor.copy_(torch.from_numpy(array))
+        noise = torch.from_numpy(array).view(self._tensor.shape)
+        self._tensor.copy_(noise)
+        self._host.copy_(~noise)
         torch.cuda.synchronize()
 
 
@@ -65,11 +91,13 @@ class KVNode:
         self._connection = connection
         self._sending = threading.Lock()  # two threads write one connection: events and answers
         self._shape = (layers * num_blocks, block_bytes)
-        self._memory = HostMemory(self._shape) if DEVICE == "cpu" else GpuMemory(self._shape)
-        place = msgspec.structs.replace(self._memory.place, num_blocks=num_blocks)
         group = KVGroup(layers=layers, kv_heads=1, head_bytes=block_bytes)
         kv = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(group,))
-        self.thread = TransferThread(place, layers * num_blocks * block_bytes, kv, self.send, ports, on_start=self._memory.enter)
+        memory = (HostMemory if DEVICE in ("cpu", "staged") else GpuMemory)(layers, num_blocks, block_bytes, kv)
+        self._memory = memory
+        self.thread = TransferThread(
+            memory.place, layers * num_blocks * block_bytes, kv, self.send, ports, on_start=memory.enter, staging=memory.staging
+        )
 
     def send(self, message: object) -> None:
         with self._sending:
@@ -80,11 +108,19 @@ class KVNode:
             self.thread.submit(command)
 
     def fill(self, seed: int) -> None:
-        """Noise, other in every block."""
+        """Noise, other in every block; other noise in the staging memory."""
         self._memory.write(np.random.default_rng(seed).integers(0, 256, self._shape, dtype=np.uint8))
 
+    def bring_in(self, blocks: Sequence[BlockId]) -> None:
+        """What has landed in these blocks is in the pool's of the same ids when this returns: a decode node's part."""
+        if self._memory.staging is None:
+            return
+        is_copied = self._memory.staging.copy_in(blocks, blocks)
+        while not is_copied():
+            time.sleep(1e-4)
+
     def checksums(self) -> list[int]:
-        """One per descriptor: layer by layer, block by block."""
+        """Of the pool, one per descriptor: layer by layer, block by block."""
         return [zlib.crc32(block) for block in self._memory.read()]
 
     def cpu_s(self) -> float:

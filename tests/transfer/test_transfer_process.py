@@ -16,6 +16,8 @@ from disaggd.transfer.ports import is_free
 
 pytestmark = pytest.mark.process
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
 P, D = NodeName("p0"), NodeName("d0")
 TOKEN = GrantToken(b"0123456789abcdef")
 FIRST = FirstToken(42, TokenLogprob(-0.5, ((42, -0.5), (7, -1.5))))
@@ -69,12 +71,20 @@ def test_push_of_several_handles_lands_and_touches_nothing_else(start_node: Call
     for layer in range(4):
         for here, there in zip(source, target, strict=True):
             expected[layer * 20 + there] = sent[layer * 16 + here]
+    decode.call("bring_in", target)
     assert decode.call("checksums") == expected
     assert (prefill.stop(), decode.stop()) == (0, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("near", "far"), [("cuda:0", "cpu"), ("cpu", "cuda:0")])
+@pytest.mark.parametrize(
+    ("near", "far"),
+    [
+        ("staged", "cpu"),
+        ("cpu", "staged"),
+        pytest.param("cuda:0", "cpu", marks=needs_gpu),
+        pytest.param("cpu", "cuda:0", marks=needs_gpu),
+    ],
+)
 def test_push_lands_in_memory_of_another_kind(make_node: Callable[..., Any], near: str, far: str) -> None:
     decode, prefill = make_node(device=far, block_bytes=1 << 18), make_node(device=near, block_bytes=1 << 18)
     agent_id = pair(decode, prefill)
@@ -83,6 +93,7 @@ def test_push_lands_in_memory_of_another_kind(make_node: Callable[..., Any], nea
     decode.submit(m.Expect(TOKEN, P, agent_id, 16 << 20))
     prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every), m.FinishPush(TOKEN, FIRST))
     assert decode.expect(m.Landed).token == TOKEN
+    decode.call("bring_in", every)
     assert decode.call("checksums") == prefill.call("checksums")
 
 
@@ -111,6 +122,7 @@ def test_killed_writer_never_lands_and_its_successor_does(start_node: Callable[.
     decode.submit(m.Expect(other, P, successor_agent, 16 << 20))
     successor.submit(m.BeginPush(other, D, successor_agent, 5.0), m.PushBlocks(other, range(4), every, every), m.FinishPush(other, FIRST))
     assert decode.expect(m.Landed).token == other
+    decode.call("bring_in", every)
     assert decode.call("checksums") == successor.call("checksums")
 
 
@@ -128,11 +140,13 @@ def test_writes_that_wake_up_after_the_fence_change_nothing(start_node: Callable
     decode.submit(m.Fence(P, agent_id))
     decode.expect(m.Fenced)
     decode.call("fill", 2)
+    decode.call("bring_in", every)
     before = decode.call("checksums")
     prefill.signal(signal.SIGCONT)
     ended = prefill.expect(m.PushEnded)
     assert (ended.clean, ended.finished, ended.kv_bytes) == (False, False, 0)
     assert prefill.expect(m.PairFailed).agent_id == agent_id
+    decode.call("bring_in", every)
     assert decode.call("checksums") == before
     assert decode.find(m.Landed, 0.1) is None
 

@@ -116,7 +116,6 @@ MOST_ROWS = 16
 LINEAR_ROWS = {2: LinearTile(outputs=64, depth=256, warps=4, stages=3), 4: LinearTile(outputs=64, depth=64, warps=4, stages=3)}
 LINEAR_ROWS_WIDE = {2: LinearTile(outputs=128, depth=128, warps=8, stages=4), 4: LinearTile(outputs=64, depth=64, warps=4, stages=3)}
 LINEAR_ROWS_GATED = {2: LinearTile(outputs=64, depth=128, warps=4, stages=4), 4: LinearTile(outputs=64, depth=32, warps=4, stages=3)}
-LINEAR_ROW = LinearTile(outputs=4, depth=1024, warps=4)
-LINEAR_ROW_NARROW = LinearTile(outputs=2, depth=2048, warps=4)
+LINEAR_ROW = LinearTile(outputs=2, depth=2048, warps=4)
 LINEAR_ROW_GATED = LinearTile(outputs=2, depth=1024, warps=4)
 ADD_PARTS = RowTile(1024, 4)

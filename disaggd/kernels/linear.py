@@ -4,7 +4,7 @@
     out[r] = silu(gate) · up,   [gate, up] = x[r] · weightᵀ + bias     gated: an MLP's first projection and what follows it
 
 One row is multiplied element by element, a few on tensor cores. A weight with too few outputs to keep the device reading is split along its
-inputs, and a second kernel adds the parts. More rows, or a prompt's, are the vendor's library's: from 16 on it is as fast or faster.
+inputs, and a second kernel adds the parts. More rows, or a prompt's, are the vendor's library's: there it is as fast or faster.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -20,7 +20,6 @@ from disaggd.kernels.configurations import (
     ADD_PARTS,
     LINEAR_ROW,
     LINEAR_ROW_GATED,
-    LINEAR_ROW_NARROW,
     LINEAR_ROWS,
     LINEAR_ROWS_GATED,
     LINEAR_ROWS_WIDE,
@@ -32,7 +31,6 @@ from disaggd.kernels.silu_mul import silu_mul
 _LEAST_ROWS = 16  # of a tensor-core product
 _ENOUGH_PROGRAMS = 96
 _WIDE = 65_536  # outputs
-_NARROW = 5_120
 
 
 @triton.jit
@@ -183,7 +181,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *, ga
 
 def _launch_one_row(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> None:
     outputs, inputs = out.shape[1], weight.shape[1]
-    tile = LINEAR_ROW_GATED if gated else LINEAR_ROW_NARROW if outputs < _NARROW else LINEAR_ROW
+    tile = LINEAR_ROW_GATED if gated else LINEAR_ROW
     _one_row[(triton.cdiv(outputs, tile.outputs),)](
         out,
         x,

@@ -144,4 +144,6 @@ def native_ops(kernels: native.Native) -> Ops:
         rms_norm=kernels.rms_norm,
         add_rms_norm=kernels.add_rms_norm,
         linear_silu_mul=kernels.linear_silu_mul,
+        greedy=kernels.greedy,
+        sample=kernels.sample,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,10 @@ class Draws:
     any_top_k: bool
     any_top_p: bool
     """Whether any row has one: told by the host, which knows."""
+
+    def check(self, rows: int) -> None:
+        """That kernels may read the tensors as they lie."""
+        floats, ints = (self.temperatures, self.top_p, self.floors), (self.seeds, self.positions)
+        assert all(tensor.dtype == torch.float32 for tensor in floats) and self.top_k.dtype == torch.int32
+        assert all(tensor.dtype == torch.int64 for tensor in ints)
+        assert all(tensor.shape == (rows,) and tensor.is_contiguous() for tensor in (*floats, *ints, self.top_k))

@@ -1,4 +1,5 @@
-"""The kernels in C++ for x86-64 CPUs (`native/`), called through ctypes. Their formulas are those of `reference.py`.
+"""The kernels in C++ for x86-64 CPUs (`native/`), called through ctypes. Their formulas are those of `reference.py` and
+`reference_sampling.py`.
 
 The library is built with the package where a compiler is at hand, holds each kernel for several instruction sets, and works on
 torch's own threads. Calls release the GIL. Knows tensors, nothing of models or batches.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from disaggd.kernels import onednn
+from disaggd.kernels.draws import Draws
 
 PANEL = 64
 """Outputs whose weights lie side by side in a packed weight: 4 vectors of 16."""
@@ -41,6 +43,7 @@ _SIGNATURES = {
     "disaggd_attend": [c_int, c_int, *[c_void_p] * 6, *[c_int64] * 7, c_float],
     "disaggd_linear": [c_int, *[c_void_p] * 4, *[c_int64] * 3],
     "disaggd_linear_int8": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 3],
+    "disaggd_sample": [c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 6],
 }
 
 
@@ -128,6 +131,23 @@ class Native:
 
     def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.silu_mul(self.linear(x, weight, bias))
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        return self._sample(logits, [None] * 6)
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
+        draws.check(len(logits))
+        columns = (draws.temperatures, draws.top_k, draws.top_p, draws.floors, draws.seeds, draws.positions)
+        return self._sample(logits, [column.data_ptr() for column in columns])
+
+    def _sample(self, logits: Tensor, columns: list[int] | list[None]) -> Tensor:
+        rows, vocab_size = logits.shape
+        assert logits.dtype == torch.float32 and logits.stride(1) == 1, f"{logits.dtype}, strides {logits.stride()}"
+        tokens = torch.empty(rows, dtype=torch.int64)
+        self.library.disaggd_sample(
+            self.isa, logits.data_ptr(), tokens.data_ptr(), rows, vocab_size, logits.stride(0), *columns
+        )
+        return tokens
 
     def paged_attention(
         self,

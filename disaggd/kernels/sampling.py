@@ -234,7 +234,7 @@ def greedy(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, draws: Draws) -> Tensor:
     """int64 [rows]: a token for each row of `logits` [rows, vocab_size], which stay as they are. Waits for nothing."""
     rows, vocab_size = logits.shape
-    _check_draws(draws, rows)
+    draws.check(rows)
     values, ids = _best_of_parts(logits)
     if rows == 0:
         return _pick_of_parts(values, ids, vocab_size)
@@ -312,10 +312,3 @@ def _search(logits: Tensor, values: Tensor, draws: Draws, wanted: Tensor, top_k_
             num_warps=COUNT.warps,
         )
     return sums
-
-
-def _check_draws(draws: Draws, rows: int) -> None:
-    floats, ints = (draws.temperatures, draws.top_p, draws.floors), (draws.seeds, draws.positions)
-    assert all(tensor.dtype == torch.float32 for tensor in floats) and draws.top_k.dtype == torch.int32
-    assert all(tensor.dtype == torch.int64 for tensor in ints)
-    assert all(tensor.shape == (rows,) and tensor.is_contiguous() for tensor in (*floats, *ints, draws.top_k))

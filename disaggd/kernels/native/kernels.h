@@ -59,6 +59,18 @@ struct LinearInt8 {
     int64_t rows, inputs, outputs;
 };
 
+// A token for each of `rows` rows of logits, `stride` floats apart; see disaggd.kernels.draws.Draws for the six arrays [rows]. All of
+// them are null for the best of every row.
+struct Sample {
+    const float* logits;
+    int64_t* tokens;
+    int64_t rows, vocab_size, stride;
+    const float* temperatures;
+    const int32_t* top_k;
+    const float *top_p, *floors;
+    const int64_t *seeds, *positions;
+};
+
 struct Kernels {
     void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
     void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
@@ -66,6 +78,7 @@ struct Kernels {
     void (*attend[NUM_DTYPES])(const Attend&);
     void (*linear)(const Linear&);  // null where the set has no product of bfloat16 pairs
     void (*linear_int8[NUM_DTYPES])(const LinearInt8&);  // bfloat16 is null where `linear` is; float16 always
+    void (*sample)(const Sample&);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
@@ -76,5 +89,5 @@ typedef void (*Job)(const void* context, int64_t item);
 void parallel(int64_t count, Job job, const void* context);
 
 // At least so many bytes, aligned to 64, of the calling thread; what they hold is lost at the thread's next call for the same use.
-enum ScratchUse { PARTIALS, TILE, NUM_SCRATCH_USES };
+enum ScratchUse { PARTIALS, TILE, CANDIDATES, NUM_SCRATCH_USES };
 void* scratch(ScratchUse use, int64_t bytes);

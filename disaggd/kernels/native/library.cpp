@@ -101,5 +101,11 @@ void disaggd_linear_int8(int isa, int dtype, const void* x, const void* packed, 
     TABLES[isa]->linear_int8[dtype]({x, packed, bias, out, rows, inputs, outputs});
 }
 
+void disaggd_sample(int isa, const float* logits, int64_t* tokens, int64_t rows, int64_t vocab_size, int64_t stride,
+                    const float* temperatures, const int32_t* top_k, const float* top_p, const float* floors, const int64_t* seeds,
+                    const int64_t* positions) {
+    TABLES[isa]->sample({logits, tokens, rows, vocab_size, stride, temperatures, top_k, top_p, floors, seeds, positions});
+}
+
 #pragma GCC visibility pop
 }

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "linear_int8.h"
 #include "rows.h"
+#include "sampling.h"
 
 #define EACH_DTYPE(f) {f<float>, f<bf16>, f<f16>}
 #if BF16_PAIRS
@@ -14,4 +15,4 @@
 #define LINEAR nullptr
 #define LINEAR_INT8 {linear_int8<float>, nullptr, nullptr}
 #endif
-#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8}
+#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, sample}

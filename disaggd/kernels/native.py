@@ -44,6 +44,7 @@ _SIGNATURES = {
     "disaggd_linear": [c_int, *[c_void_p] * 4, *[c_int64] * 3],
     "disaggd_linear_int8": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 3],
     "disaggd_sample": [c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 6],
+    "disaggd_noise": [c_int, *[c_void_p] * 3, c_int64],
 }
 
 

@@ -1,4 +1,4 @@
-"""Logits → tokens in plain torch: right on every device, and what serves on the CPU.
+"""Logits → tokens in plain torch: right on every device; serves on a CPU without the native kernels.
 
     score[v] = (logit[v] − max logit) / temperature
     keep v   if score[v] ≥ the k-th best, ≥ the one that makes the best ones' share of the kept mass reach p, and ≥ `floor`

@@ -71,6 +71,13 @@ struct Sample {
     const int64_t *seeds, *positions;
 };
 
+// Random words → their noise, and the bounds by which most of it is never worked out. For tests; count: a multiple of 16.
+struct Noise {
+    const uint32_t* words;
+    float *noise, *bounds;
+    int64_t count;
+};
+
 struct Kernels {
     void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
     void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
@@ -79,6 +86,7 @@ struct Kernels {
     void (*linear)(const Linear&);  // null where the set has no product of bfloat16 pairs
     void (*linear_int8[NUM_DTYPES])(const LinearInt8&);  // bfloat16 is null where `linear` is; float16 always
     void (*sample)(const Sample&);
+    void (*noise)(const Noise&);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

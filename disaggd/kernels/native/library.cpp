@@ -107,5 +107,9 @@ void disaggd_sample(int isa, const float* logits, int64_t* tokens, int64_t rows,
     TABLES[isa]->sample({logits, tokens, rows, vocab_size, stride, temperatures, top_k, top_p, floors, seeds, positions});
 }
 
+void disaggd_noise(int isa, const uint32_t* words, float* noise, float* bounds, int64_t count) {
+    TABLES[isa]->noise({words, noise, bounds, count});
+}
+
 #pragma GCC visibility pop
 }

@@ -15,4 +15,5 @@
 #define LINEAR nullptr
 #define LINEAR_INT8 {linear_int8<float>, nullptr, nullptr}
 #endif
-#define TABLE {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, sample}
+#define TABLE \
+    {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, sample, noise}

@@ -145,9 +145,7 @@ class Native:
         rows, vocab_size = logits.shape
         assert logits.dtype == torch.float32 and logits.stride(1) == 1, f"{logits.dtype}, strides {logits.stride()}"
         tokens = torch.empty(rows, dtype=torch.int64)
-        self.library.disaggd_sample(
-            self.isa, logits.data_ptr(), tokens.data_ptr(), rows, vocab_size, logits.stride(0), *columns
-        )
+        self.library.disaggd_sample(self.isa, logits.data_ptr(), tokens.data_ptr(), rows, vocab_size, logits.stride(0), *columns)
         return tokens
 
     def paged_attention(

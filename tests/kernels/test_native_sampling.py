@@ -109,8 +109,7 @@ def test_top_p_is_of_what_top_k_keeps_below_the_floor_too(ops):
     assert set(ops.sample(logits, of_two).tolist()) == {0}
 
 
-def test_equal_sums_go_to_the_lowest_id(ops):
-    """At a temperature of 10⁻³⁰ every score but the best ones' is far below; of two equally good the noise decides, and greedy the first."""
+def test_of_equally_good_entries_greedy_takes_the_lowest_and_noise_decides_at_a_tiny_temperature(ops):
     logits = torch.zeros(1, 70)
     logits[0, [66, 9, 30]] = 1.0
     assert ops.greedy(logits).tolist() == [9]

@@ -67,7 +67,7 @@ def table(figures: list[Figure]) -> Table:
             f"{one.vocab_size:,}, {one.way}",
             f"{one.seconds * 1e6:,.1f}",
             f"{one.torch_seconds * 1e6:,.1f}",
-            f"{one.torch_seconds / one.seconds:.0f}×",
+            f"{one.torch_seconds / one.seconds:.1f}×",
         )
         for one in figures
     ]

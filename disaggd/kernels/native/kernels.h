@@ -1,6 +1,6 @@
 // What the library computes, for one instruction set. Each isa_*.cpp compiles the same templates (rows.h, attention.h, linear.h,
-// linear_int8.h) for its own set and fills one table; library.cpp picks the table. No header here may define a function with
-// linkage: one that was compiled for AVX-512 could otherwise be the one that an older CPU runs.
+// linear_int8.h, sampling.h) for its own set and fills one table; library.cpp picks the table. No header here may define a
+// function with linkage: one that was compiled for AVX-512 could otherwise be the one that an older CPU runs.
 #pragma once
 
 #include <stdint.h>

@@ -74,10 +74,23 @@ class Node:
 
 
 class Cluster:
-    """`prefill` + `decode` nodes and a router, from a TOML file in `directory`; logs lie beside it."""
+    """`prefill` + `decode` nodes and a router, from a TOML file in `directory`; logs lie beside it.
 
-    def __init__(self, directory: Path, *, prefill: int = 1, decode: int = 1, nodes: Block | None = None, **sections: Block) -> None:
+    `module` is what each of their processes runs.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        nodes: Block | None = None,
+        module: str = "disaggd",
+        **sections: Block,
+    ) -> None:
         self.directory = directory
+        self.module = module
         self.sections = sections
         self.nodes = {"router": Node("router", "router", free_port())}
         for role, count in (("prefill", prefill), ("decode", decode)):
@@ -119,7 +132,7 @@ class Cluster:
     def start_node(self, name: str) -> None:
         node = self.nodes[name]
         assert node.process is None or node.process.poll() is not None
-        command = [*node.prefix, sys.executable, "-m", "disaggd", "--name", name, "--config", str(self.config)]
+        command = [*node.prefix, sys.executable, "-m", self.module, "--name", name, "--config", str(self.config)]
         with self.log(name).open("ab") as log:
             node.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 

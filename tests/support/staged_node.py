@@ -1,0 +1,53 @@
+"""`disaggd` with every engine node handling its KV as a GPU's, wherever it computes: through staging memory, and late.
+
+`python -m tests.support.staged_node --name NODE --config FILE`
+"""
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from disaggd import cli
+from tests.support.copies import Late
+
+PATIENCE = 3
+"""So often a copy is asked about before it is made."""
+
+
+def import_role(name: str) -> ModuleType:
+    """What `cli` asks for once the process has its environment: nothing of torch may be imported before."""
+    role = importlib.import_module(name)
+    if not name.endswith("router"):
+        stage(importlib.import_module("disaggd.roles.node"))
+    return role
+
+
+def stage(node: Any) -> None:
+    """Patch `disaggd.roles.node`: its nodes have late staging memory."""
+    staging_of, make_staging = node.staging_of, node.make_staging
+    node.staging_of = lambda config, of, loaded: staging_of(config, msgspec.structs.replace(of, device="cuda"), loaded)
+    node.make_staging = lambda kv, spec, num_blocks: LateStaging(make_staging(kv, spec, num_blocks))
+
+
+class LateStaging:
+    """`KVStaging`, but no copy is made when it is asked for; what is read by then, or written, shows."""
+
+    def __init__(self, staging: Any) -> None:
+        self._staging = staging
+        self.place = staging.place
+        self._outward, self._inward = Late(PATIENCE), Late(PATIENCE)
+
+    def copy_out(self, sources: Sequence[int], targets: Sequence[int]) -> Any:
+        return self._outward.add(partial(self._staging.copy_out, sources, targets))
+
+    def copy_in(self, landed: Sequence[int], blocks: Sequence[int]) -> Any:
+        return self._inward.add(partial(self._staging.copy_in, landed, blocks))
+
+
+if __name__ == "__main__":
+    cli.importlib = SimpleNamespace(import_module=import_role)  # type: ignore[assignment]
+    cli.main()

@@ -277,9 +277,9 @@ def main(
 ) -> None:
     """Measure a hand-off of one prompt's KV between two processes, as disaggd's transfer threads do it.
 
-    Throughput against a raw TCP socket (in the host's memory) and a memcpy of the same bytes in the same run; then, with the
-    layers "computed" one after another, how much of the transfer is left when the last one is done. Every push is checked by
-    its bytes.
+    Throughput against a raw TCP socket (in the host's memory) and a memcpy of the same bytes in the same run; KV of a GPU goes
+    through the host's memory at both ends, and is timed from pool to pool. Then, with the layers "computed" one after
+    another, how much of the transfer is left when the last one is done. Every push is checked by its bytes.
     """
     if quick:
         model, num_tokens, repeats = "S", 512, 2

@@ -17,7 +17,6 @@ from handoff_pool import Geometry, make_pool
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
-from disaggd.transfer.layout import KVGroup, KVSpec
 from disaggd.transfer.notification import FirstToken
 from disaggd.transfer.thread import TransferThread
 
@@ -26,6 +25,7 @@ INCARNATION = Incarnation("bench")
 EVENT_TIMEOUT_S = 60.0
 RAW_CHUNK_BYTES = 2**20
 LEASE_S = 60.0
+COPY_POLL_S = 50e-6
 
 Event = TypeVar("Event", bound=m.TransferEvent)
 
@@ -45,9 +45,15 @@ class HandoffNode:
         self._geometry = geometry
         self._pool = make_pool(geometry, device)
         self._events: queue.SimpleQueue[tuple[float, m.TransferEvent]] = queue.SimpleQueue()
-        group = KVGroup(layers=geometry.layers, kv_heads=1, head_bytes=geometry.block_bytes)
-        kv = KVSpec(dtype="bfloat16", block_size=1, head_dim=1, groups=(group,))
-        self._thread = TransferThread(self._pool.place, geometry.kv_bytes, kv, self._post, geometry.ports, on_start=self._pool.enter)
+        self._thread = TransferThread(
+            self._pool.place,
+            geometry.kv_bytes,
+            geometry.kv,
+            self._post,
+            geometry.ports,
+            on_start=self._pool.enter,
+            staging=self._pool.staging,
+        )
         self._thread.start()
         self._bytes = memoryview(np.ones(geometry.kv_bytes, dtype=np.uint8))
         """What the raw socket moves, in the host's memory wherever the pool is."""
@@ -89,9 +95,14 @@ class HandoffNode:
         self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.kv_bytes))
 
     def landed(self) -> tuple[float, float]:
-        """When the grant was whole, and the processor seconds since `expect`."""
+        """When the grant was whole and in the pool, and the processor seconds since `expect`."""
         at, event = self._wait(m.Landed)
         assert event.kv_bytes == self._geometry.kv_bytes
+        is_there = self._pool.bring_in()
+        if not is_there():
+            while not is_there():
+                time.sleep(COPY_POLL_S)
+            at = time.monotonic()
         return at, time.process_time() - self._cpu_s
 
     def push(self, token: bytes, agent_id: str, layer_group: int, compute_s: float, busy: bool) -> Pushed:

@@ -1,4 +1,4 @@
-"""The pool of one end of a hand-off, and the computing that fills it: in the host's memory, or in a GPU's.
+"""The pool of one end of a hand-off, and the computing that fills it: in the host's memory, or in a GPU's, with staging memory then.
 
 Every push carries other bytes than the last: its sender changes each layer when it has been "computed", so that what
 leaves too early arrives wrong, and `digest` tells.
@@ -14,12 +14,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from disaggd.transfer.layout import PoolPlace
+from disaggd.ids import BlockId
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.messages import IsReady, at_once
+from disaggd.transfer.source import Staging
 
 if "cuda" in sys.argv:
     import torch
 
+    from disaggd.engine.kv_staging import KVStaging
     from disaggd.engine.stream import DeviceStream
 else:  # NIXL would import all of torch, 1.3 s, just to ask which CUDA it was built for.
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -43,11 +46,23 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes(self) -> int:
         return self.layers * self.layer_bytes
 
+    @property
+    def kv(self) -> KVSpec:
+        group = KVGroup(layers=self.layers, kv_heads=1, head_bytes=self.block_bytes)
+        return KVSpec(dtype="bfloat16", block_size=1, head_dim=1, groups=(group,))
+
 
 class Pool(Protocol):
     place: PoolPlace
     enter: Callable[[], None]
     """For the transfer thread to begin with."""
+
+    @property
+    def staging(self) -> Staging | None:
+        """Where peers write, with as many blocks, and what is pushed is copied to. None: the pool itself."""
+
+    def bring_in(self) -> IsReady:
+        """All blocks have landed: begin to copy them into the pool."""
 
     def renew(self) -> None:
         """Before a push: whatever `compute` does not change, changed."""
@@ -81,6 +96,11 @@ class HostPool:
         self._matrix = np.ones((192, 192), dtype=np.float32)  # a product takes about 0.2 ms, and lets go of the GIL
         self.place = PoolPlace(self._words.ctypes.data, geometry.num_blocks)
         self.enter: Callable[[], None] = lambda: None
+        self.staging: Staging | None = None
+
+    def bring_in(self) -> IsReady:
+        """They are there."""
+        return at_once
 
     def renew(self) -> None:
         self._words += 1
@@ -116,12 +136,17 @@ class GpuPool:
         where = torch.device("cuda", 0)
         self._stream = DeviceStream(where)
         self._stream.enter()
-        self._words = torch.from_numpy(noise(geometry)).to(where)
+        shape = (geometry.layers, geometry.num_blocks, geometry.block_bytes // 8)
+        self._words = torch.from_numpy(noise(geometry)).view(shape).to(where)
         self._scratch = torch.empty_like(self._words)
-        self._num_blocks = geometry.num_blocks
+        self._blocks = [BlockId(block) for block in range(geometry.num_blocks)]
         self._cycles_per_s = self._calibrate()
-        self.place = PoolPlace(self._words.data_ptr(), geometry.num_blocks, 0)
+        self.place = PoolPlace(self._words.data_ptr(), geometry.num_blocks)
         self.enter = self._stream.enter
+        self.staging = KVStaging(self._words, torch.zeros(shape, dtype=torch.int64, pin_memory=True), geometry.kv)
+
+    def bring_in(self) -> IsReady:
+        return self.staging.copy_in(self._blocks, self._blocks)
 
     def renew(self) -> None:
         """`compute` changes every layer."""
@@ -130,7 +155,7 @@ class GpuPool:
         """Returns at once: the push must wait by itself. `busy` or not, the host is free."""
         if seconds:
             torch.cuda._sleep(round(seconds * self._cycles_per_s))
-        self._words[layers.start * self._num_blocks : layers.stop * self._num_blocks] += 1
+        self._words[layers.start : layers.stop] += 1
         return self._stream.mark()
 
     def wait(self) -> None:
@@ -138,7 +163,7 @@ class GpuPool:
 
     def digest(self) -> int:
         """Summed on the GPU: what its kernels see there."""
-        return zlib.crc32(self._words.sum(dim=1).cpu().numpy().tobytes())
+        return zlib.crc32(self._words.sum(dim=2).cpu().numpy().tobytes())
 
     def memcpy(self) -> float:
         torch.cuda.synchronize()

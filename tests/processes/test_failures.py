@@ -1,6 +1,7 @@
 """Prefill nodes that die: every request still completes with the oracle's tokens, and no block stays behind."""
 
 import asyncio
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tests.support.oracle import Oracle, prompt_of
 pytestmark = pytest.mark.process
 
 QUICK = {"quiesce_s": 2.0, "lease_s": 2.0}
+PATIENT = {"heartbeat_s": 5.0}
+"""For tests that stop a node: it stays linked for a while."""
 
 
 class InBackground:
@@ -44,6 +47,35 @@ def is_pushing(cluster: Cluster) -> bool:
     return cluster.blocks("granted") > 0
 
 
+def kill_amid_writes(cluster: Cluster, oracle: Oracle) -> None:
+    """Kill p0 with writes in flight to d0, which reads none of them until p0 is dead: d0 lives, nothing is lost, the next pushes land.
+
+    For a `PATIENT` and `QUICK` cluster.
+    """
+    work = long_jobs(8, oracle)
+    cluster.kill("p0", signal.SIGSTOP)
+    under_way = InBackground(cluster, work)
+    wait_until("blocks are granted", lambda: is_pushing(cluster), 10)
+    cluster.kill("d0", signal.SIGSTOP)
+    cluster.kill("p0", signal.SIGCONT)
+    wait_until("writes are in flight that nobody reads", lambda: cluster.blocks("held") > 0, 12)
+    cluster.kill("p0")
+    cluster.kill("d0", signal.SIGCONT)
+    cluster.start_node("p0")
+    replies = under_way.replies()
+    assert cluster.is_running("d0")
+    for reply, (prompt, options) in zip(replies, work, strict=True):
+        check(reply, prompt, options, oracle)
+    assert sum(cluster.receipt(reply["id"])["retries"] for reply in replies) > 0, "the kill hit nothing"
+    cluster.wait_idle(QUICK["quiesce_s"] + 5)
+    wait_until("the prefill node is back", cluster.is_whole, 120, every_s=0.1)
+    prompt, options = long_jobs(9, oracle)[-1]
+    (after,) = asyncio.run(complete_all(cluster, [(prompt, options)]))
+    check(after, prompt, options, oracle)
+    assert cluster.receipt(after["id"])["decision"] == "remote"
+    cluster.wait_idle()
+
+
 def test_requests_survive_their_prefill_node_and_its_replacement(directory: Path, oracle: Oracle) -> None:
     with running(Cluster(directory, transfer=QUICK)) as cluster:
         work = long_jobs(16, oracle)
@@ -60,6 +92,11 @@ def test_requests_survive_their_prefill_node_and_its_replacement(directory: Path
         retries = [cluster.receipt(reply["id"])["retries"] for reply in replies]
         assert sum(retries[:8]) > 0 and sum(retries[8:]) > 0, "a kill hit nothing"
         cluster.wait_idle(QUICK["quiesce_s"] + 5)
+
+
+def test_a_decode_node_survives_a_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
+    with running(Cluster(directory, transfer=QUICK, cluster=PATIENT)) as cluster:
+        kill_amid_writes(cluster, oracle)
 
 
 def test_without_a_prefill_node_decode_prefills_by_itself(directory: Path, oracle: Oracle) -> None:

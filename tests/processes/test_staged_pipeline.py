@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 
 from tests.processes.test_exactness import run
-from tests.processes.test_failures import QUICK, InBackground, is_pushing, long_jobs
-from tests.support.clusters import Cluster, running, wait_until
+from tests.processes.test_failures import PATIENT, QUICK, kill_amid_writes
+from tests.support.clusters import Block, Cluster, running
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = pytest.mark.process
 
 
-def staged(directory: Path, oracle: Oracle, num_blocks: int, *, prefill: int = 1, **transfer: object) -> Cluster:
+def staged(
+    directory: Path, oracle: Oracle, num_blocks: int, *, prefill: int = 1, cluster: Block | None = None, **transfer: object
+) -> Cluster:
     """Each engine node has staging memory of so many blocks."""
-    staging = num_blocks * oracle.kv_spec.bytes_per_block
-    return Cluster(directory, prefill=prefill, module="tests.support.staged_node", transfer={"staging": staging, **transfer})
+    transfer["staging"] = num_blocks * oracle.kv_spec.bytes_per_block
+    return Cluster(directory, prefill=prefill, module="tests.support.staged_node", transfer=transfer, cluster=cluster or {})
 
 
 def test_concurrent_requests_equal_the_oracle_though_few_of_them_can_land_at_once(directory: Path, oracle: Oracle) -> None:
@@ -41,20 +43,6 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
         cluster.wait_idle()
 
 
-def test_requests_survive_their_prefill_node_killed_in_the_middle_of_pushes(directory: Path, oracle: Oracle) -> None:
-    """The decode node lives, what was landing is quarantined until the fence, and the next node's pushes land."""
-    with running(staged(directory, oracle, 80, **QUICK)) as cluster:
-        work = long_jobs(12, oracle)
-        under_way = InBackground(cluster, work)
-        wait_until("the prefill node has work", lambda: is_pushing(cluster), 30)
-        cluster.kill("p0")
-        cluster.start_node("p0")
-        wait_until("the prefill node is back", cluster.is_whole, 40, every_s=0.1)
-        replies = under_way.replies()
-        for reply, (prompt, options) in zip(replies, work, strict=True):
-            check(reply, prompt, options, oracle)
-        assert sum(cluster.receipt(reply["id"])["retries"] for reply in replies) > 0, "the kill hit nothing"
-        cluster.wait_idle(QUICK["quiesce_s"] + 5)
-        after = cluster.complete(prompt_of(1500, oracle), max_tokens=4)
-        assert cluster.receipt(after["id"])["decision"] == "remote"
-        cluster.wait_idle()
+def test_requests_survive_their_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
+    with running(staged(directory, oracle, 80, cluster=PATIENT, **QUICK)) as cluster:
+        kill_amid_writes(cluster, oracle)

@@ -164,6 +164,10 @@ class Cluster:
         if number is signal.SIGKILL:
             process.wait(STOP_S)
 
+    def is_running(self, name: str) -> bool:
+        process = self.nodes[name].process
+        return process is not None and process.poll() is None
+
     def close(self) -> None:
         """End every child; AssertionError naming those that SIGTERM alone did not end."""
         running = [node for node in self.nodes.values() if node.process is not None and node.process.poll() is None]

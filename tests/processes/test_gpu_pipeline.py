@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from disaggd.sampling import SamplingParams
+from tests.processes.test_failures import PATIENT, QUICK, kill_amid_writes
 from tests.support.clusters import Cluster, running
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
@@ -34,8 +36,12 @@ def gpu_oracle() -> Oracle:
 
 @pytest.fixture(scope="module", params=[(DEVICE, DEVICE), (DEVICE, "cpu"), ("cpu", DEVICE)], ids="-".join)
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gpu_oracle: Oracle) -> Iterator[Cluster]:
-    """1P1D, by the devices of the prefill and the decode node; both have computed something."""
-    made = Cluster(tmp_path_factory.mktemp("gpu"), nodes=CHUNKED)
+    """1P1D, by the devices of the prefill and the decode node; both have computed something.
+
+    A GPU's staging memory holds the longest prompt, of 32 blocks, and little more: pushes and grants wait for room in it.
+    """
+    staging = 40 * gpu_oracle.kv_spec.bytes_per_block
+    made = Cluster(tmp_path_factory.mktemp("gpu"), nodes=CHUNKED, transfer={"staging": staging})
     made.nodes["p0"].options["device"], made.nodes["d0"].options["device"] = request.param
     with running(made) as cluster:
         for policy in ("local", "remote"):
@@ -64,3 +70,18 @@ def test_prompts_that_are_prefilled_at_once_do_not_mix(cluster: Cluster, gpu_ora
         check(reply, prompt, options, gpu_oracle)
         assert cluster.receipt(reply["id"])["decision"] == "remote"
     cluster.wait_idle()
+
+
+def test_a_prompt_that_cannot_land_at_once_is_prefilled_where_it_is_decoded(cluster: Cluster, gpu_oracle: Oracle) -> None:
+    if cluster.nodes["d0"].options["device"] == "cpu":
+        pytest.skip("it lands in the pool")
+    prompt = prompt_of(41 * 64, gpu_oracle)
+    reply = cluster.complete(prompt, **OPTIONS, logprobs=0)
+    assert cluster.receipt(reply["id"])["reason"] == "staging: 2624 uncached tokens > 2560 that can be received"
+    check(reply, prompt, OPTIONS, gpu_oracle)
+    cluster.wait_idle()
+
+
+def test_a_decode_node_survives_a_prefill_node_killed_with_writes_in_flight(tmp_path: Path, gpu_oracle: Oracle) -> None:
+    with running(Cluster(tmp_path, nodes={"device": DEVICE, **CHUNKED}, transfer=QUICK, cluster=PATIENT)) as cluster:
+        kill_amid_writes(cluster, gpu_oracle)

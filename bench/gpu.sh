@@ -28,11 +28,11 @@ tests() {
 }
 
 figures() {
-    run $python bench/kernels.py --markdown "$results"
     run $python bench/engine.py --model L --device cuda --only decode --batch 1 --batch 8 --batch 64 --context 1024 --context 8192 \
         --steps 16 --against-tokens 65536 --markdown "$results"
     run $python bench/engine.py --model L --device cuda --only prefill --prompt 4096 --prompt 16384 --chunk 2048 --markdown "$results"
     run $python bench/handoff.py --device cuda --model L --tokens 4096 --markdown "$results"
+    run $python bench/kernels.py --markdown "$results"
 }
 
 [ "$part" = figures ] || tests

@@ -15,8 +15,8 @@ from tests.support.oracle import Oracle, prompt_of
 pytestmark = pytest.mark.process
 
 QUICK = {"quiesce_s": 2.0, "lease_s": 2.0}
-PATIENT = {"heartbeat_s": 5.0}
-"""For tests that stop a node: it stays linked for a while."""
+PATIENT = {"cluster": {"heartbeat_s": 5.0}, "transfer": {"quiesce_s": 2.0}}
+"""For tests that stop a node: it stays linked, and leases last, for a while."""
 
 
 class InBackground:
@@ -50,12 +50,12 @@ def is_pushing(cluster: Cluster) -> bool:
 def kill_amid_writes(cluster: Cluster, oracle: Oracle) -> None:
     """Kill p0 with writes in flight to d0, which reads none of them until p0 is dead: d0 lives, nothing is lost, the next pushes land.
 
-    For a `PATIENT` and `QUICK` cluster.
+    For a `PATIENT` cluster. Four prompts' KV, 25 MB, is more than the sockets between the two take.
     """
     work = long_jobs(8, oracle)
     cluster.kill("p0", signal.SIGSTOP)
     under_way = InBackground(cluster, work)
-    wait_until("blocks are granted", lambda: is_pushing(cluster), 10)
+    wait_until("the blocks of four prompts are granted", lambda: cluster.blocks("granted") > 4 * 28, 10)
     cluster.kill("d0", signal.SIGSTOP)
     cluster.kill("p0", signal.SIGCONT)
     wait_until("writes are in flight that nobody reads", lambda: cluster.blocks("held") > 0, 12)
@@ -67,7 +67,7 @@ def kill_amid_writes(cluster: Cluster, oracle: Oracle) -> None:
     for reply, (prompt, options) in zip(replies, work, strict=True):
         check(reply, prompt, options, oracle)
     assert sum(cluster.receipt(reply["id"])["retries"] for reply in replies) > 0, "the kill hit nothing"
-    cluster.wait_idle(QUICK["quiesce_s"] + 5)
+    cluster.wait_idle(PATIENT["transfer"]["quiesce_s"] + 5)
     wait_until("the prefill node is back", cluster.is_whole, 120, every_s=0.1)
     prompt, options = long_jobs(9, oracle)[-1]
     (after,) = asyncio.run(complete_all(cluster, [(prompt, options)]))
@@ -95,7 +95,7 @@ def test_requests_survive_their_prefill_node_and_its_replacement(directory: Path
 
 
 def test_a_decode_node_survives_a_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
-    with running(Cluster(directory, transfer=QUICK, cluster=PATIENT)) as cluster:
+    with running(Cluster(directory, **PATIENT)) as cluster:
         kill_amid_writes(cluster, oracle)
 
 

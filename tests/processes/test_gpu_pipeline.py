@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from disaggd.sampling import SamplingParams
-from tests.processes.test_failures import PATIENT, QUICK, kill_amid_writes
+from tests.processes.test_failures import PATIENT, kill_amid_writes
 from tests.support.clusters import Cluster, running
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
@@ -83,5 +83,5 @@ def test_a_prompt_that_cannot_land_at_once_is_prefilled_where_it_is_decoded(clus
 
 
 def test_a_decode_node_survives_a_prefill_node_killed_with_writes_in_flight(tmp_path: Path, gpu_oracle: Oracle) -> None:
-    with running(Cluster(tmp_path, nodes={"device": DEVICE, **CHUNKED}, transfer=QUICK, cluster=PATIENT)) as cluster:
+    with running(Cluster(tmp_path, nodes={"device": DEVICE, **CHUNKED}, **PATIENT)) as cluster:
         kill_amid_writes(cluster, gpu_oracle)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes.test_exactness import run
-from tests.processes.test_failures import PATIENT, QUICK, kill_amid_writes
+from tests.processes.test_failures import PATIENT, kill_amid_writes
 from tests.support.clusters import Block, Cluster, running
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
@@ -44,5 +44,5 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
 
 
 def test_requests_survive_their_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
-    with running(staged(directory, oracle, 80, cluster=PATIENT, **QUICK)) as cluster:
+    with running(staged(directory, oracle, 200, cluster=PATIENT["cluster"], **PATIENT["transfer"])) as cluster:
         kill_amid_writes(cluster, oracle)

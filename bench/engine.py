@@ -191,8 +191,9 @@ def measure_decode(job: Job, contenders: dict[str, Contender], spec: ModelSpec, 
 
 
 def _worthwhile(measures: dict[str, Callable[[], float]]) -> dict[str, Callable[[], float]]:
-    """Runs each once, to warm up, and leaves out a mode of transformers that its other one puts to shame, or that has not the memory."""
-    warm = {name: seconds for name, measure in measures.items() if (seconds := _if_it_fits(name, measure)) is not None}
+    """Leaves out a mode of transformers that, once warm, its other one puts to shame, or that has not the memory."""
+    cold = {name: measure for name, measure in measures.items() if _if_it_fits(name, measure) is not None}
+    warm = {name: measure() for name, measure in cold.items()}
     best = min((warm[name] for name in ATTENTIONS if name in warm), default=0.0)
     return {name: measures[name] for name, seconds in warm.items() if name not in ATTENTIONS or seconds <= _HOPELESS * best}
 

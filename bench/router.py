@@ -22,11 +22,11 @@ from statistics import median
 
 import click
 import msgspec
-from cluster import answers, free_ports
 from machine import Load, LoadMeter, Machine, describe_machine, process_cpu_s
 from models import BUILTIN
 from report import Table, section, show, write_json
 from samples import Spread, spread
+from server_process import answers, free_ports
 from stub_decode import Pace, Sent, Stub
 
 from disaggd.model.directory import open_directory

@@ -22,13 +22,13 @@ import click
 import msgspec
 import uvloop
 from client import Outcome, Target, fetch
-from cluster import answers, free_ports
 from machine import Load, LoadMeter, Machine, describe_machine
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
 from samples import Spread, spread
 from served_engine import Setup, Steps
 from served_node import Turn, read_turns
+from server_process import answers, free_ports
 from workload import fixed, plan
 
 from disaggd.model.directory import open_directory

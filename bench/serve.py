@@ -293,7 +293,7 @@ def main(
     with _server(url, config, model, quick) as (where, name, pids):
         target = Target.of(where, "chat/completions" if chat else "completions", api_key)
         prompts = Prompts(model=name, tokenizer=tokenizer, chat=chat, ignore_eos=ignore_eos, temperature=temperature)
-        job = Job(target, planned, prompts.bodies(planned), prompts.bodies(_warmup(planned, warmup, vocab_size)), concurrency, timeout_s)
+        job = Job(target, planned, prompts.bodies(planned), prompts.bodies(warmup_of(planned, warmup, vocab_size)), concurrency, timeout_s)
         summary, load = job.run(Slo(slo_ttft, slo_tpot, slo_itl), (*server_pids, *pids))
     report = Report(label=label, machine=describe_machine(), load=load, summary=summary)
     show(section(label or "Served", report.machine, load, tables(summary), notes(summary)), markdown)
@@ -330,7 +330,7 @@ class Job(msgspec.Struct, frozen=True):
         return await open_loop(self.target, arrivals, self.timeout_s)
 
 
-def _warmup(planned: list[Planned], count: int, vocab_size: int) -> list[Planned]:
+def warmup_of(planned: list[Planned], count: int, vocab_size: int) -> list[Planned]:
     """Of the run's lengths, but with prompts of their own: the run shall find nothing cached."""
     rows = fixed(count, len(planned[0].prompt), min(8, planned[0].max_tokens))
     return plan(rows, vocab_size, 1.0, seed=-1)

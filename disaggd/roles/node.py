@@ -10,9 +10,11 @@ import itertools
 import logging
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
 from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, ToNode
@@ -50,7 +52,7 @@ class EngineNode:
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded = load_engine(config, node)
+        self._loaded = _on_a_thread_of_its_own(lambda: load_engine(config, node))
         staging = staging_of(config, node, self._loaded)
         self._transfer = TransferThread(
             place=self._loaded.place,
@@ -174,6 +176,26 @@ def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStag
         layer_group=config.transfer.layer_group,
     )
     return make_staging(loaded.kv, loaded.kv_spec, num_blocks)
+
+
+def _on_a_thread_of_its_own(load: Callable[[], LoadedEngine]) -> LoadedEngine:
+    """Runs `load` on a thread that then ends, and with it the OpenMP workers that it got.
+
+    Were they still there beside the compute thread's own, OpenMP would count more threads than processors and have each go to sleep
+    between any two kernels: 8.8 ms a step of a small model on two threads instead of 6.9.
+    """
+    outcome: Future[LoadedEngine] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(load())
+        except BaseException as error:  # noqa: BLE001  carried to whoever waits
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="load", daemon=True)
+    thread.start()
+    thread.join()
+    return outcome.result()
 
 
 async def run_engine_node(config: Config, node: NodeConfig, make_role: MakeRole) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from disaggd.config import Address, NodeConfig
+from disaggd.config import NodeConfig
 from disaggd.ids import NodeName
 from disaggd.launch import compute_environment, reexec_with
+from disaggd.units import Address
 
 QUIET_CORES = 0.12
 """Processor time of others, in cores, up to which a run counts as undisturbed."""

@@ -19,10 +19,10 @@ import uvloop
 
 from disaggd.cluster.link import LinkSettings, NodeLink, serve_links
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Decided, Generate, NodeHello, RouterHello, TokenRun, Tokens, ToNode, unpack_tokens
-from disaggd.config import Address
 from disaggd.ids import Incarnation, NodeName
 from disaggd.sampling import FinishReason
 from disaggd.transfer.layout import KVSpec
+from disaggd.units import Address
 
 NUM_BLOCKS = 1_000_000
 """No request is ever refused for want of room."""

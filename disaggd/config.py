@@ -5,7 +5,6 @@ Knows nothing of roles' code, torch or asyncio.
 """
 
 import difflib
-import ipaddress
 import os
 import re
 import tomllib
@@ -14,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from disaggd.errors import ConfigError
 from disaggd.ids import NodeName
+from disaggd.units import Address, PortRange, Size
 
 Role = Literal["router", "prefill", "decode"]
 
@@ -31,95 +31,6 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Secret = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$", description="16 or more ASCII letters, digits and signs, no blanks")]
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-
-
-class Size(int):
-    """Bytes: an integer, or a string such as "256MiB"."""
-
-    @classmethod
-    def parse(cls, raw: object) -> Self:
-        if isinstance(raw, bool) or not isinstance(raw, int | str):
-            raise ValueError('expected a size: bytes, or a string such as "256MiB"')
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", str(raw))
-        if match is None or match[2] not in _UNITS:
-            raise ValueError(f'{raw!r} is not a size: bytes, or a string such as "256MiB"')
-        size = cls(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else cls(int(match[1]) * _UNITS[match[2]])
-        if size < 1:
-            raise ValueError("a size must be at least 1 byte")
-        return size
-
-
-class Address(str):
-    """`host:port`, or `[host]:port` for IPv6."""
-
-    __slots__ = ()
-
-    @classmethod
-    def parse(cls, raw: object) -> Self:
-        host, _, port = raw.rpartition(":") if isinstance(raw, str) else ("", "", "")
-        if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-            raise ValueError(f'{raw!r} is not an address: expected "host:port"')
-        return cls(raw)
-
-    @property
-    def host(self) -> str:
-        return self.rpartition(":")[0].removeprefix("[").removesuffix("]")
-
-    @property
-    def port(self) -> int:
-        return int(self.rpartition(":")[2])
-
-    @property
-    def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False  # a name may resolve to anything
-
-    @property
-    def is_wildcard(self) -> bool:
-        return self.host in ("0.0.0.0", "::")
-
-    def clashes_with(self, other: "Address") -> bool:
-        """Whether one host could not listen on both."""
-        if self.port != other.port:
-            return False
-        if self.is_wildcard or other.is_wildcard:
-            return all(address.is_wildcard or address.is_loopback for address in (self, other))
-        return self.host == other.host or {self.host, other.host} == {"localhost", "127.0.0.1"}
-
-
-class PortRange(tuple[int, int]):
-    """First and last port, from "18500-18999"; both are in the range."""
-
-    __slots__ = ()
-
-    @classmethod
-    def parse(cls, raw: object) -> Self:
-        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", raw) if isinstance(raw, str) else None
-        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
-            raise ValueError(f'{raw!r} is not a port range: expected "first-last", such as "18500-18999"')
-        return cls((int(match[1]), int(match[2])))
-
-    def __str__(self) -> str:
-        return f"{self[0]}-{self[1]}"
-
 
 CPU_KV_CACHE = Size(256 * 2**20)
 
@@ -154,6 +65,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """In flight at once; one more is refused with 429."""
     receipts: Positive = 1000
     """The last so many receipts can be read at `/v1/requests/{id}`."""
+    trace_minutes: Annotated[float, msgspec.Meta(ge=0, le=1440)] = 5.0
+    """So far back `/v1/cluster/trace` reaches; 0 records nothing."""
+    trusted_keys: tuple[Secret, ...] = ()
+    """Bearer tokens whose holders may override the decision per request (`x-disaggd-policy`); none: everyone may."""
 
 
 class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,10 +79,30 @@ class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`threshold`: up to so many uncached prompt tokens are prefilled by the decode node itself."""
     max_prefill_queue: Positive = 16
     """Jobs that may wait for a prefill node; from here on decode nodes prefill locally."""
+    max_prefill_queue_tokens: Positive = 262_144
+    """Prompt tokens of all jobs that wait; the bound that is reached first counts."""
+    ttft_target_ms: Annotated[float, msgspec.Meta(gt=0, le=600_000)] = 2000.0
+    """Time to first token that requests should meet: it orders the prefill queue."""
+    itl_target_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] | None = None
+    """Inter-token latency that running streams should meet while a prompt is prefilled beside them: it sizes the prompt's chunks.
+    None: chunks are as large as `max_step_tokens` allows."""
+    queue_aging_s: Seconds = 10.0
+    """A job that has waited so long goes before every later one, however urgent."""
+    self_measurement: bool = True
+    """Engine nodes time a few steps at their start (a second or two), so that the first decisions are informed."""
     max_retries: Count = 2
     """So often a lost prefill is tried again elsewhere; then the decode node does it."""
     grant_patience_s: Seconds = 2.0
     """A job that waited so long for room at its decode node gets the blocks that come free there."""
+
+
+class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[routing]`: which decode node takes a request. The cheapest, in units of a block's prefill."""
+
+    prefill_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """Of each block of the prompt that the node does not have cached."""
+    load_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """Of each block of the sequences that run there."""
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +165,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens computed per step, over all sequences."""
     max_sequences: Positive = 64
     """Sequences that run at once."""
+    prefix_cache: bool = True
+    """Keep the KV of finished sequences for prompts that begin alike, until its blocks are needed."""
 
     @property
     def kv_cache_bytes(self) -> int | None:
@@ -251,6 +188,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     disaggregation: DisaggregationConfig = DisaggregationConfig()
+    routing: RoutingConfig = RoutingConfig()
     transfer: TransferConfig = TransferConfig()
     cluster: ClusterConfig = ClusterConfig()
     nodes: tuple[NodeConfig, ...] = msgspec.field(name="node", default=())

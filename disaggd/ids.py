@@ -22,3 +22,6 @@ AgentId = NewType("AgentId", str)
 
 GrantToken = NewType("GrantToken", bytes)
 """16 random bytes that name one grant on the wire; never used twice."""
+
+BlockHash = NewType("BlockHash", bytes)
+"""16 bytes that name a full block's tokens and all before them, the same on every node that serves the same model."""

@@ -22,10 +22,11 @@ from typing import Literal, TextIO
 import msgspec
 
 import disaggd
-from disaggd.config import Address, Config, NodeConfig, Role
+from disaggd.config import Config, NodeConfig, Role
 from disaggd.errors import EXIT_INTERRUPTED, ConfigError, ResourceError
 from disaggd.ids import NodeName
 from disaggd.log import NODE_STYLES, WARNING_STYLE, paint, styled
+from disaggd.units import Address
 
 STOP_GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""

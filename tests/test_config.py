@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggd.config import Address, Config, PortRange, Size, find_config, load_config, parse_config
+from disaggd.config import Config, find_config, load_config, parse_config
 from disaggd.errors import ConfigError
+from disaggd.units import Address, PortRange, Size
 
 ROUTER = '[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:8000"\n'
 PREFILL = '[[node]]\nname = "p0"\nrole = "prefill"\nlisten = "127.0.0.1:8101"\n'

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from disaggd.config import Address, NodeConfig, Role, parse_config
+from disaggd.config import NodeConfig, Role, parse_config
 from disaggd.errors import ConfigError, ResourceError
 from disaggd.ids import NodeName
 from disaggd.supervisor import ClusterView, LinkedNode, LinkedPair, OnReady, Supervisor, banner, check_ports, local_nodes, node_command
+from disaggd.units import Address
 
 WAIT = "import signal; print('up', flush=True); signal.sigwait({signal.SIGTERM}); print('ended', flush=True)"
 """A node that ends when it is told to. SIGTERM must be blocked to be waited for."""
@@ -159,7 +160,8 @@ def test_a_second_ctrl_c_kills_at_once(free_port: Callable[[], int]) -> None:
 def test_no_node_survives_a_kill_of_its_supervisor(free_port: Callable[[], int]) -> None:
     program = (
         "import asyncio, sys\n"
-        "from disaggd.config import Address, NodeConfig\n"
+        "from disaggd.config import NodeConfig\n"
+        "from disaggd.units import Address\n"
         "from disaggd.supervisor import Supervisor\n"
         f"node = NodeConfig(name='d0', role='decode', listen=Address('127.0.0.1:{free_port()}'))\n"
         "child = [sys.executable, '-I', '-S', '-c', 'import os, signal; print(os.getpid(), flush=True); signal.pause()']\n"

@@ -33,9 +33,10 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello, ToNode, ToRouter
-from disaggd.config import Address, ClusterConfig, NodeConfig
+from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import NodeName
+from disaggd.units import Address
 
 log = logging.getLogger(__name__)
 

@@ -5,13 +5,14 @@ A link is one WebSocket; each message is one msgpack frame: a tagged, array-like
 
 ```
 router ──► decode                         decode ──► router
-  Generate                                  Decided, NeedPrefill(+grant), Refused
+  Generate                                  Decided, NeedPrefill(+grant), Refused, LocalPrefill
   RequestGrant                              Granted, NoRoom
   PrefillLost                               Landed, Released
   Progress, Quiesced (forwarded from P)     Cancel (forwarded to P), Tokens, Room
 router ──► prefill                        prefill ──► router
   Prefill, Abort, Cancel                    Prefilled, JobEnded, Progress, Quiesced, Credit
-both ways: Ping; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost; engine nodes also send Gauges
+both ways: Ping; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost
+engine nodes also send Gauges, Measured and CacheEvents, which a router may ask for with CacheSnapshot
 ```
 """
 
@@ -22,11 +23,12 @@ from typing import Literal
 
 import msgspec
 
+from disaggd.cluster.offer import Predicted, PrefillCost, RemoteOffer
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 from disaggd.transfer.layout import KVSpec, PoolPlace
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -169,14 +171,14 @@ class Generate(Frame, frozen=True):
     """Prompt and what earlier attempts already delivered (`pack_tokens`)."""
     num_prompt_tokens: int
     sampling: SamplingParams
+    cache_salt: str
+    """Prefixes are shared only between sequences of the same salt; empty: with all that have none."""
     policy: Literal["auto", "local", "remote"]
     """`local` and `remote` override the node's own decision; `remote` still needs a live prefill node."""
-    prefill_nodes: int
-    """Prefill nodes that could take the job."""
-    queue_depth: int
-    """Jobs waiting in the prefill queue."""
-    grant_for: NodeName | None
-    """A prefill node with a free credit and an empty queue: a grant for it may ride on `NeedPrefill`."""
+    ttft_target_s: float
+    """What is left of the time in which the request should have its first token; negative when that has passed."""
+    offer: RemoteOffer | None
+    """None: no prefill node can be reached."""
 
 
 class Decided(Frame, frozen=True):
@@ -186,6 +188,20 @@ class Decided(Frame, frozen=True):
     attempt: int
     reason: str
     num_cached: int
+    predicted: Predicted | None = None
+
+
+class LocalPrefill(Frame, frozen=True):
+    """Decode → router, just before the first token of a sequence that was prefilled here: how that went."""
+
+    seq: SeqId
+    attempt: int
+    num_cached: int
+    """Tokens that the prefix cache held when the sequence was admitted."""
+    wait_ms: float
+    """From its arrival to its first step."""
+    prefill_ms: float
+    """From there to the first token, the decode of others in between included."""
 
 
 class NeedPrefill(Frame, frozen=True):
@@ -196,6 +212,7 @@ class NeedPrefill(Frame, frozen=True):
     reason: str
     num_cached: int
     grant: Grant | None
+    predicted: Predicted | None = None
 
 
 class Refused(Frame, frozen=True):
@@ -238,6 +255,7 @@ class Prefill(Frame, frozen=True):
     tokens: bytes
     num_prompt_tokens: int
     sampling: SamplingParams
+    cache_salt: str
     grant: Grant | None
 
 
@@ -368,7 +386,40 @@ class Gauges(Frame, frozen=True):
     blocks_held: int
     blocks_quarantined: int
     preemptions: int
-    """Since the node's start."""
+    """Since the node's start, as the other totals below."""
+    prefill_backlog_tokens: int = 0
+    """Prompt tokens that wait for their turn here, or are half computed."""
+    prefix_queried_tokens: int = 0
+    """Tokens of all sequences that were admitted or granted."""
+    prefix_hit_tokens: int = 0
+    """Those of them that the prefix cache held."""
+    prefix_evicted_blocks: int = 0
+
+
+class CacheSnapshot(Frame, frozen=True):
+    """Router → engine node: a number is missing among your `CacheEvents`: send a snapshot."""
+
+
+class CacheEvents(Frame, frozen=True):
+    """Engine node → router: what its prefix cache gained and lost since the last one. The first on a link is a snapshot."""
+
+    number: int
+    """Counts from 0 on each link, by one."""
+    snapshot: bool
+    """`stored` is all that the node holds, and replaces what was known."""
+    stored: bytes
+    """Block hashes of 16 bytes each, one behind the other."""
+    evicted: bytes
+
+
+class Measured(Frame, frozen=True):
+    """Engine node → router, at link up: what it measured of itself at its start."""
+
+    prefill_cost: PrefillCost
+    decode_base_s: float
+    """A step of one sequence that decodes."""
+    decode_per_sequence_s: float
+    """What each further one adds."""
 
 
 ToNode = (
@@ -385,6 +436,7 @@ ToNode = (
     | Cancel
     | Quiesced
     | PrefillLost
+    | CacheSnapshot
 )
 """What a router may send."""
 
@@ -396,6 +448,7 @@ ToRouter = (
     | PairReady
     | PairLost
     | Decided
+    | LocalPrefill
     | NeedPrefill
     | Refused
     | Granted
@@ -411,5 +464,7 @@ ToRouter = (
     | Room
     | Credit
     | Gauges
+    | CacheEvents
+    | Measured
 )
 """What an engine node may send."""

@@ -15,7 +15,10 @@ from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from disaggd.cluster.decision import Override
+from disaggd.cluster.offer import Predicted
 from disaggd.cluster.protocol import Grant
 from disaggd.errors import RequestError
 from disaggd.ids import NodeName, SeqId
@@ -82,10 +85,29 @@ class Timeline:
     landed: float | None = None
     finished: float | None = None
     prefill_ms: float = 0.0
+    """Computing the prompt, on the clock of the node that did."""
+    local_wait_ms: float | None = None
+    """At the decode node, before the first step of a prompt that was prefilled there."""
     first_token_reported_ms: float | None = None
     """On the prefill node's clock, since its job came in; so are the next two."""
     first_post_ms: float | None = None
     last_done_ms: float | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client asked for, in token ids."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    override: Override = "auto"
+    """Where to prefill, whatever the decision would be."""
+    cache_salt: str = ""
+    """Prefixes are shared only between requests of the same salt."""
+    priority: int = 0
+    """Smaller goes first."""
+    session: str | None = None
+    """Requests of one session go to the same decode node when costs tie."""
 
 
 @dataclass(slots=True)
@@ -93,10 +115,7 @@ class RoutedSequence:
     """The router's record of one sequence; `Dispatcher` is its only writer."""
 
     seq: SeqId
-    request_id: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    override: Override
+    request: Request
     sink: Sink
     deadline: float
     timeline: Timeline
@@ -116,6 +135,8 @@ class RoutedSequence:
     was_remote: bool = False
     reason: str = ""
     """Of the decision: `code: sentence`."""
+    predicted: Predicted | None = None
+    """What the decision was made on."""
     forced_local: str = ""
     """Why the router had this attempt prefilled by decode, whatever decode would have decided."""
     cached_at_decode: int = 0
@@ -131,16 +152,16 @@ class RoutedSequence:
     @property
     def tokens(self) -> list[int]:
         """What a node needs to continue: the prompt and everything sent."""
-        return [*self.prompt, *self.sent]
+        return [*self.request.prompt, *self.sent]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.sent)
+        return len(self.request.prompt) + len(self.sent)
 
     @property
     def num_remaining(self) -> int:
         """Output tokens still wanted."""
-        return self.sampling.max_tokens - len(self.sent)
+        return self.request.sampling.max_tokens - len(self.sent)
 
     @property
     def job(self) -> tuple[SeqId, int]:

@@ -25,6 +25,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     """`seed` is drawn and `max_tokens` fits the model's context."""
     policy: Policy
+    cache_salt: str = ""
+    """Cached prefixes are shared only between requests of the same salt."""
+    priority: int = 0
+    """Smaller goes first where requests wait."""
+    session: str | None = None
+    """Requests of one session stay on one node when that costs nothing."""
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):

@@ -21,10 +21,11 @@ from starlette.types import ASGIApp
 
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.link import RouterLink, dial, link_settings
+from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
-from disaggd.cluster.request import RoutedSequence
-from disaggd.config import Address, Config, NodeConfig
+from disaggd.cluster.request import Request, RoutedSequence
+from disaggd.config import Config, NodeConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
@@ -37,6 +38,7 @@ from disaggd.observe.metrics import BlockState, Metrics
 from disaggd.observe.receipts import CachedTokens, PrefillClock, Receipt, ReceiptBook, Spans
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
+from disaggd.units import Address
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +100,9 @@ class RouterBackend:
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
         self.dispatcher = Dispatcher(
             self.incarnation,
-            max_retries=config.disaggregation.max_retries,
-            grant_patience_s=config.disaggregation.grant_patience_s,
-            request_timeout_s=config.router.request_timeout_s,
-            clock=time.monotonic,
-            on_update=self._on_update,
+            _rules(config),
+            time.monotonic,
+            self._on_update,
         )
         self._receipts = ReceiptBook(config.router.receipts)
         self._running: dict[str, SeqId] = {}
@@ -133,7 +133,7 @@ class RouterBackend:
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
         deltas = DeltaQueue()
-        seq = self.dispatcher.submit(request.id, tuple(request.tokens), request.sampling, request.policy, deltas)
+        seq = self.dispatcher.submit(_asked(request), deltas)
         self._running[request.id] = seq
         self._sequence_of[id(request)] = seq
         try:
@@ -249,6 +249,29 @@ class RouterBackend:
             self._metrics.observe_finish(receipt, record.reason.partition(":")[0])
 
 
+def _rules(config: Config) -> DispatchRules:
+    rules = config.disaggregation
+    return DispatchRules(
+        max_retries=rules.max_retries,
+        grant_patience_s=rules.grant_patience_s,
+        request_timeout_s=config.router.request_timeout_s,
+        max_prefill_queue=rules.max_prefill_queue,
+        ttft_target_s=rules.ttft_target_ms / 1e3,
+    )
+
+
+def _asked(request: GenerationRequest) -> Request:
+    return Request(
+        id=request.id,
+        prompt=tuple(request.tokens),
+        sampling=request.sampling,
+        override=request.policy,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        session=request.session,
+    )
+
+
 def _blocks(gauges: Gauges) -> dict[BlockState, int]:
     return {
         "free": gauges.blocks_free,
@@ -284,13 +307,13 @@ def make_receipt(record: RoutedSequence, model: str) -> Receipt:
         total=_ms(times.arrived, times.finished),
     )
     return Receipt(
-        id=record.request_id,
+        id=record.request.id,
         model=model,
         decision=None if record.reason == "" else "remote" if record.was_remote else "local",
         reason=record.reason or None,
         prefill_node=record.prefill if record.was_remote else None,
         decode_node=record.decode,
-        prompt_tokens=len(record.prompt),
+        prompt_tokens=len(record.request.prompt),
         output_tokens=len(record.sent),
         cached_tokens=CachedTokens(record.cached_at_decode, record.cached_at_prefill),
         kv_bytes=record.kv_bytes,

@@ -25,7 +25,7 @@ from disaggd.cluster.protocol import (
 from disaggd.cluster.request import Phase
 from disaggd.errors import InvalidRequest, RequestFailed, Unavailable
 from disaggd.sampling import TokenLogprob
-from tests.support.routing import D0, D1, P0, P1, Client, Routing, make_grant
+from tests.support.routing import D0, D1, P0, P1, Client, Routing, grant_for, make_grant
 
 # ── placement ──
 
@@ -60,7 +60,9 @@ def test_generate_says_what_the_decision_needs_to_know() -> None:
     for depth in range(2):
         client = routing.queued(90)
         generate = routing.last(D0, Generate)
-        assert (generate.seq, generate.prefill_nodes, generate.queue_depth, generate.grant_for) == (client.seq, 2, depth, None)
+        assert generate.seq == client.seq
+        assert generate.offer is not None
+        assert (generate.offer.prefill_nodes, generate.offer.queue_depth, generate.offer.may_grant) == (2, depth, False)
 
 
 def test_the_router_passes_the_sampling_on_as_it_came_and_draws_nothing() -> None:
@@ -84,7 +86,7 @@ def test_a_request_may_override_the_policy() -> None:
 def test_a_first_request_may_bring_its_grant_with_need_prefill_and_is_forwarded_at_once() -> None:
     routing = Routing()
     client = routing.submit()
-    assert routing.last(D0, Generate).grant_for == P0
+    assert grant_for(routing.last(D0, Generate)) == P0
     grant = make_grant(client)
     routing.need_prefill(client, grant)
     prefill = routing.last(P0, Prefill)
@@ -98,7 +100,7 @@ def test_no_grant_rides_when_jobs_wait_already() -> None:
     routing.queued(90)
     routing.dispatcher.prefills[P0].credit_tokens = 1000
     routing.submit()
-    assert routing.last(D0, Generate).grant_for is None
+    assert grant_for(routing.last(D0, Generate)) is None
 
 
 def test_no_grant_rides_without_a_free_credit() -> None:
@@ -106,7 +108,7 @@ def test_no_grant_rides_without_a_free_credit() -> None:
     routing.queued(90)
     assert not routing.dispatcher.queue
     routing.submit(20)
-    assert routing.last(D0, Generate).grant_for is None
+    assert grant_for(routing.last(D0, Generate)) is None
 
 
 def test_a_grant_is_asked_for_only_once_a_credit_is_held() -> None:
@@ -130,7 +132,7 @@ def test_a_job_goes_to_its_prefill_node_only_with_its_grant() -> None:
 def test_one_output_token_needs_no_grant() -> None:
     routing = Routing()
     client = routing.submit(max_tokens=1)
-    assert routing.last(D0, Generate).grant_for is None
+    assert grant_for(routing.last(D0, Generate)) is None
     routing.need_prefill(client)
     assert routing.last(P0, Prefill).grant is None
     assert not routing.frames(D0, RequestGrant)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disaggd.cluster.dispatcher import DECODE_PATIENCE_S
+from disaggd.cluster.moves import DECODE_PATIENCE_S
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -23,7 +23,7 @@ from disaggd.cluster.protocol import (
 )
 from disaggd.cluster.request import Phase
 from disaggd.errors import RequestFailed
-from tests.support.routing import D0, D1, P0, P1, Client, Routing, make_grant
+from tests.support.routing import D0, D1, P0, P1, Client, Routing, grant_for, make_grant
 
 
 def released(routing: Routing, client: Client) -> Generate:
@@ -147,13 +147,13 @@ def test_a_credit_held_while_a_grant_is_asked_for_is_lost_with_its_node() -> Non
     grant = make_grant(client)
     routing.say(D0, Granted(client.seq, 0, grant), Cancel(grant.token, P0, D0))
     assert routing.sent[D0][-1] == Quiesced(grant.token, D0, True), "it was never forwarded"
-    assert released(routing, client).prefill_nodes == 0
+    assert released(routing, client).offer is None
 
 
 def test_a_grant_that_rode_along_for_a_lost_node_is_not_forwarded() -> None:
     routing = Routing(prefills=(P0, P1))
     client = routing.submit()
-    assert routing.last(D0, Generate).grant_for == P0
+    assert grant_for(routing.last(D0, Generate)) == P0
     routing.down(P0)
     routing.need_prefill(client, make_grant(client))
     assert routing.last(D0, RequestGrant) == RequestGrant(client.seq, 0, P1), "asking again takes the first one back"
@@ -181,7 +181,7 @@ def test_a_lost_prefill_node_takes_its_credit_with_it_and_a_new_one_brings_its_o
     routing.prefill_up(P0, incarnation="second")
     routing.pair_all()
     assert routing.credit_used() == 0
-    assert released(routing, client).grant_for == P0
+    assert grant_for(released(routing, client)) == P0
     assert routing.credit_used() == 40
 
 
@@ -298,7 +298,7 @@ def test_credit_comes_back_exactly_once_whatever_ends_a_job_first() -> None:
 def test_a_local_decision_gives_the_credit_to_the_job_that_waits_for_it() -> None:
     routing = Routing(credit=100)
     local = routing.submit(90)
-    assert routing.last(D0, Generate).grant_for == P0
+    assert grant_for(routing.last(D0, Generate)) == P0
     waiting = routing.queued(90)
     assert not routing.frames(D0, RequestGrant)
     routing.say(D0, Decided(local.seq, 0, "short: it is", 0))

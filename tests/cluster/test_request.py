@@ -2,7 +2,7 @@
 
 import pytest
 
-from disaggd.cluster.request import LEGAL_MOVES, Phase, RoutedSequence, Timeline
+from disaggd.cluster.request import LEGAL_MOVES, Phase, Request, RoutedSequence, Timeline
 from disaggd.ids import SeqId
 from disaggd.sampling import SamplingParams
 from tests.support.routing import Client
@@ -10,7 +10,7 @@ from tests.support.routing import Client
 
 def make_record(max_tokens: int = 8) -> RoutedSequence:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return RoutedSequence(SeqId("s"), "request", (1, 2, 3), sampling, "auto", Client(), 60.0, Timeline(arrived=0.0))
+    return RoutedSequence(SeqId("s"), Request(id="request", prompt=(1, 2, 3), sampling=sampling), Client(), 60.0, Timeline(arrived=0.0))
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.DONE])

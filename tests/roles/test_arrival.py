@@ -12,7 +12,7 @@ GOOD = SamplingParams(max_tokens=8)
 
 
 def prefill(tokens: bytes, num_prompt_tokens: int, sampling: SamplingParams = GOOD) -> Prefill:
-    return Prefill(SeqId("s"), 3, tokens, num_prompt_tokens, sampling, None)
+    return Prefill(SeqId("s"), 3, tokens, num_prompt_tokens, sampling, "", None)
 
 
 def test_a_good_one_is_a_sequence_with_all_it_was_given() -> None:

@@ -84,7 +84,7 @@ class DecodeOrders(RuleBasedStateMachine):
     def check_blocks(self) -> None:
         """Nobody computes in blocks that a prefill node may still write."""
         used = {block for sequence in self.node.engine.sequences.values() for block in sequence.block_table}
-        landing = self.node.role._landings._landing
+        landing = self.node.role._granting._landings._landing
         for grant in self.writable.values():
             assert self.staging is not None or not used & set(grant.block_ids)
             assert all(landing.references(block) for block in grant.block_ids)

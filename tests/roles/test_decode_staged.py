@@ -20,7 +20,7 @@ from disaggd.cluster.protocol import (
 )
 from disaggd.engine.sequence import SequenceState
 from disaggd.ids import NodeName, SeqId
-from disaggd.roles.decode import COPY_POLL_S
+from disaggd.roles.decode_role import COPY_POLL_S
 from disaggd.transfer import messages as transfer
 from tests.support.decode_scripts import AGENT, P0, Node, S, Staging, delivered, generate, granted, is_empty, landed, make_decode_node
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, expected, prompt

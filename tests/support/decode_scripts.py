@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from disaggd.cluster.decision import DecisionRule
+from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.protocol import Generate, Grant, Granted, RequestGrant, Tokens, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import Outbox
-from disaggd.roles.decode import DecodeRole
+from disaggd.roles.decode_role import DecodeRole
+from disaggd.roles.granting import Granting
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
@@ -52,19 +54,17 @@ def make_decode_node(num_blocks: int = 64, staging: Staging | None = None) -> No
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> DecodeRole:
         rule = DecisionRule(max_local_prefill_tokens=16, max_prefill_queue=4)
-        return DecodeRole(
+        granting = Granting(
             NodeName("d0"),
             engine,
-            rule,
             lease_s=LEASE_S,
             quiesce_s=QUIESCE_S,
             bytes_per_block=BYTES_PER_BLOCK,
-            vocab_size=VOCAB_SIZE,
-            outbox=outbox,
             submit=submit,
             clock=clock,
             staging=staging,
         )
+        return DecodeRole(engine, rule, granting=granting, vocab_size=VOCAB_SIZE, outbox=outbox, submit=submit, clock=clock)
 
     node = RoleNode(make_role, num_blocks=num_blocks)
     node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", PLACE))
@@ -81,8 +81,8 @@ def check_decode_pool(node: Node) -> None:
     gauges, engine = node.role.gauges(), node.engine.gauges()
     assert gauges.blocks_used == engine.blocks_used
     in_pool = gauges.blocks_free + engine.blocks_used + gauges.blocks_granted
-    if node.role._is_staged:
-        landing, grants, arrivals = node.role._landings._landing, node.role._grants, node.role._arrivals
+    if node.role._granting._is_staged:
+        landing, grants, arrivals = node.role._granting._landings._landing, node.role._grants, node.role._granting.arrivals
         assert in_pool == node.pool.num_blocks
         assert gauges.blocks_quarantined == grants.blocks_quarantined
         arriving = sum(len(arrival.copy.landed) for arrival in arrivals)
@@ -109,7 +109,8 @@ def generate(
     stop: tuple[int, ...] = (),
 ) -> Generate:
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True)
-    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, policy, nodes, depth, grant_for)
+    offer = RemoteOffer(grant_for or P0, nodes, depth, False, 0.0, 0, None, None, may_grant=grant_for is not None) if nodes else None
+    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, "", policy, 2.0, offer)
 
 
 def granted(node: Node, seq: SeqId = S, length: int = 20, **options: object) -> Grant:
@@ -132,5 +133,5 @@ def delivered(node: Node, seq: SeqId = S) -> list[int]:
 
 
 def is_empty(node: Node) -> bool:
-    landing = node.role._landings._landing
+    landing = node.role._granting._landings._landing
     return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks and landing.num_free == landing.num_blocks

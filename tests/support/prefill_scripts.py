@@ -6,7 +6,7 @@ from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, pac
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
-from disaggd.roles.prefill import PrefillRole
+from disaggd.roles.prefill_role import PrefillRole
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
@@ -61,7 +61,7 @@ def prefill(
     tokens: list[int], grant: Grant | None, seq: SeqId = S, *, attempt: int = 0, num_prompt: int | None = None, **sampling: object
 ) -> Prefill:
     params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
-    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, grant)
+    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, "", grant)
 
 
 def ready_node(num_blocks: int = 64, max_step_tokens: int = 16, mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once) -> Node:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from disaggd.cluster.decision import Override
 from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.protocol import (
     Credit,
@@ -24,7 +25,7 @@ from disaggd.cluster.protocol import (
     ToNode,
     ToRouter,
 )
-from disaggd.cluster.request import RoutedSequence
+from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.errors import RequestError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
@@ -72,11 +73,9 @@ class Routing:
         """(sequence, its `kv_bytes`) at each `on_update`."""
         self.dispatcher = Dispatcher(
             Incarnation("r"),
-            max_retries=2,
-            grant_patience_s=GRANT_PATIENCE_S,
-            request_timeout_s=60.0,
-            clock=lambda: self.now,
-            on_update=lambda record: self.updates.append((record.seq, record.kv_bytes)),
+            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0),
+            lambda: self.now,
+            lambda record: self.updates.append((record.seq, record.kv_bytes)),
         )
         for name in decodes:
             self.decode_up(name)
@@ -123,7 +122,8 @@ class Routing:
         client = Client()
         self.now += 0.001
         sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
-        client.seq = self.dispatcher.submit("request", tuple(range(num_tokens)), sampling, override, client)
+        request = Request(id="request", prompt=tuple(range(num_tokens)), sampling=sampling, override=override)
+        client.seq = self.dispatcher.submit(request, client)
         return client
 
     def queued(self, num_tokens: int = 40, max_tokens: int = 8) -> Client:
@@ -201,3 +201,8 @@ def make_grant(client: Client, prefill: NodeName = P0, decode: NodeName = D0) ->
 
 def hello(name: NodeName, incarnation: str) -> NodeHello:
     return NodeHello(1, name, "prefill" if name.startswith("p") else "decode", Incarnation(f"{name}-{incarnation}"), "model", KV, 64, 4096)
+
+
+def grant_for(frame: Generate) -> NodeName | None:
+    """The prefill node for which a grant may ride on the answer."""
+    return frame.offer.prefill if frame.offer is not None and frame.offer.may_grant else None

@@ -1,0 +1,55 @@
+"""What a decision about one prompt is made on: what the router offers, and what both ways are predicted to take.
+
+Plain data that travels inside frames (`protocol.py`). Seconds throughout; None is what nobody has measured yet.
+"""
+
+import msgspec
+
+from disaggd.ids import NodeName
+
+
+class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds to prefill n uncached tokens behind c cached ones: `base + per_token · n + per_token_context · n · (c + n/2)`."""
+
+    base_s: float
+    per_token_s: float
+    per_token_context_s: float
+
+
+class TransferCost(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds from a push's last computed layer to its landing, or of a whole push: `base + per_byte · bytes`."""
+
+    base_s: float
+    per_byte_s: float
+
+
+class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
+    """What the router predicts of a prefill elsewhere. Costs are None until something has been measured."""
+
+    prefill: NodeName
+    """The prefill node that would take the job, were it decided now."""
+    prefill_nodes: int
+    """Those that could."""
+    queue_depth: int
+    """Jobs waiting in the prefill queue."""
+    queue_is_full: bool
+    wait_s: float
+    """Until that node would begin with the job."""
+    num_cached: int
+    """Tokens of this prompt that its prefix cache holds, as far as the router knows."""
+    prefill_cost: PrefillCost | None
+    transfer_cost: TransferCost | None
+    """From that node to the decode node asked."""
+    may_grant: bool
+    """It has a free credit and nobody waits: a grant for it may ride on `NeedPrefill`."""
+
+
+class Predicted(msgspec.Struct, frozen=True, array_like=True):
+    """What a decision was made on: seconds; None for what nobody could tell."""
+
+    local_ttft_s: float | None = None
+    """From the decision to the first token, prefilled here."""
+    remote_ttft_s: float | None = None
+    """The same, prefilled elsewhere."""
+    local_damage_s: float | None = None
+    """By how much a prefill here would delay the tokens of all that run here, summed over them."""

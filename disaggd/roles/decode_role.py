@@ -1,0 +1,323 @@
+"""The decode role: decides where each prompt is prefilled, grants blocks, resumes what landed, generates the rest.
+
+Everything here runs on the compute thread; frames, transfer events and time come in, frames and transfer commands go
+out, so a test can script any order of messages. Knows nothing of sockets, text or NIXL.
+
+A sequence is either the engine's alone (prefilled here, or landed), or QUEUED there with at most one grant out:
+
+    Generate ─► Decided, the engine has it
+    Generate ─► NeedPrefill ─► RequestGrant ─► Granted ─► Landed ─► (on a GPU: copied into the pool) ─► the engine has it
+                                                  └─► Released: the grant is quarantined, the sequence forgotten
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import singledispatchmethod
+
+from disaggd.cluster.decision import DecisionRule, decide
+from disaggd.cluster.protocol import (
+    Abort,
+    Cancel,
+    Decided,
+    Gauges,
+    Generate,
+    Granted,
+    Landed,
+    NeedPrefill,
+    NoRoom,
+    OpenPair,
+    PairAgent,
+    PairReady,
+    PrefillLost,
+    Progress,
+    Quiesced,
+    Refused,
+    Released,
+    RequestGrant,
+    Room,
+    TokenRun,
+    Tokens,
+    ToNode,
+)
+from disaggd.engine.engine import Engine, SequenceOutput
+from disaggd.engine.scheduler import StepPlan
+from disaggd.engine.sequence import SequenceState
+from disaggd.errors import InvalidRequest
+from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
+from disaggd.roles.arrival import read_sequence
+from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.granting import Granting, Placed
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.grant import GrantState
+from disaggd.transfer.notification import FirstToken
+
+log = logging.getLogger(__name__)
+
+COPY_POLL_S = 200e-6
+"""A prompt's KV is copied into a GPU's memory in 0.1 to 20 ms, and CUDA has no event that wakes a thread with an inbox."""
+
+
+class DecodeRole:
+    """One decode node's decisions. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rule: DecisionRule,
+        *,
+        granting: Granting,
+        vocab_size: int,
+        outbox: Outbox,
+        submit: Callable[[transfer.TransferCommand], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._pool = engine.pool
+        self._rule = rule
+        self._granting = granting
+        self._grants = granting.book
+        self._vocab_size = vocab_size
+        self._outbox = outbox
+        self._submit = submit
+        self._clock = clock
+        self._placed: dict[SeqId, Placed] = {}
+        self._refused: list[tuple[Placed, NodeName]] = []
+        """Grants that were answered `NoRoom`, to whoever has not been told `Room` since."""
+
+    # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def link_up(self, link: LinkId) -> None:
+        """The router asks for what it needs; `OpenPair` comes next."""
+
+    def link_down(self, link: LinkId) -> None:
+        """The router is gone, and with it everyone who waits for its sequences."""
+        for placed in [p for p in self._placed.values() if p.link == link]:
+            self._forget(placed, "its router is lost")
+
+    # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_frame(self, link: LinkId, frame: ToNode) -> None:
+        self._on_frame(frame, link)
+
+    @singledispatchmethod
+    def _on_frame(self, frame: object, link: LinkId) -> None:
+        log.warning("a decode node has no use for %s", type(frame).__name__)
+
+    @_on_frame.register
+    def _(self, frame: Generate, link: LinkId) -> None:
+        if (old := self._placed.get(frame.seq)) is not None:
+            if old.attempt >= frame.attempt:
+                return
+            self._forget(old, "another attempt began")
+        try:
+            self._place(Placed(link, read_sequence(frame, self._vocab_size)), frame)
+        except InvalidRequest as error:
+            self._outbox.send(link, Refused(frame.seq, frame.attempt, error.code or "", error.message))
+
+    def _place(self, placed: Placed, frame: Generate) -> None:
+        """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
+        sequence = placed.sequence
+        num_uncached = len(sequence.tokens)
+        verdict = decide(
+            self._rule,
+            num_uncached,
+            prefill_nodes=0 if frame.offer is None else frame.offer.prefill_nodes,
+            queue_depth=0 if frame.offer is None else frame.offer.queue_depth,
+            override=frame.policy,
+            max_remote_tokens=self._granting.max_tokens,
+        )
+        if not verdict.remote:
+            self._engine.add(sequence)
+            self._placed[placed.seq] = placed
+            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, verdict.reason, 0))
+            return
+        grant = None
+        if sequence.sampling.max_tokens - sequence.num_outputs > 1:  # else the prefill node samples all there is to sample
+            self._engine.park(sequence)
+            self._placed[placed.seq] = placed
+            grant = self._granting.grant(placed, frame.offer.prefill) if frame.offer is not None and frame.offer.may_grant else None
+        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, verdict.reason, 0, grant))
+
+    @_on_frame.register
+    def _(self, frame: RequestGrant, link: LinkId) -> None:
+        placed = self._current(frame.seq, frame.attempt)
+        if placed is None:
+            return self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
+        if placed.grant is not None:  # given with `NeedPrefill`; that the router asks again says that it forwarded it to nobody
+            self._granting.withdraw(placed)
+        if (grant := self._granting.grant(placed, frame.prefill)) is not None:
+            return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
+        self._refused.append((placed, frame.prefill))
+        return self._outbox.send(link, NoRoom(frame.seq, frame.attempt))
+
+    @_on_frame.register
+    def _(self, frame: Abort, link: LinkId) -> None:
+        if (placed := self._current(frame.seq, frame.attempt)) is not None:
+            self._forget(placed, "aborted")
+
+    @_on_frame.register
+    def _(self, frame: PrefillLost, link: LinkId) -> None:
+        """The arbiter's answer: landed is kept, anything else is given up here before it is tried elsewhere."""
+        placed = self._current(frame.seq, frame.attempt)
+        if placed is None:
+            self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
+        elif placed.sequence.state is not SequenceState.QUEUED:
+            self._outbox.send(link, Landed(frame.seq, frame.attempt))
+        elif not self._granting.is_arriving(placed):  # else `Landed` is about to be said
+            self._release(placed, "its prefill failed or is lost")
+
+    @_on_frame.register
+    def _(self, frame: Progress, link: LinkId) -> None:
+        self._grants.renew(frame.tokens)
+
+    @_on_frame.register
+    def _(self, frame: Quiesced, link: LinkId) -> None:
+        self._granting.free(self._grants.quiesced(frame.token, frame.clean))
+
+    @_on_frame.register
+    def _(self, frame: OpenPair, link: LinkId) -> None:
+        """A prefill node that was restarted writes no more: what it had under way is placed again at once."""
+        agent = self._granting.agents.get(frame.peer)
+        if agent is not None and agent.peer_incarnation != frame.peer_incarnation:
+            self._give_up_grants_of(agent, "its prefill node was restarted")
+        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation))
+
+    # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_event(self, event: transfer.TransferEvent) -> None:
+        self._on_event(event)
+
+    @singledispatchmethod
+    def _on_event(self, event: object) -> None:
+        raise AssertionError(f"a decode node pushes nothing, and got {event!r}")
+
+    @_on_event.register
+    def _(self, event: transfer.Landed) -> None:
+        record = self._grants.landed(event.token)
+        if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
+            return self._granting.free(self._grants.quiesced(event.token, clean=True))
+        placed = self._placed[record.seq_id]
+        blocks = self._granting.land(placed, record, event.first)
+        return None if blocks is None else self._resume(placed, blocks, event.first)
+
+    @_on_event.register
+    def _(self, event: transfer.LandingFailed) -> None:
+        self._give_up(event.token, event.reason)
+
+    @_on_event.register
+    def _(self, event: transfer.QuiescedByWire) -> None:
+        """The prefill node stopped, and no router had asked it to yet: what has not landed by now never will."""
+        self._give_up(event.token, "its prefill node stopped")
+        self._granting.free(self._grants.quiesced(event.token, event.clean))
+
+    @_on_event.register
+    def _(self, event: transfer.PairOpened) -> None:
+        self._granting.agents[event.peer] = event
+        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.place))
+
+    @_on_event.register
+    def _(self, event: transfer.PairProbed) -> None:
+        self._outbox.broadcast(PairReady(event.peer, event.agent_id))
+
+    @_on_event.register
+    def _(self, event: transfer.Fenced) -> None:
+        for record in self._granting.fenced(event.peer, event.agent_id):
+            placed = self._placed.get(record.seq_id)
+            if placed is not None and placed.grant == record.token:
+                self._release(placed, "its prefill node was fenced")
+
+    # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def layers_done(self, plan: StepPlan, layers: range) -> None:
+        """Nothing leaves a decode node."""
+
+    def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
+        """One frame per router, with the new tokens of all its sequences."""
+        runs: dict[LinkId, list[TokenRun]] = {}
+        for output in outputs:
+            placed = self._placed[output.sequence.seq_id]
+            runs.setdefault(placed.link, []).append(
+                TokenRun(placed.seq, placed.attempt, output.start, output.tokens, output.logprobs, output.finish_reason)
+            )
+            if output.finish_reason is not None:
+                del self._placed[placed.seq]
+        for link, batch in runs.items():
+            self._outbox.send(link, Tokens(tuple(batch)))
+
+    def tick(self) -> None:
+        """Sequences whose KV is there, leases that ran out, agents to fence, room for those who were refused."""
+        for placed, blocks, first in self._granting.take_arrivals(lambda placed: self._placed.get(placed.seq) is placed):
+            self._resume(placed, blocks, first)
+        for record in self._grants.expired():
+            self._release(self._placed[record.seq_id], f"no sign of life from {record.peer} for {record.lease_s:g} s")
+        for peer, agent_id in self._grants.overdue():
+            log.warning("%s did not quiesce: fencing its agent", peer)
+            self._submit(transfer.Fence(peer, agent_id))
+        for link in self._links_with_room():
+            self._refused = [(placed, prefill) for placed, prefill in self._refused if placed.link != link]
+            self._outbox.send(link, Room())
+
+    def next_deadline(self) -> float | None:
+        if self._links_with_room():
+            return self._clock()  # a step has freed it, and nothing else may come in
+        deadline = self._grants.next_deadline()
+        if not self._granting.arrivals:
+            return deadline
+        asked_again = self._clock() + COPY_POLL_S
+        return asked_again if deadline is None else min(asked_again, deadline)
+
+    def gauges(self) -> Gauges:
+        engine, free = self._engine.gauges(), self._pool.num_free
+        return Gauges(
+            waiting=engine.waiting,
+            running=engine.running,
+            queued=engine.queued,
+            blocks_free=free,
+            blocks_cached=0,
+            blocks_used=self._pool.num_blocks - free - self._granting.blocks_promised,
+            blocks_granted=self._granting.blocks_granted,
+            blocks_held=0,
+            blocks_quarantined=self._granting.blocks_quarantined,
+            preemptions=engine.preemptions,
+        )
+
+    # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _links_with_room(self) -> set[LinkId]:
+        """Routers of which a refused grant could be given now."""
+        self._refused = [(placed, prefill) for placed, prefill in self._refused if self._placed.get(placed.seq) is placed]
+        return {placed.link for placed, prefill in self._refused if self._granting.has_room(placed, prefill)}
+
+    def _resume(self, placed: Placed, blocks: list[BlockId], first: FirstToken) -> None:
+        """Its KV is in `blocks`, which become the sequence's: it runs."""
+        output = self._engine.resume(placed.sequence, blocks, first.token, first.logprob)
+        self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
+        self.deliver([output])
+
+    def _release(self, placed: Placed, reason: str) -> None:
+        """Give the attempt up, and tell its router to place the sequence again."""
+        self._forget(placed, reason)
+        self._outbox.send(placed.link, Released(placed.seq, placed.attempt, reason))
+
+    def _forget(self, placed: Placed, reason: str) -> None:
+        """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
+        del self._placed[placed.seq]
+        self._engine.abort(placed.sequence)
+        if (record := self._granting.give_up(placed, reason)) is not None:
+            self._outbox.send(placed.link, Cancel(record.token, record.peer, self._granting.name))
+
+    def _give_up(self, token: GrantToken, reason: str) -> None:
+        """Release the sequence that waits for this grant; nothing if the grant was given up before."""
+        record = self._grants.get(token)
+        if record is not None and record.state is GrantState.GRANTED:
+            self._release(self._placed[record.seq_id], reason)
+
+    def _give_up_grants_of(self, agent: transfer.PairOpened, reason: str) -> None:
+        for placed in list(self._placed.values()):
+            record = self._grants.get(placed.grant) if placed.grant is not None else None
+            if record is not None and record.agent_id == agent.agent_id:
+                self._release(placed, reason)
+
+    def _current(self, seq: SeqId, attempt: int) -> Placed | None:
+        placed = self._placed.get(seq)
+        return placed if placed is not None and placed.attempt == attempt else None

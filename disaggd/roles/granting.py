@@ -1,0 +1,203 @@
+"""`Granting`: what a decode node has promised to prefill nodes, and the way from a grant to blocks in the pool.
+
+Runs on the compute thread. Reserves blocks, names them in grants, holds what was given up in quarantine until nobody can write it,
+and takes in what has landed. Knows nothing of frames: `DecodeRole` says what to promise, and tells the routers.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from disaggd.cluster.protocol import Grant
+from disaggd.engine.engine import Engine
+from disaggd.engine.sequence import Sequence
+from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
+from disaggd.roles.compute import LinkId
+from disaggd.roles.landing import Copy, LandingMemory, Landings
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.grant import GrantBook, GrantRecord
+from disaggd.transfer.notification import FirstToken
+
+
+@dataclass(slots=True)
+class Placed:
+    """A sequence that a router placed here."""
+
+    link: LinkId
+    sequence: Sequence
+    grant: GrantToken | None = None
+    """Out now; None again once it landed."""
+    reserved: list[BlockId] = field(default_factory=list)
+    """Blocks of the pool that wait for what the grant brings, where that lands elsewhere first."""
+
+    @property
+    def seq(self) -> SeqId:
+        return self.sequence.seq_id
+
+    @property
+    def attempt(self) -> int:
+        return self.sequence.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A grant that has landed, until it is in the pool; its sequence may have been given up meanwhile."""
+
+    placed: Placed
+    first: FirstToken
+    copy: Copy
+
+
+class Granting:
+    """One decode node's grants. `submit` takes commands to the transfer thread; `clock` is monotonic seconds.
+
+    `staging` is what peers write where they cannot write the engine's pool.
+    """
+
+    def __init__(
+        self,
+        name: NodeName,
+        engine: Engine,
+        *,
+        lease_s: float,
+        quiesce_s: float,
+        bytes_per_block: int,
+        submit: Callable[[transfer.TransferCommand], None],
+        clock: Callable[[], float],
+        staging: LandingMemory | None = None,
+    ) -> None:
+        self.book = GrantBook(quiesce_s, clock)
+        self.agents: dict[NodeName, transfer.PairOpened] = {}
+        """Our agent for each prefill node."""
+        self.arrivals: list[Arrival] = []
+        self.name = name
+        """The node's."""
+        self._engine = engine
+        self._pool = engine.pool
+        self._lease_s = lease_s
+        self._bytes_per_block = bytes_per_block
+        self._submit = submit
+        self._landings = Landings(engine.pool, staging)
+        self._is_staged = staging is not None
+
+    # ── promises ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens whose KV can land at once; None: as many as the pool holds."""
+        return self._landings.max_tokens
+
+    def has_room(self, placed: Placed, prefill: NodeName) -> bool:
+        """Whether a grant for `prefill` could be given now."""
+        if prefill not in self.agents or not self._landings.has_room(self._blocks_pushed(placed.sequence)):
+            return False
+        num_coming = self.book.num_granted + len(self.arrivals)
+        return self._engine.room_for_grant(placed.sequence, self._blocks_needed(placed.sequence), num_coming)
+
+    def grant(self, placed: Placed, prefill: NodeName) -> Grant | None:
+        """Reserve blocks that `prefill` may write; None when there is no room, or no agent for it."""
+        if not self.has_room(placed, prefill):
+            return None
+        agent = self.agents[prefill]
+        num_pushed = self._blocks_pushed(placed.sequence)
+        blocks, placed.reserved = self._landings.reserve(self._blocks_needed(placed.sequence), num_pushed)
+        token = GrantToken(os.urandom(16))
+        self.book.add(
+            token,
+            seq_id=placed.seq,
+            attempt=placed.attempt,
+            peer=prefill,
+            agent_id=agent.agent_id,
+            blocks=blocks,
+            lease_s=self._lease_s,
+        )
+        placed.grant = token
+        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block))
+        return Grant(token, self.name, prefill, agent.agent_id, 0, tuple(blocks), self._lease_s)
+
+    def withdraw(self, placed: Placed) -> None:
+        """Take back a grant that nobody was given."""
+        assert placed.grant is not None
+        self.free(self.book.withdraw(placed.grant))
+        self._unreserve(placed)
+        placed.grant = None
+
+    def give_up(self, placed: Placed, reason: str) -> GrantRecord | None:
+        """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool.
+
+        Returns the grant that is to be cancelled there, if one is out.
+        """
+        self._unreserve(placed)
+        return None if placed.grant is None else self.book.quarantine(placed.grant, reason)
+
+    def free(self, record: GrantRecord | None) -> None:
+        """The record has left the book: nobody can write its blocks any more."""
+        if record is not None:
+            self._submit(transfer.Forget(record.token))
+            self._landings.free(record.blocks)
+
+    # ── landings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def land(self, placed: Placed, record: GrantRecord, first: FirstToken) -> list[BlockId] | None:
+        """All of the grant is in: the sequence's blocks, or None while they are copied into the pool (`take_arrivals`)."""
+        placed.grant = None
+        if not self._is_staged:
+            return list(record.blocks)
+        blocks, placed.reserved = placed.reserved, []
+        self.arrivals.append(Arrival(placed, first, self._landings.copy_in(record.blocks, blocks)))
+        return None
+
+    def is_arriving(self, placed: Placed) -> bool:
+        """It has landed, and is being copied."""
+        return any(arrival.placed is placed for arrival in self.arrivals)
+
+    def take_arrivals(self, is_wanted: Callable[[Placed], bool]) -> Iterator[tuple[Placed, list[BlockId], FirstToken]]:
+        """What has been copied into the pool since; of what is wanted no more the blocks are free."""
+        arrivals, self.arrivals = self.arrivals, []
+        for arrival in arrivals:
+            if not arrival.copy.is_done():
+                self.arrivals.append(arrival)
+                continue
+            blocks = self._landings.copied(arrival.copy)
+            if is_wanted(arrival.placed):
+                yield arrival.placed, blocks, arrival.first
+            else:
+                self._pool.release(blocks)
+
+    # ── pairs and gauges ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fenced(self, peer: NodeName, agent_id: AgentId) -> list[GrantRecord]:
+        """The agent is destroyed: nobody writes the blocks of these grants any more, and they are free."""
+        agent = self.agents.get(peer)
+        if agent is not None and agent.agent_id == agent_id:
+            del self.agents[peer]  # granted no more; `PairOpened` brings the next
+        records = list(self.book.fenced(peer, agent_id))
+        for record in records:
+            self.free(record)
+        return records
+
+    @property
+    def blocks_granted(self) -> int:
+        """Of the pool."""
+        return self._landings.num_reserved if self._is_staged else self.book.blocks_granted
+
+    @property
+    def blocks_quarantined(self) -> int:
+        """Of the memory that peers write."""
+        return self.book.blocks_quarantined
+
+    @property
+    def blocks_promised(self) -> int:
+        """Of the pool: neither free nor a sequence's."""
+        return self._landings.num_reserved if self._is_staged else self.book.blocks_granted + self.book.blocks_quarantined
+
+    def _blocks_needed(self, sequence: Sequence) -> int:
+        """For its tokens and the first one generated."""
+        return self._pool.blocks_for(len(sequence.tokens) + 1)
+
+    def _blocks_pushed(self, sequence: Sequence) -> int:
+        return self._pool.blocks_for(len(sequence.tokens))
+
+    def _unreserve(self, placed: Placed) -> None:
+        self._landings.unreserve(placed.reserved)
+        placed.reserved = []

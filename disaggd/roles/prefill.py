@@ -11,6 +11,7 @@ from disaggd.engine.kv_staging import KVStaging
 from disaggd.roles.compute import Outbox
 from disaggd.roles.node import run_engine_node
 from disaggd.roles.prefill_role import PrefillRole
+from disaggd.roles.pushing import Pushing
 from disaggd.transfer.messages import TransferCommand
 
 
@@ -25,11 +26,16 @@ def run(config: Config, node: NodeConfig) -> None:
         return PrefillRole(
             loaded.engine,
             credit_tokens=min(pool.num_blocks * pool.block_size, 2 * loaded.engine.limits.max_model_len),
-            lease_s=config.transfer.lease_s,
-            quiesce_s=config.transfer.quiesce_s,
+            pushing=Pushing(
+                pool,
+                lease_s=config.transfer.lease_s,
+                quiesce_s=config.transfer.quiesce_s,
+                outbox=outbox,
+                submit=submit,
+                clock=time.monotonic,
+            ),
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
-            submit=submit,
             mark=loaded.stream.mark,
             clock=time.monotonic,
         )

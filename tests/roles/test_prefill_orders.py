@@ -69,7 +69,7 @@ class PrefillOrders(RuleBasedStateMachine):
     def obey(self, command: transfer.TransferCommand) -> None:
         match command:
             case transfer.BeginPush(token):
-                job = self.node.role._pushes[token]
+                job = self.node.role._pushed[token]
                 self.pushes[token] = FakePush(*job.key, -(-len(job.sequence.tokens) // 4))
             case transfer.PushBlocks(token, layers, source, target):
                 push = self.pushes.get(token)

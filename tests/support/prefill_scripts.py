@@ -7,6 +7,7 @@ from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill_role import PrefillRole
+from disaggd.roles.pushing import Pushing
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
@@ -29,11 +30,9 @@ def make_prefill_node(
         return PrefillRole(
             engine,
             credit_tokens=1000,
-            lease_s=LEASE_S,
-            quiesce_s=QUIESCE_S,
+            pushing=Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock),
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
-            submit=submit,
             mark=mark,
             clock=clock,
         )
@@ -48,7 +47,7 @@ def check_prefill_pool(node: Node) -> None:
     gauges, engine = node.role.gauges(), node.engine.gauges()
     assert gauges.blocks_used == engine.blocks_used
     assert gauges.blocks_free + engine.blocks_used + gauges.blocks_held == node.pool.num_blocks
-    assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._reading.items())
+    assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reading.items())
 
 
 def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT) -> Grant:
@@ -87,4 +86,10 @@ def push_ended(node: Node, token: GrantToken = T, *, clean: bool = True, finishe
 
 
 def is_idle(node: Node) -> bool:
-    return node.pool.num_free == node.pool.num_blocks and not node.engine.sequences and not node.role._jobs and not node.role._pushes
+    return (
+        node.pool.num_free == node.pool.num_blocks
+        and not node.engine.sequences
+        and not node.role._jobs
+        and not node.role._pushed
+        and not node.role._pushing._pushes
+    )

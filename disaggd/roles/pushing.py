@@ -1,0 +1,221 @@
+"""`Pushing`: the blocks that a node writes into other nodes' grants, from the first to the proof that nothing more is under way.
+
+Runs on the compute thread. A push holds a reference on each block it reads until that write has ended. What became of a grant is
+remembered, so that a late `Cancel` is answered and a late job refused. Knows nothing of what computed the blocks: the role says when
+they are there, and what follows when a push has ended.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from disaggd.cluster.protocol import Cancel, ConnectPair, Grant, PairLost, PairReady, Progress, Quiesced
+from disaggd.engine.blocks import BlockPool
+from disaggd.errors import InvalidRequest
+from disaggd.ids import AgentId, BlockId, GrantToken, NodeName
+from disaggd.roles.compute import LinkId, Outbox
+from disaggd.transfer import messages as transfer
+from disaggd.transfer.notification import FirstToken
+
+log = logging.getLogger(__name__)
+
+TOMBSTONES = 4096
+"""Grants that are remembered after they ended: long past any message that may still speak of them."""
+
+RENEWALS_PER_LEASE = 5
+"""A lease survives four lost or late renewals."""
+
+
+@dataclass(slots=True)
+class Push:
+    """A grant that is being written."""
+
+    grant: Grant
+    link: LinkId
+    stopped_at: float | None = None
+    """When it was told to post nothing more."""
+    cancels: list[LinkId] = field(default_factory=list)
+    """Routers that passed on a `Cancel` and wait for `Quiesced`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What became of a grant."""
+
+    link: LinkId
+    target: NodeName
+    clean: bool
+    finished: bool
+    """All of it was pushed: the target learns that by itself."""
+
+
+class Pushing:
+    """One node's pushes. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        lease_s: float,
+        quiesce_s: float,
+        outbox: Outbox,
+        submit: Callable[[transfer.TransferCommand], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._pool = pool
+        self._renew_every_s = lease_s / RENEWALS_PER_LEASE
+        self._quiesce_s = quiesce_s
+        self._outbox = outbox
+        self._submit = submit
+        self._clock = clock
+        self._pushes: dict[GrantToken, Push] = {}
+        self._tombstones: OrderedDict[GrantToken, Tombstone] = OrderedDict()
+        self._ready: dict[NodeName, AgentId] = {}
+        """Nodes whose agent has confirmed the probe."""
+        self._renew_at = 0.0
+        self._reading: dict[BlockId, int] = {}
+        """Blocks that posted pushes still read, and how many do."""
+
+    # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def connect(self, frame: ConnectPair) -> None:
+        if self._ready.get(frame.peer) != frame.agent_id:  # else another router asks for what is there: probe once more for it
+            self._ready.pop(frame.peer, None)
+        self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.agent_id, frame.metadata, frame.place))
+
+    def ready(self, frame: PairReady) -> None:
+        self._ready[frame.peer] = frame.agent_id
+
+    def pair_failed(self, event: transfer.PairFailed) -> None:
+        if self._ready.get(event.peer) == event.agent_id:
+            del self._ready[event.peer]
+        self._outbox.broadcast(PairLost(event.peer, event.agent_id, event.reason))
+
+    # ── a push ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, grant: Grant, num_tokens: int) -> None:
+        """Raises InvalidRequest for a grant that cannot, or may not, be written."""
+        if grant.token in self._tombstones or grant.token in self._pushes:
+            raise InvalidRequest("the grant was revoked before its job came")
+        start, count = grant.first_token_index, len(grant.block_ids)
+        if start < 0 or start % self._pool.block_size or self._pool.blocks_for(num_tokens - start) > count:
+            raise InvalidRequest(f"a grant of {count} blocks from token {start} does not hold {num_tokens} tokens")
+        if self._ready.get(grant.decode) != grant.agent_id:
+            # The router believes in a pair that is gone, perhaps since another router told us to connect elsewhere.
+            self._outbox.broadcast(PairLost(grant.decode, grant.agent_id, "not connected"))
+            raise InvalidRequest(f"no KV path to that agent of {grant.decode}")
+
+    def begin(self, grant: Grant, link: LinkId) -> None:
+        self._pushes[grant.token] = Push(grant, link)
+        self._submit(transfer.BeginPush(grant.token, grant.decode, grant.agent_id, grant.lease_s))
+
+    def write(self, grant: Grant, layers: range, first: int, blocks: Iterable[BlockId], is_ready: transfer.IsReady) -> None:
+        """Push these layers of `blocks`, the first of which is the sequence's `first`-th: one handle.
+
+        The blocks that the grant leaves out, which the target has cached, are left out here.
+        """
+        skip = grant.first_token_index // self._pool.block_size
+        source = tuple(blocks)[max(0, skip - first) :]
+        if not source:
+            return  # the target has it all
+        start = max(first, skip) - skip
+        self._pool.retain(source)
+        self._count_reads(source, +1)
+        self._submit(transfer.PushBlocks(grant.token, layers, source, grant.block_ids[start : start + len(source)], is_ready))
+
+    def finish(self, token: GrantToken, first: FirstToken) -> None:
+        """All blocks are submitted."""
+        self._submit(transfer.FinishPush(token, first))
+
+    def stop(self, token: GrantToken) -> None:
+        """Post nothing more. Harmless for a push that has ended."""
+        if (push := self._pushes.get(token)) is not None:
+            push.stopped_at = push.stopped_at or self._clock()
+            self._submit(transfer.CancelPush(token))
+
+    def cancel(self, frame: Cancel, link: LinkId) -> bool:
+        """Whether the grant is being pushed: then it is to be stopped, and `Quiesced` said when nothing is in flight.
+
+        A grant that we do not know (yet) is never written.
+        """
+        if (push := self._pushes.get(frame.token)) is not None:
+            push.cancels.append(link)
+            return True
+        stone = self._tombstones.get(frame.token)
+        if stone is None:
+            stone = self._bury(frame.token, Tombstone(link, frame.decode, clean=True, finished=False))
+        self._outbox.send(link, Quiesced(frame.token, frame.decode, stone.clean))
+        return False
+
+    def handle_done(self, event: transfer.HandleDone) -> None:
+        self._pool.release(event.source)
+        self._count_reads(event.source, -1)
+
+    def ended(self, event: transfer.PushEnded) -> None:
+        """Nothing is in flight for this grant any more, and nothing will be: whoever asked is told."""
+        push = self._pushes.pop(event.token)
+        self._bury(event.token, Tombstone(push.link, push.grant.decode, event.clean, event.finished))
+        for link in push.cancels:
+            self._outbox.send(link, Quiesced(event.token, push.grant.decode, event.clean))
+        if not event.finished:  # the target may have no router that could ask for it
+            self._submit(transfer.QuiesceByWire(event.token, push.grant.decode, event.clean))
+
+    def link_down(self, link: LinkId) -> None:
+        """Grants of this router that ended are quiesced without it: its `Quiesced` may have been lost with it."""
+        for token, stone in self._tombstones.items():
+            if stone.link == link and not stone.finished:
+                self._submit(transfer.QuiesceByWire(token, stone.target, stone.clean))
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self) -> None:
+        """Leases to renew, and nodes that take what is in flight for so long that their pair is given up."""
+        self.renew_leases()
+        overdue = self._clock() - self._quiesce_s
+        stopped = [push for push in self._pushes.values() if push.stopped_at is not None and push.stopped_at <= overdue]
+        for peer in {push.grant.decode for push in stopped}:
+            self._close_pair(peer)
+
+    def next_deadline(self) -> float | None:
+        return self._renew_at if self._pushes else None
+
+    def renew_leases(self) -> None:
+        """Both sides count the lease on their own clock; this renews it on both. May be called in the middle of a step."""
+        now = self._clock()
+        if not self._pushes or now < self._renew_at:
+            return
+        self._renew_at = now + self._renew_every_s
+        by_link: dict[LinkId, list[GrantToken]] = {}
+        for token, push in self._pushes.items():
+            self._submit(transfer.RenewLease(token))
+            by_link.setdefault(push.link, []).append(token)
+        for link, tokens in by_link.items():
+            self._outbox.send(link, Progress(tuple(tokens)))
+        self._outbox.flush()
+
+    @property
+    def num_blocks_held(self) -> int:
+        """Blocks that only pushes hold on to."""
+        return sum(self._pool.references(block) == reads for block, reads in self._reading.items())
+
+    def _close_pair(self, peer: NodeName) -> None:
+        """No error comes from a peer that hangs: destroying our agent is what ends its handles, and frees their blocks."""
+        if (agent_id := self._ready.pop(peer, None)) is not None:
+            log.warning("%s takes nothing any more: closing the KV path to it", peer)
+            self._submit(transfer.ClosePair(peer))
+            self._outbox.broadcast(PairLost(peer, agent_id, "writes to it do not end"))
+
+    def _bury(self, token: GrantToken, stone: Tombstone) -> Tombstone:
+        self._tombstones[token] = stone
+        while len(self._tombstones) > TOMBSTONES:
+            self._tombstones.popitem(last=False)
+        return stone
+
+    def _count_reads(self, blocks: Iterable[BlockId], change: int) -> None:
+        for block in blocks:
+            reads = self._reading.get(block, 0) + change
+            if reads:
+                self._reading[block] = reads
+            else:
+                del self._reading[block]

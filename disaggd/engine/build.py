@@ -23,6 +23,7 @@ from disaggd.model.kv import allocate_kv
 from disaggd.model.spec import Dtype, ModelSpec, Weights
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
+from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
 
@@ -78,6 +79,7 @@ def build_engine(
     max_sequences: int,
     max_model_len: int | None = None,
     layer_group: int = 4,
+    prefix_cache: bool = False,
     progress: StartProgress | None = None,
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
@@ -102,7 +104,8 @@ def build_engine(
     transformer.layer_group = layer_group
     if kv is None:
         kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)
-    pool = BlockPool(kv.shape[1], block_size)
+    hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
+    pool = BlockPool(kv.shape[1], block_size, hasher)
     engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids)
     if where.type == "cuda":
         warm_up(engine, where)
@@ -135,6 +138,7 @@ def warm_up(engine: Engine, where: torch.device) -> None:
             limited = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
             for _ in generate(engine, [0] * longest, limited):
                 pass
+            engine.pool.clear()  # else the next has nothing to compute
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from disaggd.engine.blocks import BlockPool
+from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.scheduler import Chunk, Limits, Scheduler, StepPlan
 from disaggd.engine.sequence import FinishReason, Sequence, SequenceState
 from disaggd.errors import ContextTooLong
@@ -45,6 +46,8 @@ class _Step:
     results: "Callable[[], list[SampledToken]]"
     written: list[BlockId]
     """Blocks that it writes, each with a reference of the step's own: whoever gets them next may not write before it has."""
+    computed: list[tuple[Chunk, list[BlockId]]]
+    """What it computes, and the block table it does that with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +67,13 @@ class SequenceOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """Sequences by state, and the pool's blocks. Those neither free nor used are held by somebody outside the engine."""
+    """Sequences by state, and the pool's blocks. Those neither free nor cached are held by running sequences, or outside the engine."""
 
     waiting: int
     running: int
     queued: int
     blocks_free: int
-    blocks_used: int
+    blocks_cached: int
     preemptions: int
     """Since the start."""
 
@@ -88,7 +91,8 @@ class Engine:
         self.sequences: dict[SeqId, Sequence] = {}
         """All that have not ended."""
         self._runner = runner
-        self._scheduler = Scheduler(pool, limits)
+        self.cache = PrefixCache(pool)
+        self._scheduler = Scheduler(pool, limits, self.cache)
         self._eos = frozenset(eos_token_ids)
         self._pool_tokens = pool.num_blocks * pool.block_size
         self._arrivals = count()
@@ -107,16 +111,20 @@ class Engine:
         self._register(sequence)
         sequence.move(SequenceState.QUEUED)
 
-    def resume(self, sequence: Sequence, blocks: list[BlockId], token: int, logprob: TokenLogprob | None = None) -> SequenceOutput:
+    def resume(
+        self, sequence: Sequence, blocks: list[BlockId], token: int, logprob: TokenLogprob | None = None, *, num_cached: int = 0
+    ) -> SequenceOutput:
         """QUEUED → RUNNING: K and V of all its tokens lie in `blocks`, and `token` was sampled after them.
 
-        The caller's references on `blocks` become the sequence's. When `token` ends the sequence it is FINISHED, and
-        the blocks are released, as after a step.
+        The caller's references on `blocks` become the sequence's; the first `num_cached` tokens' were found in the cache. When `token`
+        ends the sequence it is FINISHED, and the blocks are released, as after a step.
         """
         assert len(blocks) >= self.pool.blocks_for(len(sequence.tokens)), f"{sequence.seq_id}: {len(blocks)} blocks cannot hold it"
         self._stalled_at = None
+        self.cache.begin(sequence, blocks[: num_cached // self.pool.block_size])
         self._scheduler.run(sequence, blocks)
         sequence.num_computed = len(sequence.tokens)
+        self.cache.register(sequence, sequence.num_computed)
         return self._deliver(sequence, token, logprob)
 
     def abort(self, sequence: Sequence) -> None:
@@ -134,7 +142,7 @@ class Engine:
         is called during the launch, as soon as these layers of the plan's chunks are in their blocks, or launched to be.
         """
         plan = self._scheduler.schedule()
-        self._stalled_at = None if plan.chunks or self._launched else self.pool.num_free
+        self._stalled_at = None if plan.chunks or self._launched else self.pool.num_available
         if plan.chunks:
             self._launched.append(self._launch(plan, layers_done))
         if len(self._launched) > (self._runner.lookahead if plan.chunks else 0):
@@ -145,12 +153,13 @@ class Engine:
         results = self._runner.execute(plan, partial(layers_done, plan) if layers_done else None)
         written = [block for chunk in plan.chunks for block in self._written(chunk)]
         self.pool.retain(written)
+        computed = [(chunk, chunk.sequence.block_table) for chunk in plan.chunks]
         sampling = [chunk.sequence for chunk in plan.sampling]
         for chunk in plan.chunks:
             chunk.sequence.num_computed = chunk.end
         for sequence in sampling:
             sequence.num_pending += 1
-        return _Step(sampling, results, written)
+        return _Step(sampling, results, written, computed)
 
     def _written(self, chunk: Chunk) -> list[BlockId]:
         size = self.pool.block_size
@@ -158,6 +167,9 @@ class Engine:
 
     def _settle(self, step: _Step) -> list[SequenceOutput]:
         drawn = step.results()
+        for chunk, blocks in step.computed:
+            if chunk.sequence.block_table is blocks:  # else what the step read may have been overwritten meanwhile
+                self.cache.register(chunk.sequence, chunk.end)
         self.pool.release(step.written)
         outputs = []
         for sequence, token in zip(step.sequences, drawn, strict=True):
@@ -205,7 +217,7 @@ class Engine:
         """
         if self._launched:
             return True
-        return bool(self._scheduler.running or self._scheduler.waiting) and self._stalled_at != self.pool.num_free
+        return bool(self._scheduler.running or self._scheduler.waiting) and self._stalled_at != self.pool.num_available
 
     @property
     def num_running(self) -> int:
@@ -230,7 +242,7 @@ class Engine:
             running=len(running),
             queued=sum(sequence.state is SequenceState.QUEUED for sequence in self.sequences.values()),
             blocks_free=self.pool.num_free,
-            blocks_used=sum(len(sequence.block_table) for sequence in running),
+            blocks_cached=self.pool.num_cached,
             preemptions=self._scheduler.num_preemptions,
         )
 

@@ -3,7 +3,7 @@
 A sequence needs `num_tokens - num_computed` tokens computed: many is prefill, one is decode. Each step takes all
 running decodes, and fills the rest of its token budget with prefill chunks, first come first served. A sequence is
 admitted with the blocks of all its tokens, so that prefill never stops half-way for want of memory: only decode grows,
-one block at a time.
+one block at a time. It begins behind the longest prefix that is cached.
 
 When blocks run out, the youngest that may be is preempted: it gives its blocks back and computes everything anew later.
 A sequence takes blocks only from younger ones; the youngest waits where it is. So the oldest always advances, and every
@@ -16,6 +16,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from disaggd.engine.blocks import BlockPool
+from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import ConfigError
 from disaggd.ids import BlockId
@@ -73,7 +74,7 @@ class Scheduler:
     Raises ConfigError as `limits.check` does.
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, cache: PrefixCache) -> None:
         limits.check(pool.block_size)
         self.waiting: list[Sequence] = []
         """The preempted, then the others; each by age."""
@@ -82,6 +83,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
+        self._cache = cache
 
     def wait(self, sequence: Sequence) -> None:
         """Put a WAITING sequence in line: behind the preempted and those that came before."""
@@ -100,6 +102,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
+        self._cache.leave(sequence)
         self._pool.release(sequence.block_table)
         sequence.block_table = []
 
@@ -152,22 +155,34 @@ class Scheduler:
         """Admit from the head of the line while step, pool and limits allow.
 
         One that was preempted while a step sampled its next token waits for that token: it is part of what is to be computed anew.
+        One whose next block a running sequence computes waits for that, and lets those behind it pass meanwhile.
         """
-        while self.waiting and len(self.running) < self._limits.max_sequences and step.end_of_chunk(self.waiting[0]):
-            if self.waiting[0].num_pending:
+        for sequence in tuple(self.waiting):
+            if not step.budget or len(self.running) >= self._limits.max_sequences or sequence.num_pending:
                 return
-            blocks = self._blocks_to_admit(self.waiting[0])
-            if blocks is None:
+            cached = self._cache.find_all(sequence)
+            if cached is None:
+                continue
+            if not step.end_of_chunk(sequence, len(cached) * self._pool.block_size) or not self._has_room(sequence, cached):
                 return
-            sequence = self.waiting.pop(0)
-            self.run(sequence, blocks)
+            self._begin(sequence, cached)
             step.take(sequence)
 
-    def _blocks_to_admit(self, sequence: Sequence) -> list[BlockId] | None:
-        """Blocks for all its tokens, if each running sequence then has a free one to grow into: else it would be preempted at once."""
-        need = self._pool.blocks_for(len(sequence.tokens))
+    def _has_room(self, sequence: Sequence, cached: list[BlockId]) -> bool:
+        """Whether there are blocks for all its tokens, and each running sequence then has one to grow into: else it would be preempted at once."""
+        need = self._pool.blocks_for(len(sequence.tokens)) - len(cached) + self._pool.num_unheld(cached)
         growing = sum(not other.reserve for other in self.running)
-        return self._pool.allocate(need) if self._pool.num_free >= need + growing else None
+        return self._pool.num_available >= need + growing
+
+    def _begin(self, sequence: Sequence, cached: list[BlockId]) -> None:
+        """WAITING → RUNNING behind `cached`, which it found."""
+        self.waiting.remove(sequence)
+        self._pool.take(cached)
+        blocks = self._pool.allocate(self._pool.blocks_for(len(sequence.tokens)) - len(cached))
+        assert blocks is not None, "room was checked"
+        self._cache.begin(sequence, cached)
+        self._cache.announce(sequence)
+        self.run(sequence, cached + blocks)
 
 
 class _Step:
@@ -175,25 +190,25 @@ class _Step:
 
     def __init__(self, budget: int, block_size: int) -> None:
         self.chunks: list[Chunk] = []
-        self._budget = budget
+        self.budget = budget
         self._block_size = block_size
 
-    def end_of_chunk(self, sequence: Sequence) -> int | None:
-        """How far the rest of the budget takes `sequence`: to its last token or a block boundary. None: nowhere."""
+    def end_of_chunk(self, sequence: Sequence, start: int) -> int | None:
+        """How far the rest of the budget takes `sequence` from `start`: to its last token or a block boundary. None: nowhere."""
         num_tokens = sequence.num_tokens
-        end = sequence.num_computed + self._budget
+        end = start + self.budget
         if end >= num_tokens:
             return num_tokens
         end -= end % self._block_size
-        return end if end > sequence.num_computed else None
+        return end if end > start else None
 
     def take(self, sequence: Sequence) -> bool:
         """Add the sequence's next chunk, if there is one."""
-        end = self.end_of_chunk(sequence)
+        end = self.end_of_chunk(sequence, sequence.num_computed)
         if end is None:
             return False
         self.chunks.append(Chunk(sequence, sequence.num_computed, end, samples=end == sequence.num_tokens))
-        self._budget -= end - sequence.num_computed
+        self.budget -= end - sequence.num_computed
         return True
 
 

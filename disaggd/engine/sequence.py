@@ -60,6 +60,8 @@ class Sequence:
     """Never preempted, because somebody else counts on its blocks; so it must end without growing: `output_limit` is 1."""
     output_limit: int | None = None
     """Hand the sequence off after this many tokens sampled here."""
+    salt: str = ""
+    """Its KV is shared only with sequences of the same salt."""
     num_given: int = field(init=False)
     """`len(tokens)` at arrival."""
     state: SequenceState = field(default=SequenceState.WAITING, init=False)
@@ -75,6 +77,14 @@ class Sequence:
     arrival: int = field(default=0, init=False)
     """The engine's own count of arrivals: age, which decides who goes first and who is preempted."""
     num_preemptions: int = field(default=0, init=False)
+    num_cached: int = field(default=0, init=False)
+    """Tokens whose K and V were here already when it first began."""
+    digests: list[bytes] = field(default_factory=list, init=False)
+    """Of its full blocks, as far as anybody asked (`prefix.py`). Replaced as it grows, never changed."""
+    num_registered: int = field(default=0, init=False)
+    """Blocks at the front of `block_table` that may be found by others, or are copies of some that may."""
+    awaited: bytes | None = field(default=None, init=False)
+    """The digest of the first block that it lacked when it was last to be admitted."""
 
     def __post_init__(self) -> None:
         assert 0 < self.num_prompt_tokens <= len(self.tokens), f"{self.seq_id}: a sequence has a prompt"

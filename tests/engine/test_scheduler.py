@@ -3,6 +3,7 @@
 import pytest
 
 from disaggd.engine.blocks import BlockPool
+from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.scheduler import Limits, Scheduler, StepPlan
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import ConfigError
@@ -17,7 +18,8 @@ class Bench:
 
     def __init__(self, num_blocks: int = 100, max_step_tokens: int = 16, max_sequences: int = 8) -> None:
         self.pool = BlockPool(num_blocks, BLOCK)
-        self.scheduler = Scheduler(self.pool, Limits(max_step_tokens, max_sequences, max_model_len=1000))
+        self.cache = PrefixCache(self.pool)
+        self.scheduler = Scheduler(self.pool, Limits(max_step_tokens, max_sequences, max_model_len=1000), self.cache)
         self.arrivals = 0
 
     def sequence(self, num_tokens: int, reserve: bool = False) -> Sequence:

@@ -78,9 +78,9 @@ def check_decode_pool(node: Node) -> None:
 
     With staging memory the quarantined are of that, and each of its other blocks is free, or waited for in the pool.
     """
-    gauges, engine = node.role.gauges(), node.engine.gauges()
-    assert gauges.blocks_used == engine.blocks_used
-    in_pool = gauges.blocks_free + engine.blocks_used + gauges.blocks_granted
+    gauges, used = node.role.gauges(), node.blocks_running
+    assert gauges.blocks_used == used
+    in_pool = gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_granted
     if node.role._granting._is_staged:
         landing, grants, arrivals = node.role._granting._landings._landing, node.role._grants, node.role._granting.arrivals
         assert in_pool == node.pool.num_blocks

@@ -44,9 +44,9 @@ def make_prefill_node(
 
 def check_prefill_pool(node: Node) -> None:
     """Every block is free, a running sequence's, or held by a push; and no push reads a free block."""
-    gauges, engine = node.role.gauges(), node.engine.gauges()
-    assert gauges.blocks_used == engine.blocks_used
-    assert gauges.blocks_free + engine.blocks_used + gauges.blocks_held == node.pool.num_blocks
+    gauges, used = node.role.gauges(), node.blocks_running
+    assert gauges.blocks_used == used
+    assert gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_held == node.pool.num_blocks
     assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reading.items())
 
 

@@ -78,6 +78,11 @@ class RoleNode(Generic[R]):
     def pool(self) -> BlockPool:
         return self.engine.pool
 
+    @property
+    def blocks_running(self) -> int:
+        """Blocks in tables of sequences, those that share one counted once."""
+        return len({block for sequence in self.engine.sequences.values() for block in sequence.block_table})
+
     # ── what happens to it ──
 
     def link_up(self, link: LinkId) -> None:

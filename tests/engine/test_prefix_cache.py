@@ -239,6 +239,18 @@ def test_what_an_aborted_sequence_had_launched_is_not_registered() -> None:
     assert (engine.pool.hashes(), engine.pool.num_free) == ([], 64)
 
 
+def test_what_a_preempted_sequence_had_launched_is_not_taken_for_what_it_computes_anew() -> None:
+    engine = cached_engine(lookahead=1)
+    made = sequence(prompt(1, 40))
+    engine.add(made)
+    engine.step()
+    engine._scheduler._preempt(made)
+    engine.step()  # admitted anew, in other blocks; what is settled now was launched for the old ones
+    assert (made.num_computed, engine.pool.hashes()) == (16, [])
+    engine.step()
+    assert engine.pool.find(made.digests) == made.block_table[:4]
+
+
 def test_a_flood_of_unique_prompts_evicts_and_never_leaks() -> None:
     engine = cached_engine(num_blocks=16)
     for number in range(50):

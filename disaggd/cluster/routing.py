@@ -1,0 +1,96 @@
+"""Which decode node gets a request, and which prefill node a job. Pure: knows no link and no clock, only what it is told.
+
+A request costs a decode node what it has to prefill and what its batch then carries, both in blocks: each running
+sequence's blocks are read again in every step, so a crowded node is slower for all. A job costs a prefill node the time
+until it is through with what it has and with the job.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import msgspec
+
+from disaggd.ids import NodeName
+
+TIE_BLOCKS = 1
+TIE_SHARE = 0.05
+"""A conversation stays on its node while that costs at most a block and 5 % more than the best: events of caches are on
+their way for some milliseconds, and a load changes with every request."""
+
+
+class RoutingWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """What a block counts: one to prefill, and one that is there already."""
+
+    prefill: float = 1.0
+    load: float = 1.0
+
+
+class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A decode node that could take a request."""
+
+    name: NodeName
+    is_full: bool
+    """It had no room for its last grant."""
+    uncached_blocks: int
+    """Of the request's prompt, the blocks that the node does not hold."""
+    load_tokens: int
+    """Context tokens of all sequences placed there, whether they run, wait, or are prefilled elsewhere."""
+    block_size: int
+
+    def cost(self, weights: RoutingWeights) -> float:
+        """In weighted blocks."""
+        return weights.prefill * self.uncached_blocks + weights.load * -(-self.load_tokens // self.block_size)
+
+
+def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights, session_node: NodeName | None = None) -> NodeName:
+    """The cheapest that is not full; among equals the least loaded, then the first by name. At least one candidate.
+
+    `session_node`, which had the conversation's last turn, is taken if it costs about as little.
+    """
+    by_cost = sorted(candidates, key=lambda node: (node.is_full, node.cost(weights), node.load_tokens, node.name))
+    best = by_cost[0]
+    limit = best.cost(weights) * (1 + TIE_SHARE) + TIE_BLOCKS * max(weights.prefill, weights.load)
+    for node in by_cost:
+        if node.name == session_node and node.is_full == best.is_full and node.cost(weights) <= limit:
+            return node.name
+    return best.name
+
+
+class PrefillCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefill node that has credit for a job."""
+
+    name: NodeName
+    backlog_s: float
+    """Until it is through with what it has."""
+    prefill_s: float
+    """For the job, less what the node holds of it."""
+
+
+def choose_prefill(candidates: Iterable[PrefillCandidate]) -> NodeName | None:
+    """Whoever is predicted to finish first; among equals the least busy, then the first by name. None without candidates."""
+    best = min(candidates, key=lambda node: (node.backlog_s + node.prefill_s, node.backlog_s, node.name), default=None)
+    return None if best is None else best.name
+
+
+class SessionTable:
+    """Where each conversation's last turn went. Holds the `limit` most recently used; one that is forgotten is placed by cost alone."""
+
+    def __init__(self, limit: int) -> None:
+        assert limit > 0
+        self._limit = limit
+        self._nodes: OrderedDict[str, NodeName] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def node_of(self, session: str | None) -> NodeName | None:
+        return self._nodes.get(session) if session is not None else None
+
+    def remember(self, session: str | None, node: NodeName) -> None:
+        """`node` gets the conversation's present turn. Nothing for a request without a session."""
+        if session is None:
+            return
+        self._nodes[session] = node
+        self._nodes.move_to_end(session)
+        if len(self._nodes) > self._limit:
+            self._nodes.popitem(last=False)

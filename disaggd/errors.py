@@ -97,6 +97,13 @@ class Unauthorized(RequestError):
     kind = "authentication_error"
 
 
+class Forbidden(RequestError):
+    """The sender may not ask for that."""
+
+    status = 403
+    kind = "permission_error"
+
+
 class NotFound(RequestError):
     """An unknown model, request id or path."""
 

@@ -22,11 +22,13 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 128
 MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 128
+MAX_PRIORITY = 100
 
 _OURS = {
     *("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("logit_bias", "logprobs"),
+    *("logit_bias", "logprobs", "cache_salt", "priority"),
 }
 _IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 """For OpenAI's own books: they change nothing about the answer."""
@@ -90,6 +92,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    cache_salt: str
+    """Cached prefixes are shared only between requests of the same salt; empty: between all that have none."""
+    priority: int
+    """Smaller goes first, as in vLLM."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +156,8 @@ def _options(fields: Fields, top_logprobs: int | None, vocab_size: int, default_
         stop=_stop_strings(fields),
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        cache_salt=_cache_salt(fields),
+        priority=fields.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY),
     )
 
 
@@ -185,6 +193,13 @@ def _max_tokens(fields: Fields) -> int | None:
     if old is not None and new is not None and old != new:
         raise fields.refusal("max_tokens", f"is {old}, but max_completion_tokens is {new}: give one of them")
     return old if new is None else new
+
+
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.text("cache_salt", "")
+    if len(salt) > MAX_SALT_CHARS:
+        raise fields.refusal("cache_salt", f"must have at most {MAX_SALT_CHARS} characters, not {len(salt)}")
+    return salt
 
 
 def _stop_strings(fields: Fields) -> tuple[str, ...]:

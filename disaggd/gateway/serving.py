@@ -4,22 +4,21 @@ Runs on the asyncio thread; only long texts are tokenized in a worker thread. Ta
 """
 
 import asyncio
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from disaggd.errors import ContextTooLong, InvalidRequest, RequestError
-from disaggd.gateway.backend import Backend, GenerationRequest, Policy
+from disaggd.gateway.backend import Backend, GenerationRequest
 from disaggd.gateway.choice import Choice, Transcript
 from disaggd.gateway.connection import read_object, while_connected
 from disaggd.gateway.generation import Generation
+from disaggd.gateway.headers import Call, read_headers
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.openai import Options, read_chat, read_completion
 from disaggd.gateway.replies import CHAT, COMPLETION, Format, Reply
@@ -31,21 +30,10 @@ from disaggd.sampling import SamplingParams
 _INLINE_CHARS = 4096
 """Longer texts are tokenized in a thread: 4,096 characters take about a millisecond."""
 
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
 Tokens = list[int]
 
 BodyReader = Callable[[dict[str, Any]], Awaitable[tuple[Options, list[Tokens]]]]
 """A body's options, and the tokens of each prompt."""
-
-
-class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """What the headers say of one request."""
-
-    id: str
-    policy: Policy
-    arrived_s: float
-    """On `time.perf_counter`."""
 
 
 class TextEndpoints:
@@ -67,7 +55,7 @@ class TextEndpoints:
         """Raises RequestError until the reply has begun, and ClientGone when nobody waits for it."""
         request = Request(scope, receive)
         with self._metrics.open_request():
-            call = _read_headers(request, form)
+            call = read_headers(request, form.id_prefix, self._limits.trusted_keys)
             body = await read_object(request, self._limits.max_body_bytes)
             await while_connected(receive, self._answer(call, form, read, body, send))
 
@@ -112,6 +100,9 @@ class TextEndpoints:
                     tokens=tokens,
                     sampling=_settle(options, len(tokens), self._backend.max_model_len),
                     policy=call.policy,
+                    cache_salt=options.cache_salt,
+                    priority=options.priority,
+                    session=call.session,
                 ),
                 Choice(index, self._tokenizer.detokenizer(tokens), options.stop),
             )
@@ -142,26 +133,6 @@ async def _send_whole(generation: Generation, reply: Reply, request_id: str, sen
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _read_headers(request: Request, form: Format) -> Call:
-    """The id is known first, so that every refusal can bear it."""
-    request.state.request_id = request_id = f"{form.id_prefix}{uuid4().hex}"
-    given = request.headers.get("x-request-id")
-    if given is not None:
-        if not _REQUEST_ID.fullmatch(given):
-            raise InvalidRequest("x-request-id: must be 1 to 128 visible ASCII characters", param="x-request-id")
-        request.state.request_id = request_id = given
-    return Call(id=request_id, policy=_policy(request.headers.get("x-disaggd-policy")), arrived_s=time.perf_counter())
-
-
-def _policy(header: str | None) -> Policy:
-    match header:
-        case None:
-            return "auto"
-        case "local" | "remote":
-            return header
-    raise InvalidRequest(f"x-disaggd-policy: must be local or remote, not {header!r:.40}", param="x-disaggd-policy")
 
 
 def _settle(options: Options, num_prompt_tokens: int, limit: int) -> SamplingParams:

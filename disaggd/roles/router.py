@@ -344,7 +344,7 @@ def run(config: Config, node: NodeConfig) -> None:
 async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, spec: ModelSpec) -> None:
     metrics = Metrics(CollectorRegistry())
     backend = RouterBackend(config, spec, metrics)
-    limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes)
+    limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes, trusted_keys=config.router.trusted_keys)
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     listener = _bind(node.listen)

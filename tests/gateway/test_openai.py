@@ -49,6 +49,26 @@ def test_every_sampling_field_reaches_the_sampler() -> None:
     assert completion(seed=0).options.seeded
 
 
+def test_salt_and_priority_are_the_requests_own() -> None:
+    for options in (completion(cache_salt="tenant é", priority=-100).options, chat(cache_salt="tenant é", priority=-100).options):
+        assert (options.cache_salt, options.priority) == ("tenant é", -100)
+    assert (completion().options.cache_salt, completion().options.priority) == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("cache_salt", value) for value in (7, ["x"], {"x": 1}, True, "x" * 129)),
+        *(("priority", value) for value in ("1", 1.0, True, [1], 101, -101, 10**30)),
+    ],
+)
+def test_a_salt_or_priority_of_a_wrong_type_or_range_is_refused(field: str, value: object) -> None:
+    for read in (completion, chat):
+        with pytest.raises(InvalidRequest) as refused:
+            read(**{field: value})
+        assert refused.value.param == field
+
+
 @pytest.mark.parametrize(("given", "seed"), [(-1, 2**64 - 1), (2**64 - 1, 2**64 - 1), (-(2**63), 2**63)])
 def test_a_seed_is_64_bits_of_either_sign(given: int, seed: int) -> None:
     assert completion(seed=given).options.sampling.seed == seed

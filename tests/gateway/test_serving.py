@@ -318,17 +318,6 @@ def test_refusals_bear_the_request_id(call: Any) -> None:
     assert response.headers["x-request-id"] == "mine"
 
 
-def test_the_policy_header_reaches_the_backend(call: Any, backend: Any) -> None:
-    for headers in ({}, {"x-disaggd-policy": "local"}, {"x-disaggd-policy": "remote"}):
-        call("POST", "/v1/completions", json={"prompt": "x"}, headers=headers)
-    assert [request.policy for request in backend.requests] == ["auto", "local", "remote"]
-
-
-def test_another_policy_is_refused(call: Any) -> None:
-    response = call("POST", "/v1/completions", json={"prompt": "x"}, headers={"x-disaggd-policy": "auto"})
-    assert error(response)["param"] == "x-disaggd-policy"
-
-
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -4,7 +4,7 @@ A job holds credit from the moment a prefill node is chosen for it until that no
 or the job turns out not to go there. A sequence may be over, or on its next attempt, long before that report.
 """
 
-from disaggd.cluster.peers import PrefillPeer
+from disaggd.cluster.peers import JobInHand, PrefillPeer
 from disaggd.cluster.request import Phase, RoutedSequence
 from disaggd.ids import NodeName, SeqId
 
@@ -20,15 +20,20 @@ class Credits:
         self._owed: dict[Job, RoutedSequence] = {}
         """Attempts that are over for the router, and not yet for their prefill node."""
 
-    def choose(self, candidates: list[PrefillPeer], record: RoutedSequence) -> PrefillPeer | None:
-        """The candidate with the fewest tokens in hand that has credit for the job."""
-        able = [peer for peer in candidates if peer.has_credit(record.num_tokens)]
-        return min(able, key=lambda peer: sum(peer.jobs.values()), default=None)
-
-    def take(self, record: RoutedSequence, prefill: PrefillPeer) -> None:
-        """The job is, or will be, with `prefill`."""
-        prefill.jobs[record.job] = record.num_tokens
+    def take(self, record: RoutedSequence, prefill: PrefillPeer, prefill_s: float, now: float) -> None:
+        """The job is, or will be, with `prefill`, which is predicted to compute for `prefill_s`."""
+        if record.job not in prefill.jobs:
+            if all(job.is_prefilled for job in prefill.jobs.values()):
+                prefill.busy_since = now
+            prefill.jobs[record.job] = JobInHand(record.num_tokens, prefill_s)
         record.prefill = prefill.name
+
+    def prefilled(self, prefill: PrefillPeer, job: Job, now: float) -> None:
+        """It has computed the job's prompt, and turns to the next."""
+        in_hand = prefill.jobs.get(job)
+        if in_hand is not None and not in_hand.is_prefilled:
+            in_hand.is_prefilled = True
+            prefill.busy_since = now
 
     def give_back(self, record: RoutedSequence) -> None:
         """The prefill node has not seen the job, and will not."""
@@ -53,8 +58,9 @@ class Credits:
         """The record of an attempt that is over, while its prefill node has not reported."""
         return self._owed.get(job)
 
-    def reported(self, prefill: PrefillPeer, job: Job) -> RoutedSequence | None:
+    def reported(self, prefill: PrefillPeer, job: Job, now: float) -> RoutedSequence | None:
         """The job has ended there. Returns its record if the attempt was over already."""
+        self.prefilled(prefill, job, now)  # or it will not be
         prefill.jobs.pop(job, None)
         return self._owed.pop(job, None)
 

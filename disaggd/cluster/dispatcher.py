@@ -45,6 +45,7 @@ class Dispatcher:
         self.pairs = moves.pairs
         self.grants = moves.grants
         self.credits = moves.credits
+        self.caches = moves.caches
         self.dropped_frames = moves.dropped_frames
         """Frames of older attempts or of sequences that are over, by type; whoever reads them clears them."""
         self._incarnation = incarnation
@@ -89,10 +90,12 @@ class Dispatcher:
 
     def prefill_up(self, peer: PrefillPeer) -> None:
         self.prefills[peer.name] = peer
+        self.caches.node_up(peer.name, peer.hello)
         self.pairs.prefill_up(peer, self._clock())
 
     def decode_up(self, peer: DecodePeer) -> None:
         self.decodes[peer.name] = peer
+        self.caches.node_up(peer.name, peer.hello)
         self.pairs.decode_up(peer, self._clock())
         for record in [r for r in self.sequences.values() if r.decode is None]:
             self._moves.place(record)
@@ -100,6 +103,7 @@ class Dispatcher:
     def node_down(self, name: NodeName) -> None:
         """Its link is lost: everything it worked on goes elsewhere, or is asked for at the arbiter."""
         self.pairs.node_down(name)
+        self.caches.node_down(name)
         prefill, decode = self.prefills.pop(name, None), self.decodes.pop(name, None)
         for record in list(self.sequences.values()):
             if decode is not None and record.decode == name:
@@ -179,9 +183,7 @@ class Dispatcher:
         record = self._moves.current(frame)
         if record is None or record.phase is not Phase.GRANTING:
             return self._moves.drop(frame)
-        peer.is_full = True
-        self.credits.give_back(record)
-        return self._moves.enqueue(record)
+        return self._moves.no_room(record, peer)
 
     @_from_decode.register
     def _(self, frame: protocol.Room, peer: DecodePeer) -> None:
@@ -203,7 +205,7 @@ class Dispatcher:
             return self._moves.drop(frame)
         self.grants.over(record.job)  # unless a `Cancel` ended it already
         log.warning("%s: prefill on %s came to nothing: %s", record.request.id, record.prefill, frame.reason)
-        return self._moves.retry(record)
+        return self._moves.again(record) if frame.is_fenced else self._moves.retry(record)
 
     @_from_decode.register
     def _(self, frame: protocol.Tokens, peer: DecodePeer) -> None:
@@ -217,6 +219,10 @@ class Dispatcher:
     @_from_decode.register
     def _(self, frame: protocol.Gauges, peer: DecodePeer) -> None:
         peer.gauges = frame
+
+    @_from_decode.register
+    def _(self, frame: protocol.CacheEvents, peer: DecodePeer) -> None:
+        self._note_cache(peer, frame)
 
     @_from_decode.register
     def _(self, frame: protocol.PairAgent, peer: DecodePeer) -> None:
@@ -235,6 +241,7 @@ class Dispatcher:
 
     @_from_prefill.register
     def _(self, frame: protocol.Prefilled, peer: PrefillPeer) -> None:
+        self.credits.prefilled(peer, (frame.seq, frame.attempt), self._clock())
         record = self._moves.current(frame) or self.credits.owed((frame.seq, frame.attempt))
         if record is None or record.attempt != frame.attempt:
             return self._moves.drop(frame)
@@ -249,7 +256,7 @@ class Dispatcher:
     @_from_prefill.register
     def _(self, frame: protocol.JobEnded, peer: PrefillPeer) -> None:
         job = (frame.seq, frame.attempt)
-        record = self.credits.reported(peer, job) or self._moves.current(frame)
+        record = self.credits.reported(peer, job, self._clock()) or self._moves.current(frame)
         if record is not None:
             record.kv_bytes += frame.kv_bytes
             if record.job == job:
@@ -281,3 +288,18 @@ class Dispatcher:
     @_from_prefill.register
     def _(self, frame: protocol.Gauges, peer: PrefillPeer) -> None:
         peer.gauges = frame
+
+    @_from_prefill.register
+    def _(self, frame: protocol.CacheEvents, peer: PrefillPeer) -> None:
+        self._note_cache(peer, frame)
+
+    @_from_prefill.register
+    def _(self, frame: protocol.Measured, peer: PrefillPeer) -> None:
+        peer.prefill_cost = frame.prefill_cost
+
+    # ── frames of either ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _note_cache(self, peer: PrefillPeer | DecodePeer, frame: protocol.CacheEvents) -> None:
+        if self.caches.on_events(peer.name, frame):
+            log.warning("%s: news of its cache went missing before number %d: asking for all of it", peer.name, frame.number)
+            peer.send(protocol.CacheSnapshot())

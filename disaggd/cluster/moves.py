@@ -7,18 +7,21 @@ move leads to the next. Knows nothing of frames from nodes: only of those that i
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 
 from disaggd.cluster import protocol
+from disaggd.cluster.cache_book import CacheBook
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
-from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
-from disaggd.cluster.prefill_queue import PrefillQueue
+from disaggd.cluster.placement import Cached, Placement, prefill_s
+from disaggd.cluster.prefill_queue import Job, PrefillQueue
 from disaggd.cluster.protocol import Grant, TokenRun, pack_tokens
 from disaggd.cluster.request import Addressed, Phase, RoutedSequence
-from disaggd.errors import RequestError, RequestFailed
+from disaggd.cluster.routing import RoutingWeights
+from disaggd.errors import Overloaded, RequestError, RequestFailed
 from disaggd.ids import NodeName, SeqId
 from disaggd.sampling import FinishReason, TokenLogprob
 
@@ -35,11 +38,16 @@ class DispatchRules:
     max_retries: int = 2
     """So often a lost prefill is tried elsewhere; then the decode node does it."""
     grant_patience_s: float = 2.0
-    """So long a job waits for room at its decode node before it may go to another."""
+    """So long a job waits for room at its decode node before that keeps for it what comes free."""
     request_timeout_s: float = 600.0
     max_prefill_queue: int = 16
     """Jobs that may wait; more are refused or prefilled locally."""
+    max_prefill_queue_tokens: int = 262_144
+    """Of all of them together."""
+    queue_aging_s: float = 10.0
+    """A job that arrived so long ago goes before every later one."""
     ttft_target_s: float = 2.0
+    weights: RoutingWeights = field(default_factory=RoutingWeights)
 
 
 class Moves:
@@ -54,19 +62,27 @@ class Moves:
         self.pairs = PairBook(self.prefills, self.decodes)
         self.grants = GrantRelay(self.prefills, self.decodes)
         self.credits = Credits(self.prefills)
-        self.queue = PrefillQueue()
+        self.caches = CacheBook()
+        self.queue = PrefillQueue(max_jobs=rules.max_prefill_queue, max_tokens=rules.max_prefill_queue_tokens, aging_s=rules.queue_aging_s)
         self.sequences: dict[SeqId, RoutedSequence] = {}
         """All that are not over."""
         self.dropped_frames: Counter[str] = Counter()
+        self._placement = Placement(self.prefills, self.decodes, self.pairs, self.queue, rules.weights)
         self._rules = rules
         self._clock = clock
         self._on_update = on_update
 
     def place(self, record: RoutedSequence) -> None:
-        """Give the sequence to the least loaded decode node that has room, with a first prefill node in view if nobody waits."""
-        decode = min(self.decodes.values(), key=lambda peer: (peer.is_full, peer.load_tokens, peer.name))
+        """Give the sequence to the decode node where it costs least, with a prefill node in view that might have it."""
+        now, cached = self._clock(), self.caches.cached_tokens(record)
+        decode = self._placement.decode_for(record, cached)
         record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
+        record.no_room_since, record.is_earmarked = None, False
         decode.load_tokens += record.placed_tokens
+        offer = self._placement.offer(record, decode, self._job(record, cached), cached, now)
+        record.saw_full_queue = offer is not None and offer.queue_is_full
+        if offer is not None and offer.may_grant:
+            self._take_credit(record, self.prefills[offer.prefill], cached)
         decode.send(
             protocol.Generate(
                 record.seq,
@@ -76,78 +92,110 @@ class Moves:
                 record.request.sampling,
                 record.request.cache_salt,
                 "local" if record.forced_local else record.request.override,
-                record.timeline.arrived + self._rules.ttft_target_s - self._clock(),
-                self._offer(record, decode),
+                record.timeline.arrived + self._rules.ttft_target_s - now,
+                offer,
             )
         )
 
-    def _offer(self, record: RoutedSequence, decode: DecodePeer) -> RemoteOffer | None:
-        """What a prefill elsewhere would be; the credit of a node that may grant is held from now on."""
-        reachable = self.pairs.reachable(decode.name)
-        if not reachable:
-            return None
-        able = self.credits.choose(reachable, record) if not self.queue and record.num_remaining > 1 else None
-        if able is not None:
-            self.credits.take(record, able)
-        likely = able or min(reachable, key=lambda peer: (sum(peer.jobs.values()), peer.name))
-        depth = len(self.queue)
-        return RemoteOffer(
-            likely.name,
-            prefill_nodes=len(reachable),
-            queue_depth=depth,
-            queue_is_full=depth >= self._rules.max_prefill_queue,
-            wait_s=0.0,
-            num_cached=0,
-            prefill_cost=None,
-            transfer_cost=None,
-            may_grant=able is not None,
-        )
+    # ── the prefill queue ────────────────────────────────────────────────────────────────────────────────────────────
 
     def enqueue(self, record: RoutedSequence) -> None:
+        """The sequence waits for a prefill node, if it finds room in the queue or has been there before."""
+        job = self._job(record, self.caches.cached_tokens(record))
+        if not record.has_place and not self.queue.has_room(job.num_tokens):
+            return self._overflow(record, job)
         record.move(Phase.QUEUED)
-        self.queue.push(record.seq, record.timeline.arrived)
-        self.dispatch()
+        record.has_place = True
+        self.queue.push(job)
+        return self.dispatch()
+
+    def _overflow(self, record: RoutedSequence, job: Job) -> None:
+        """No room in the queue. A decode node that did not know decides once more, and may prefill by itself; one that did, may not."""
+        if not record.saw_full_queue:
+            return self.again(record)
+        self.queue.refuse()
+        wait_s = self._placement.wait_s(job, self._clock())
+        return self.fail(
+            record,
+            Overloaded(
+                f"{len(self.queue)} prompts of {self.queue.num_tokens} tokens wait to be prefilled already",
+                retry_after_s=max(1, ceil(wait_s)),
+            ),
+        )
 
     def dispatch(self) -> None:
-        """Give each waiting job, in order, to a prefill node that has credit and can reach the job's decode node.
+        """Give each waiting job, by its turn, to a prefill node that has credit and can reach the job's decode node.
 
-        A job that only wants for credit holds back all behind it: short ones would else keep every node from falling
-        idle for a long one.
+        A job that only wants for credit is not overtaken on any node that it could have: those behind it would else keep
+        every node from falling idle for a long one.
         """
-        for seq in self.queue:
-            if seq not in self.queue:
-                continue  # a retry below dispatched it already
-            record = self.sequences[seq]
-            assert record.decode is not None
-            decode, reachable = self.decodes.get(record.decode), self.pairs.reachable(record.decode)
-            if decode is None:
-                continue  # its node is being lost right now: its retry is next
-            if not reachable and self.patience_is_over(record):
-                self.queue.discard(seq)
-                reason = "cannot reach" if self.prefills else "is up to reach"
-                self.again(record, f"no_prefill_node: none {reason} {record.decode}")
-            elif decode.is_full and self.patience_is_over(record) and not all(peer.is_full for peer in self.decodes.values()):
-                self.queue.discard(seq)
-                self.again(record)
-            elif reachable and not decode.is_full:
-                prefill = self.credits.choose(reachable, record)
-                if prefill is None:
-                    return
-                self.queue.discard(seq)
-                self.start_job(record, prefill, decode)
+        promised: set[NodeName] = set()
+        """Nodes whose next credit is that of a job which was before."""
+        for job in self.queue.in_order(self._clock()):
+            if job.seq in self.queue:  # else a retry below dispatched it already
+                promised |= self._advance(self.sequences[job.seq], job, promised)
 
-    def start_job(self, record: RoutedSequence, prefill: PrefillPeer, decode: DecodePeer) -> None:
-        self.credits.take(record, prefill)
+    def _advance(self, record: RoutedSequence, job: Job, promised: set[NodeName]) -> set[NodeName]:
+        """Move a waiting job on, if that is possible now. Returns the nodes of which it waits for credit."""
+        assert record.decode is not None
+        decode, reachable = self.decodes.get(record.decode), self.pairs.reachable(record.decode)
+        if decode is None:
+            return set()  # its node is being lost right now: its retry is next
+        if not reachable:
+            self._cut_off(record)
+            return set()
+        if decode.is_full and not self._may_ask(record, job):
+            return set()
+        cached = self.caches.cached_tokens(record)
+        able = [peer for peer in reachable if peer.name not in promised and peer.has_credit(record.num_tokens)]
+        prefill = self._placement.prefill_for(record, able, cached, self._clock())
+        if prefill is None:
+            return {peer.name for peer in reachable}
+        self.queue.take(record.seq)
+        self._take_credit(record, prefill, cached)
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
-            decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name))
+            record.is_earmarked = record.is_earmarked or decode.is_full
+            decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name, earmark=record.is_earmarked))
         else:  # the prefill node samples the only token: nothing is to be pushed
             self.forward(record, prefill, None)
+        return set()
 
-    def patience_is_over(self, record: RoutedSequence) -> bool:
-        """Whether the job should stop waiting for its decode node: to be reached by a prefill node that is up, or to have room."""
+    def _cut_off(self, record: RoutedSequence) -> None:
+        """No prefill node reaches its decode node: it waits a while for one that is up, and is then prefilled by decode."""
         assert record.timeline.queued is not None
-        return not self.prefills or self._clock() - record.timeline.queued > self._rules.grant_patience_s
+        if not self.prefills or self._clock() - record.timeline.queued > self._rules.grant_patience_s:
+            self.queue.take(record.seq)
+            reason = "cannot reach" if self.prefills else "is up to reach"
+            self.again(record, f"no_prefill_node: none {reason} {record.decode}")
+
+    def _may_ask(self, record: RoutedSequence, job: Job) -> bool:
+        """Whether a full decode node is to be asked for a grant all the same: once, so that it keeps for the job what comes free.
+
+        That is when patience ends. When its slack ends, the job goes to another decode node, if one has room.
+        """
+        now = self._clock()
+        if record.no_room_since is None:
+            record.no_room_since = now
+        if now > job.due and self._placement.has_room_elsewhere(record):
+            self.queue.take(record.seq)
+            self.again(record)
+            return False
+        return not record.is_earmarked and now - record.no_room_since > self._rules.grant_patience_s
+
+    def no_room(self, record: RoutedSequence, decode: DecodePeer) -> None:
+        """The decode node has no blocks for the job now: it returns to its place in the queue until there are."""
+        decode.is_full = True
+        if record.no_room_since is None:
+            record.no_room_since = self._clock()
+        self.credits.give_back(record)
+        self.enqueue(record)
+
+    def _job(self, record: RoutedSequence, cached: Cached) -> Job:
+        return self._placement.job(record, cached, self._rules.ttft_target_s)
+
+    def _take_credit(self, record: RoutedSequence, prefill: PrefillPeer, cached: Cached) -> None:
+        self.credits.take(record, prefill, prefill_s(prefill, record, cached), self._clock())
 
     def forward(self, record: RoutedSequence, prefill: PrefillPeer, grant: Grant | None) -> None:
         """The blocks are reserved (None: none are needed): the job goes to the prefill node."""
@@ -155,8 +203,8 @@ class Moves:
         record.timeline.dispatched = self._clock()
         if grant is not None:
             self.grants.forwarded(record.job, grant, prefill)
-        self.credits.take(record, prefill)
-        record.grant = grant
+        self._take_credit(record, prefill, self.caches.cached_tokens(record))
+        record.grant, record.has_place = grant, True
         prefill.send(
             protocol.Prefill(
                 record.seq,
@@ -200,6 +248,7 @@ class Moves:
             if record.timeline.first_token is None:
                 record.timeline.first_token = self._clock()
             record.sent.extend(fresh)
+            self._grow(record, len(fresh))
             record.sink.deliver(fresh, None if logprobs is None else logprobs[known:], finish)
         elif finish is not None:
             record.sink.deliver((), None, finish)
@@ -207,10 +256,17 @@ class Moves:
             self.finish(record, finish)
         return None
 
+    def _grow(self, record: RoutedSequence, num_tokens: int) -> None:
+        """The sequence has become longer, and so has what its decode node reads in every step."""
+        if (decode := self.decodes.get(record.decode) if record.decode is not None else None) is not None:
+            decode.load_tokens += num_tokens
+            record.placed_tokens += num_tokens
+
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def finish(self, record: RoutedSequence, reason: FinishReason) -> None:
         """Over for the client; tell every node that still has it."""
+        self.queue.give_up(record.seq, "gone" if reason == "abort" else "failed")
         self.leave_nodes(record)
         record.move(Phase.DONE)
         record.finish_reason = reason
@@ -227,6 +283,7 @@ class Moves:
     def retry(self, record: RoutedSequence) -> None:
         """Another attempt, from the prompt and everything sent; after `max_retries` the decode node prefills by itself."""
         record.retries += 1
+        record.has_place = True
         self.again(record, f"retries: prefill came to nothing {record.retries} times" if record.retries > self._rules.max_retries else "")
 
     def again(self, record: RoutedSequence, forced_local: str = "") -> None:
@@ -243,7 +300,7 @@ class Moves:
 
     def leave_nodes(self, record: RoutedSequence) -> None:
         """Tell the nodes that work on this attempt that it is over, and take it out of the queue."""
-        self.queue.discard(record.seq)
+        self.queue.take(record.seq)
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         if decode is not None:
             decode.load_tokens -= record.placed_tokens

@@ -15,6 +15,11 @@ class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     per_token_s: float
     per_token_context_s: float
 
+    def seconds(self, num_uncached: int, num_cached: int) -> float:
+        """For a prompt of which `num_cached` tokens need not be computed."""
+        context = num_cached + num_uncached / 2
+        return self.base_s + num_uncached * (self.per_token_s + self.per_token_context_s * context)
+
 
 class TransferCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds from a push's last computed layer to its landing, or of a whole push: `base + per_byte · bytes`."""

@@ -4,6 +4,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from disaggd.cluster.offer import PrefillCost
 from disaggd.cluster.protocol import Gauges, NodeHello, PairAgent, ToNode
 from disaggd.ids import AgentId, NodeName, SeqId
 
@@ -39,6 +40,21 @@ class Pair:
         return self.agent is not None and self.agent.agent_id == agent_id
 
 
+UNMEASURED = PrefillCost(base_s=0.0, per_token_s=1e-3, per_token_context_s=0.0)
+"""Of a prefill node that has told nothing of its speed yet: only the order of jobs and nodes is drawn from it."""
+
+
+@dataclass(slots=True)
+class JobInHand:
+    """A job that holds a prefill node's credit."""
+
+    num_tokens: int
+    prefill_s: float
+    """Predicted when the node was chosen."""
+    is_prefilled: bool = False
+    """Only its push is still under way."""
+
+
 @dataclass(slots=True)
 class PrefillPeer:
     """A prefill node whose link is up. A new link makes a new `PrefillPeer`."""
@@ -49,14 +65,31 @@ class PrefillPeer:
     gauges: Gauges | None = None
     credit_tokens: int = 0
     """Prompt tokens that this router may have there at once."""
-    jobs: dict[tuple[SeqId, int], int] = field(default_factory=dict)
-    """Tokens of each job that holds credit, by (sequence, attempt)."""
+    jobs: dict[tuple[SeqId, int], JobInHand] = field(default_factory=dict)
+    """Those that hold credit, by (sequence, attempt), in the order in which they are computed."""
+    busy_since: float = 0.0
+    """When it began with the first job that it has not prefilled yet."""
+    prefill_cost: PrefillCost | None = None
+    """None until it is measured."""
+
+    @property
+    def tokens_in_hand(self) -> int:
+        return sum(job.num_tokens for job in self.jobs.values())
 
     def has_credit(self, num_tokens: int) -> bool:
         """One job always fits an idle node; more only within the credit, so that jobs wait in the queue."""
         if self.credit_tokens == 0:
             return False
-        return not self.jobs or sum(self.jobs.values()) + num_tokens <= self.credit_tokens
+        return not self.jobs or self.tokens_in_hand + num_tokens <= self.credit_tokens
+
+    def prefill_s(self, num_uncached: int, num_cached: int) -> float:
+        """Predicted, for a prompt of which it holds `num_cached` tokens."""
+        return (self.prefill_cost or UNMEASURED).seconds(num_uncached, num_cached)
+
+    def backlog_s(self, now: float) -> float:
+        """Predicted, until it has prefilled all that it has in hand. What is late is expected any moment."""
+        work = [job.prefill_s for job in self.jobs.values() if not job.is_prefilled]
+        return sum(work) - min(work[0], now - self.busy_since) if work else 0.0
 
 
 @dataclass(slots=True)
@@ -71,3 +104,9 @@ class DecodePeer:
     """It answered `NoRoom`, and no `Room` since."""
     load_tokens: int = 0
     """Context tokens of the sequences placed there."""
+
+    def lacks_room(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens had to wait for blocks there: it did a moment ago, or would by the gauges."""
+        if self.is_full or self.gauges is None:
+            return self.is_full
+        return self.gauges.blocks_free + self.gauges.blocks_cached < num_tokens // self.hello.kv.block_size + 1

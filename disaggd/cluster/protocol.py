@@ -230,6 +230,8 @@ class RequestGrant(Frame, frozen=True):
     seq: SeqId
     attempt: int
     prefill: NodeName
+    earmark: bool = False
+    """It has waited long: if there is no room, keep what comes free for it, ahead of later grants and new local sequences."""
 
 
 class Granted(Frame, frozen=True):
@@ -342,6 +344,8 @@ class Released(Frame, frozen=True):
     seq: SeqId
     attempt: int
     reason: str
+    is_fenced: bool = False
+    """A fence for others' sake ended it: not one of the request's retries."""
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True):

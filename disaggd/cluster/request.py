@@ -22,6 +22,7 @@ from disaggd.cluster.offer import Predicted
 from disaggd.cluster.protocol import Grant
 from disaggd.errors import RequestError
 from disaggd.ids import NodeName, SeqId
+from disaggd.prefix import PrefixHasher
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
 
@@ -132,6 +133,16 @@ class RoutedSequence:
     grant: Grant | None = None
     placed_tokens: int = 0
     """What this attempt adds to its decode node's load."""
+    saw_full_queue: bool = False
+    """Its decode node decided in the knowledge that the prefill queue has no room."""
+    has_place: bool = False
+    """It was promised a prefill, or has lost a node: it may join the prefill queue whatever that holds."""
+    no_room_since: float | None = None
+    """When its decode node first had no room for it."""
+    is_earmarked: bool = False
+    """Its decode node keeps for it what comes free."""
+    digests: dict[PrefixHasher, list[bytes]] = field(default_factory=dict)
+    """Names of its full blocks, as far as they were ever asked for."""
     was_remote: bool = False
     reason: str = ""
     """Of the decision: `code: sentence`."""

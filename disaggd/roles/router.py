@@ -25,6 +25,7 @@ from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
+from disaggd.cluster.routing import RoutingWeights
 from disaggd.config import Config, NodeConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
 from disaggd.gateway.app import create_app
@@ -256,7 +257,10 @@ def _rules(config: Config) -> DispatchRules:
         grant_patience_s=rules.grant_patience_s,
         request_timeout_s=config.router.request_timeout_s,
         max_prefill_queue=rules.max_prefill_queue,
+        max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
+        queue_aging_s=rules.queue_aging_s,
         ttft_target_s=rules.ttft_target_ms / 1e3,
+        weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
     )
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from disaggd.cluster.decision import Override
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.moves import DispatchRules
+from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.protocol import (
     Credit,
     Decided,
+    Gauges,
     Generate,
     Grant,
     Granted,
@@ -66,14 +67,16 @@ class Client:
 class Routing:
     """`sent[name]` is what the router sent to a node since `clear`; `say` is what a node answers."""
 
-    def __init__(self, prefills: Sequence[NodeName] = (P0,), decodes: Sequence[NodeName] = (D0,), *, credit: int = 1000) -> None:
+    def __init__(
+        self, prefills: Sequence[NodeName] = (P0,), decodes: Sequence[NodeName] = (D0,), *, credit: int = 1000, **rules: Any
+    ) -> None:
         self.now = 100.0
         self.sent: dict[NodeName, list[ToNode]] = {}
         self.updates: list[tuple[SeqId, int]] = []
         """(sequence, its `kv_bytes`) at each `on_update`."""
         self.dispatcher = Dispatcher(
             Incarnation("r"),
-            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0),
+            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0, **rules),
             lambda: self.now,
             lambda record: self.updates.append((record.seq, record.kv_bytes)),
         )
@@ -94,10 +97,14 @@ class Routing:
         self.dispatcher.decode_up(DecodePeer(name, hello(name, incarnation), self.sent.setdefault(name, []).append))
 
     def pair_all(self) -> None:
-        for prefill in self.dispatcher.prefills.values():
+        for prefill in self.dispatcher.prefills:
             for decode in self.dispatcher.decodes:
-                self.say(decode, PairAgent(prefill.name, prefill.hello.incarnation, agent(prefill.name, decode), b"", PoolPlace(0, 64)))
-                self.say(decode, PairReady(prefill.name, agent(prefill.name, decode)))
+                self.pair(prefill, decode)
+
+    def pair(self, prefill: NodeName, decode: NodeName) -> None:
+        incarnation = self.dispatcher.prefills[prefill].hello.incarnation
+        self.say(decode, PairAgent(prefill, incarnation, agent(prefill, decode), b"", PoolPlace(0, 64)))
+        self.say(decode, PairReady(prefill, agent(prefill, decode)))
 
     def down(self, name: NodeName) -> None:
         self.dispatcher.node_down(name)
@@ -118,17 +125,18 @@ class Routing:
 
     # ── the usual way of a request ──
 
-    def submit(self, num_tokens: int = 40, max_tokens: int = 8, override: Override = "auto", seed: int = 7) -> Client:
+    def submit(self, num_tokens: int = 40, max_tokens: int = 8, seed: int = 7, **asked: Any) -> Client:
+        """`asked` is of `Request`."""
         client = Client()
         self.now += 0.001
         sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
-        request = Request(id="request", prompt=tuple(range(num_tokens)), sampling=sampling, override=override)
+        request = Request(id="request", sampling=sampling, **{"prompt": tuple(range(num_tokens)), **asked})
         client.seq = self.dispatcher.submit(request, client)
         return client
 
-    def queued(self, num_tokens: int = 40, max_tokens: int = 8) -> Client:
+    def queued(self, num_tokens: int = 40, max_tokens: int = 8, **asked: Any) -> Client:
         """A request whose decode node wants it prefilled elsewhere, and has given no grant."""
-        client = self.submit(num_tokens, max_tokens)
+        client = self.submit(num_tokens, max_tokens, **asked)
         self.need_prefill(client)
         return client
 
@@ -178,8 +186,21 @@ class Routing:
         assert decode is not None
         return decode
 
+    def offer(self, client: Client) -> RemoteOffer:
+        """What its decode node was offered last."""
+        offer = self.generated(client).offer
+        assert offer is not None
+        return offer
+
+    def generated(self, client: Client) -> Generate:
+        return [frame for frame in self.frames(self.decode_of(client), Generate) if frame.seq == client.seq][-1]
+
     def credit_used(self, name: NodeName = P0) -> int:
-        return sum(self.dispatcher.prefills[name].jobs.values())
+        return self.dispatcher.prefills[name].tokens_in_hand
+
+    def waiting(self) -> list[SeqId]:
+        """The prefill queue, in order."""
+        return [job.seq for job in self.dispatcher.queue.in_order(self.now)]
 
     def is_retried(self, client: Client) -> Generate:
         """Asserts that a next attempt was placed, follows it, and returns its `Generate`."""
@@ -197,6 +218,10 @@ def agent(prefill: NodeName, decode: NodeName) -> AgentId:
 def make_grant(client: Client, prefill: NodeName = P0, decode: NodeName = D0) -> Grant:
     token = GrantToken(f"{client.seq}/{client.attempt}".encode())
     return Grant(token, decode, prefill, agent(prefill, decode), 0, (BlockId(1), BlockId(2)), 5.0)
+
+
+def gauges(*, blocks_free: int, blocks_cached: int = 0) -> Gauges:
+    return Gauges(0, 0, 0, blocks_free, blocks_cached, 0, 0, 0, 0, 0)
 
 
 def hello(name: NodeName, incarnation: str) -> NodeHello:

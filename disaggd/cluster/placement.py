@@ -1,0 +1,120 @@
+"""Which node takes a sequence or a job now, and what the router predicts of it. Runs on the router's loop; changes no node's account.
+
+Gathers what `routing.py` chooses by: caches, loads, credits, measured speeds, conversations.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from disaggd.cluster.offer import RemoteOffer
+from disaggd.cluster.pairing import PairBook
+from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.prefill_queue import Job, PrefillQueue
+from disaggd.cluster.request import RoutedSequence
+from disaggd.cluster.routing import (
+    DecodeCandidate,
+    PrefillCandidate,
+    RoutingWeights,
+    SessionTable,
+    choose_decode,
+    choose_prefill,
+)
+from disaggd.ids import NodeName
+
+MAX_SESSIONS = 10_000
+"""Conversations whose node is remembered: about 2 MB."""
+
+Cached = Mapping[NodeName, int]
+"""Tokens of one sequence that each node has cached (`CacheBook.cached_tokens`)."""
+
+
+class Placement:
+    """Shares the dispatcher's peer tables, its pairs and its queue."""
+
+    def __init__(
+        self,
+        prefills: dict[NodeName, PrefillPeer],
+        decodes: dict[NodeName, DecodePeer],
+        pairs: PairBook,
+        queue: PrefillQueue,
+        weights: RoutingWeights,
+    ) -> None:
+        self._prefills = prefills
+        self._decodes = decodes
+        self._pairs = pairs
+        self._queue = queue
+        self._weights = weights
+        self._sessions = SessionTable(MAX_SESSIONS)
+
+    def decode_for(self, record: RoutedSequence, cached: Cached) -> DecodePeer:
+        """The cheapest decode node, or the conversation's own. One must be up."""
+        session = record.request.session
+        candidates = [_decode_candidate(peer, record, cached[name]) for name, peer in self._decodes.items()]
+        name = choose_decode(candidates, self._weights, self._sessions.node_of(session))
+        self._sessions.remember(session, name)
+        return self._decodes[name]
+
+    def prefill_for(self, record: RoutedSequence, among: Iterable[PrefillPeer], cached: Cached, now: float) -> PrefillPeer | None:
+        """Who of `among` would be through with the job first; None when there is nobody."""
+        candidates = [
+            PrefillCandidate(name=peer.name, backlog_s=peer.backlog_s(now), prefill_s=prefill_s(peer, record, cached)) for peer in among
+        ]
+        name = choose_prefill(candidates)
+        return None if name is None else self._prefills[name]
+
+    def offer(self, record: RoutedSequence, decode: DecodePeer, job: Job, cached: Cached, now: float) -> RemoteOffer | None:
+        """What a prefill elsewhere would be, were it decided now; None when no prefill node reaches `decode`.
+
+        A grant may be given at once if it is of use, nobody waits, and the prefill node has credit, which has to be held then.
+        """
+        reachable = self._pairs.reachable(decode.name)
+        able = [peer for peer in reachable if peer.has_credit(record.num_tokens)] if not self._queue and record.num_remaining > 1 else []
+        likely = self.prefill_for(record, able or reachable, cached, now)
+        if likely is None:
+            return None
+        return RemoteOffer(
+            likely.name,
+            prefill_nodes=len(reachable),
+            queue_depth=len(self._queue),
+            queue_is_full=not record.has_place and not self._queue.has_room(record.num_tokens),
+            wait_s=likely.backlog_s(now) + self._queue.work_ahead_s(job, now) / len(reachable),
+            num_cached=cached[likely.name],
+            prefill_cost=likely.prefill_cost,
+            transfer_cost=None,
+            may_grant=bool(able),
+        )
+
+    def job(self, record: RoutedSequence, cached: Cached, ttft_target_s: float) -> Job:
+        """The sequence's prompt as a job, predicted for the node that would compute it quickest."""
+        return Job(
+            seq=record.seq,
+            arrived=record.timeline.arrived,
+            num_tokens=record.num_tokens,
+            ttft_target_s=ttft_target_s,
+            prefill_s=min((prefill_s(peer, record, cached) for peer in self._prefills.values()), default=0.0),
+            priority=record.request.priority,
+        )
+
+    def wait_s(self, job: Job, now: float) -> float:
+        """Predicted, until a prefill node would begin with the job. With none up there is no telling: 0."""
+        peers = self._prefills.values()
+        return (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers) if peers else 0.0
+
+    def has_room_elsewhere(self, record: RoutedSequence) -> bool:
+        """Whether another decode node than its own has blocks for the sequence."""
+        return any(name != record.decode and not peer.lacks_room(record.num_tokens) for name, peer in self._decodes.items())
+
+
+def prefill_s(peer: PrefillPeer, record: RoutedSequence, cached: Cached) -> float:
+    """Predicted, for the sequence as it is now."""
+    return peer.prefill_s(record.num_tokens - cached[peer.name], cached[peer.name])
+
+
+def _decode_candidate(peer: DecodePeer, record: RoutedSequence, num_cached: int) -> DecodeCandidate:
+    block_size = peer.hello.kv.block_size
+    return DecodeCandidate(
+        name=peer.name,
+        is_full=peer.lacks_room(record.num_tokens),
+        uncached_blocks=-(-(record.num_tokens - num_cached) // block_size),
+        load_tokens=peer.load_tokens,
+        block_size=block_size,
+    )

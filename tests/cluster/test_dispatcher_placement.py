@@ -1,0 +1,152 @@
+"""Where requests go: by what nodes have cached, by load, by conversation; and what decode nodes are offered."""
+
+from collections.abc import Sequence
+
+from disaggd.cluster.offer import PrefillCost
+from disaggd.cluster.protocol import CacheEvents, CacheSnapshot, Decided, Measured
+from disaggd.ids import NodeName
+from disaggd.prefix import PrefixHasher
+from tests.support.routing import D0, D1, KV, P0, P1, Client, Routing, gauges
+
+HASHER = PrefixHasher("model", KV.dtype, KV.block_size)
+
+
+def hashes(tokens: Sequence[int], salt: str = "") -> bytes:
+    return b"".join(HASHER.hash(digest) for digest in HASHER.digests(tokens, salt))
+
+
+def holds(routing: Routing, name: NodeName, num_tokens: int, salt: str = "") -> None:
+    """The node has the first tokens of every prompt that these tests send."""
+    routing.say(name, CacheEvents(0, True, hashes(range(num_tokens), salt), b""))
+
+
+def placed(routing: Routing, num_tokens: int = 40, **asked: object) -> NodeName:
+    return routing.decode_of(routing.submit(num_tokens, **asked))
+
+
+# ── decode nodes ──
+
+
+def test_a_request_goes_where_its_prompt_is_cached() -> None:
+    routing = Routing(decodes=(D0, D1))
+    holds(routing, D1, 20)
+    assert placed(routing, 40) == D1
+    assert placed(routing, 4) == D0, "all of a block is cached there, but the last token is computed anyway; and d1 has work"
+
+
+def test_a_busy_node_is_left_alone_when_its_cache_is_not_worth_it() -> None:
+    routing = Routing(decodes=(D0, D1))
+    holds(routing, D1, 20)
+    assert [placed(routing, 40) for _ in range(3)] == [D1, D0, D1]
+
+
+def test_a_cache_of_another_salt_is_no_cache() -> None:
+    routing = Routing(decodes=(D0, D1))
+    holds(routing, D1, 40, "tenant")
+    assert placed(routing, 40) == D0
+    assert placed(routing, 40, cache_salt="tenant") == D1
+
+
+def test_a_node_whose_events_went_missing_is_asked_for_all_and_holds_nothing_until_then() -> None:
+    routing = Routing(decodes=(D0, D1))
+    holds(routing, D1, 40)
+    routing.say(D1, CacheEvents(5, False, b"", b""))
+    assert len(routing.frames(D1, CacheSnapshot)) == 1
+    assert placed(routing, 40) == D0
+    routing.say(D1, CacheEvents(6, True, hashes(range(40)), b""))
+    assert placed(routing, 40) == D1
+
+
+def test_a_node_that_was_restarted_holds_nothing() -> None:
+    routing = Routing(decodes=(D0, D1))
+    holds(routing, D1, 40)
+    routing.down(D1)
+    routing.decode_up(D1, "second")
+    assert placed(routing, 40) == D0
+
+
+def test_generated_tokens_count_as_load() -> None:
+    routing = Routing(decodes=(D0, D1))
+    first, second = routing.decoding(40), routing.decoding(44)
+    assert [routing.decode_of(client) for client in (first, second)] == [D0, D1]
+    for start in range(8):
+        routing.tokens(first, start, 7)
+    assert placed(routing, 10) == D1
+    routing.dispatcher.end(first.seq, "abort")
+    assert routing.dispatcher.decodes[D0].load_tokens == 0
+
+
+def test_a_node_without_blocks_for_the_prompt_comes_last() -> None:
+    routing = Routing(decodes=(D0, D1))
+    routing.say(D0, gauges(blocks_free=10))
+    assert placed(routing, 40) == D1
+    assert placed(routing, 39) == D0
+
+
+# ── conversations ──
+
+
+def turn(routing: Routing, session: str | None, num_tokens: int = 40) -> tuple[NodeName, Client]:
+    client = routing.submit(num_tokens, session=session)
+    return routing.decode_of(client), client
+
+
+def test_a_conversation_stays_where_it_was() -> None:
+    routing = Routing(decodes=(D0, D1))
+    _, other = turn(routing, None)
+    node, mine = turn(routing, "mine")
+    assert node == D1
+    for client in (other, mine):
+        routing.dispatcher.end(client.seq, "abort")
+    assert turn(routing, "mine")[0] == D1
+    assert turn(routing, "another")[0] == D0
+
+
+def test_a_conversation_moves_with_its_load_and_stays_there() -> None:
+    routing = Routing(decodes=(D0, D1))
+    assert turn(routing, "mine")[0] == D0
+    routing.submit(200)
+    assert turn(routing, "mine")[0] == D0
+    assert turn(routing, "mine", 400)[0] == D0
+    assert turn(routing, "mine")[0] == D1, "200 tokens against 480"
+    assert routing.dispatcher.decodes[D1].load_tokens == 240
+
+
+# ── prefill nodes ──
+
+
+def test_a_job_goes_to_the_prefill_node_that_has_its_prompt() -> None:
+    routing = Routing(prefills=(P0, P1))
+    holds(routing, P1, 32)
+    assert routing.record(routing.queued(40)).prefill == P1
+    assert routing.record(routing.queued(40)).prefill == P1, "8 tokens wait there, and 8 are to be computed: less than 40"
+
+
+def test_what_a_prefill_node_has_cached_is_part_of_the_offer() -> None:
+    routing = Routing(prefills=(P0, P1))
+    holds(routing, P1, 40)
+    offer = routing.offer(routing.submit(40))
+    assert (offer.prefill, offer.num_cached, offer.prefill_nodes) == (P1, 36, 2)
+
+
+def test_the_offer_tells_the_wait_and_the_speed_of_the_node_it_names() -> None:
+    routing = Routing(credit=100, max_prefill_queue=4)
+    cost = PrefillCost(0.1, 0.01, 0.0001)
+    routing.say(P0, Measured(cost, 0.0, 0.0))
+    idle = routing.offer(routing.submit(100))
+    assert (idle.wait_s, idle.may_grant, idle.prefill_cost) == (0.0, True, cost)
+    routing.dispatcher.end(next(iter(routing.dispatcher.sequences)), "abort")
+    each = 0.1 + 100 * (0.01 + 0.0001 * 50)
+    routing.prefilling(100)
+    routing.now += 0.5
+    routing.queued(100)
+    behind = routing.offer(routing.submit(100))
+    assert not behind.may_grant
+    assert abs(behind.wait_s - (2 * each - 0.5)) < 0.01
+
+
+def test_without_a_prefill_node_there_is_no_offer() -> None:
+    routing = Routing(prefills=())
+    client = routing.submit(40)
+    routing.say(D0, Decided(client.seq, 0, "no_prefill_node: none", 0))
+    assert routing.generated(client).offer is None

@@ -4,11 +4,16 @@ Knows nothing of HTTP or of the cluster's frames: the router role fills receipts
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
 from disaggd.sampling import FinishReason
+
+Decision = Literal["local", "remote"]
+Policy = Literal["auto", "local", "remote"]
+SpanName = Literal["decide", "queue", "grant", "prefill_wait", "prefill", "transfer", "decode"]
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -22,9 +27,11 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds; None for what did not happen (or has not yet)."""
 
     queue: float | None = None
-    """In the prefill queue."""
+    """In the prefill queue, the grant included."""
+    grant: float | None = None
+    """The end of `queue`: a prefill node had credit, and the decode node was asked for blocks."""
     prefill_wait: float | None = None
-    """In the prefill node's engine, before its first step."""
+    """In the engine that prefilled, before its first step."""
     prefill: float | None = None
     """Computing the prompt, on the clock of the node that did."""
     transfer: float | None = None
@@ -45,14 +52,65 @@ class PrefillClock(msgspec.Struct, frozen=True, kw_only=True):
     last_handle_done: float | None = None
 
 
+class Predicted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the decode node expected of both ways when it decided, in milliseconds; None where it could not tell."""
+
+    local_ttft_ms: float | None = None
+    remote_ttft_ms: float | None = None
+    local_damage_ms: float | None = None
+    """What a prefill at decode would have cost the sequences that run there, together."""
+
+    def ttft_ms(self, decision: Decision) -> float | None:
+        """Of the way that was taken."""
+        return self.local_ttft_ms if decision == "local" else self.remote_ttft_ms
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Who did what for a request, and when: milliseconds since it arrived, on the router's clock.
+
+    What a node measured on its own clock is laid into the time that the router saw pass, half of the rest on either side.
+    """
+
+    name: SpanName
+    node: str | None
+    """None where the router itself is what was waited for."""
+    start_ms: float
+    end_ms: float | None = None
+    """None while it lasts."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One placement of a request; another follows when a node that worked on it is lost or fails."""
+
+    decision: Decision | None = None
+    """None until the decode node has decided."""
+    reason: str | None = None
+    predicted: Predicted | None = None
+    prefill_node: str | None = None
+    """None when the decode node prefilled."""
+    decode_node: str | None = None
+    """None while no decode node is up."""
+    jobs_ahead: int | None = None
+    """Of the prefill queue, when this one joined it."""
+    start_ms: float
+    end_ms: float | None = None
+    failure: str | None = None
+    """What ended it, if another attempt had to follow."""
+    spans: tuple[Span, ...] = ()
+    """In the order of `SpanName`, those that began."""
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/requests/{id}`; the field names are the JSON keys that users rely on."""
 
     id: str
     model: str
-    decision: Literal["local", "remote"] | None = None
-    """None until a decode node has decided."""
+    decision: Decision | None = None
+    """None until a decode node has decided. This and the next are of the last attempt."""
     reason: str | None = None
+    predicted: Predicted | None = None
+    prediction_error: float | None = None
+    """(predicted − actual) / actual time to first token of the way that was taken; None where a retry came between."""
     prefill_node: str | None = None
     """None when the decode node prefilled."""
     decode_node: str | None = None
@@ -67,6 +125,17 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """None when the decode node prefilled."""
     finish_reason: FinishReason | None = None
     """None while the request runs."""
+    error: str | None = None
+    """What the client was told, if it ended with one."""
+    phase: str = "placed"
+    """Who has it now; `done` when it is over."""
+    policy: Policy = "auto"
+    """What the request asked for."""
+    priority: int = 0
+    session: str | None = None
+    arrived_at: float = 0.0
+    """Seconds since 1970, on the router's clock."""
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def num_cached(self) -> int:
@@ -74,11 +143,22 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         return self.cached_tokens.prefill if self.decision == "remote" else self.cached_tokens.decode
 
     def header(self) -> str:
-        """One line of ASCII for the `x-disaggd` header: `remote p0->d0 cached=0 kv=12.6MB`, `local d0 cached=0`."""
+        """One line of ASCII for the `x-disaggd` header: `remote p0->d0 cached=0 kv=12.6MB`, `local d0 cached=0`.
+
+        What is out of the ordinary follows: ` retries=1`.
+        """
         decode = self.decode_node or "?"
+        retries = f" retries={self.retries}" if self.retries else ""
         if self.decision == "remote":
-            return f"remote {self.prefill_node or '?'}->{decode} cached={self.num_cached} kv={_megabytes(self.kv_bytes)}"
-        return f"{self.decision or 'undecided'} {decode} cached={self.num_cached}"
+            return f"remote {self.prefill_node or '?'}->{decode} cached={self.num_cached} kv={_megabytes(self.kv_bytes)}{retries}"
+        return f"{self.decision or 'undecided'} {decode} cached={self.num_cached}{retries}"
+
+
+class ReceiptList(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/requests`: an OpenAI list, newest first."""
+
+    object: str = "list"
+    data: tuple[Receipt, ...]
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -104,3 +184,6 @@ class ReceiptBook:
     def get(self, request_id: str) -> Receipt | None:
         """The latest receipt of that id. Reading keeps nothing alive longer."""
         return self._receipts.get(request_id)
+
+    def __iter__(self) -> Iterator[Receipt]:
+        return iter(self._receipts.values())

@@ -19,7 +19,17 @@ def test_the_json_has_the_documented_keys() -> None:
         *("cached_tokens", "kv_bytes", "retries", "spans_ms", "finish_reason"),
     }
     assert list(shown["cached_tokens"]) == ["decode", "prefill"]
-    assert list(shown["spans_ms"]) == ["queue", "prefill_wait", "prefill", "transfer", "transfer_exposed", "first_token", "decode", "total"]
+    assert list(shown["spans_ms"]) == [
+        "queue",
+        "grant",
+        "prefill_wait",
+        "prefill",
+        "transfer",
+        "transfer_exposed",
+        "first_token",
+        "decode",
+        "total",
+    ]
 
 
 @pytest.mark.parametrize(

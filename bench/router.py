@@ -1,15 +1,10 @@
 """How many streams and tokens one router carries, and how long it holds a token: see --help.
 
-Three processes: stub decode nodes, the router, and this one, the client. It parses nothing but the ends of events, and
-takes their times from the kernel, so that how late it reads them does not count. It looks once a millisecond: waiting for
-each event instead would bill the router for waking it, which on a virtual machine costs as much as sending.
+Three processes: stub decode nodes, the router, and this one, the client, which takes the times of events from the kernel.
 """
 
 import contextlib
 import os
-import select
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +17,8 @@ from statistics import median
 
 import click
 import msgspec
+from arrivals import Listener, Stream
+from client import Target
 from machine import Load, LoadMeter, Machine, describe_machine, process_cpu_s
 from models import BUILTIN
 from report import Table, section, show, write_json
@@ -33,13 +30,6 @@ from disaggd.model.directory import open_directory
 from disaggd.transfer.layout import kv_spec
 
 BLOCK_SIZE = 64
-_EVENT_END = b"\n\n"
-_STALL_S = 20.0
-_LOOK_S = 0.001
-"""Between two looks of the client at its sockets."""
-_SO_TIMESTAMPNS = 35
-"""Linux: with what `recvmsg` brings comes the CLOCK_REALTIME of its last packet's arrival."""
-_TIMESPEC = struct.Struct("qq")
 _WARM_SHARE = 0.1
 """Of the tokens, the first ones do not count."""
 
@@ -80,63 +70,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 # ── the client ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Stream:
-    """One request's socket. For each event that has ended, in seconds of CLOCK_REALTIME:"""
-
-    def __init__(self, address: tuple[str, int], request: bytes) -> None:
-        self.event_s: list[float] = []
-        """its arrival here; of those that one read brought, the last one's,"""
-        self.read_s: list[float] = []
-        """and its reading."""
-        self.socket = socket.create_connection(address)
-        self.socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-        self.socket.sendall(request)
-        self.socket.setblocking(False)
-        self._ends_open = False
-        """The last read ended in the first half of an event's end."""
-
-    def read(self) -> bool:
-        """Take what is there; False once the server has closed. RuntimeError where the kernel gives no times."""
-        data, notes, _, _ = self.socket.recvmsg(65536, 64)
-        now_s = time.time()
-        if not data:
-            return False
-        if not notes:
-            raise RuntimeError("the kernel does not say when data came (SO_TIMESTAMPNS)")
-        seconds, nanoseconds = _TIMESPEC.unpack(notes[0][2])
-        num_events = data.count(_EVENT_END) + (self._ends_open and data.startswith(b"\n"))
-        self._ends_open = data.endswith(b"\n") and not data.endswith(_EVENT_END)
-        self.event_s.extend([seconds + nanoseconds / 1e9] * num_events)
-        self.read_s.extend([now_s] * num_events)
-        return True
-
-
-def read_all(streams: list[Stream]) -> None:
-    """To their ends. TimeoutError when nothing comes for a while."""
-    opened = {stream.socket.fileno(): stream for stream in streams}
-    heard_s = time.monotonic()
-    with select.epoll() as poll:
-        for number in opened:
-            poll.register(number, select.EPOLLIN)
-        while opened:
-            time.sleep(_LOOK_S)
-            ready = poll.poll(0)
-            heard_s = time.monotonic() if ready else heard_s
-            if time.monotonic() - heard_s > _STALL_S:
-                raise TimeoutError(f"{len(opened)} streams are open, and nothing came for {_STALL_S:.0f} s")
-            for number, _ in ready:
-                if not opened[number].read():
-                    poll.unregister(number)
-                    opened.pop(number).socket.close()
-
-
-def request_of(stream: int, num_tokens: int, address: tuple[str, int]) -> bytes:
+def body_of(stream: int, num_tokens: int) -> bytes:
     """A stream's number is its prompt, so that the stub can tell them apart."""
-    body = {"model": "stub", "prompt": [stream], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
-    raw = msgspec.json.encode(body)
-    host = f"{address[0]}:{address[1]}"
-    fields = f"host: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\nconnection: close\r\nx-request-id: {stream}"
-    return f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n".encode() + raw
+    return msgspec.json.encode({"model": "stub", "prompt": [stream], "max_tokens": num_tokens, "ignore_eos": True, "stream": True})
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,7 +83,7 @@ class Bench(msgspec.Struct, frozen=True):
 
     stub: Connection
     router_pid: int
-    address: tuple[str, int]
+    target: Target
     num_streams: int
     is_stub_first: bool
     """The stub has real-time priority, so that the client, with which it shares a core, does not make it late."""
@@ -155,12 +91,14 @@ class Bench(msgspec.Struct, frozen=True):
     def run(self, rate: float, seconds: float) -> Run:
         num_tokens = max(20, round(rate * seconds / self.num_streams))
         self.stub.send(Pace(num_streams=self.num_streams, num_tokens=num_tokens, step_s=self.num_streams / rate))
-        streams = [Stream(self.address, request_of(number, num_tokens, self.address)) for number in range(1, self.num_streams + 1)]
-        self.stub.recv()  # all are there
-        cpu_s, own_s = process_cpu_s(self.router_pid), time.process_time()
-        self.stub.send(None)
-        read_all(streams)
-        cpu_s, own_s = process_cpu_s(self.router_pid) - cpu_s, time.process_time() - own_s
+        with Listener() as listener:
+            numbers = range(1, self.num_streams + 1)
+            streams = [listener.open(self.target, body_of(number, num_tokens)) for number in numbers]
+            self.stub.recv()  # all are there
+            cpu_s, own_s = process_cpu_s(self.router_pid), time.process_time()
+            self.stub.send(None)
+            listener.listen(until=lambda: not listener.num_open)
+            cpu_s, own_s = process_cpu_s(self.router_pid) - cpu_s, time.process_time() - own_s
         return self._judge(rate, num_tokens, streams, self.stub.recv(), cpu_s, own_s)
 
     def _judge(self, rate: float, num_tokens: int, streams: list[Stream], sent: Sent, cpu_s: float, own_s: float) -> Run:
@@ -222,10 +160,11 @@ def started(num_streams: int, num_peers: int, pin: bool) -> Iterator[Bench]:
         log = stack.enter_context((root / "router.log").open("wb"))
         router = subprocess.Popen([sys.executable, "-m", "disaggd", "--role", "router", "--config", str(config)], stdout=log, stderr=log)
         stack.callback(_end, router)
-        _wait_ready(f"http://127.0.0.1:{router_port}", router, root / "router.log")
+        url = f"http://127.0.0.1:{router_port}"
+        _wait_ready(url, router, root / "router.log")
         if pin:
             _pin(router.pid, stub_process.pid)
-        yield Bench(ours, router.pid, ("127.0.0.1", router_port), num_streams, _put_first(stub_process.pid))
+        yield Bench(ours, router.pid, Target.of(url, "completions", None), num_streams, _put_first(stub_process.pid))
 
 
 def _config(port: int, names: tuple[str, ...], addresses: tuple[str, ...], num_streams: int) -> str:

@@ -138,7 +138,7 @@ class Dispatcher:
         self.credits.give_back(record)
         record.move(Phase.DECODING)
         record.was_remote, record.reason, record.cached_at_decode = False, record.forced_local or frame.reason, frame.num_cached
-        record.predicted = frame.predicted
+        record.predicted, record.timeline.decided = frame.predicted, self._clock()
         return self._moves.dispatch()
 
     @_from_decode.register
@@ -148,7 +148,7 @@ class Dispatcher:
             return self._moves.drop(frame)
         record.was_remote, record.reason, record.cached_at_decode = True, frame.reason, frame.num_cached
         record.predicted = frame.predicted
-        record.timeline.queued = self._clock()
+        record.timeline.decided = record.timeline.queued = self._clock()
         if frame.grant is not None and (prefill := self.prefills.get(frame.grant.prefill)) is not None:
             return self._moves.forward(record, prefill, frame.grant)
         self.credits.give_back(record)
@@ -205,7 +205,8 @@ class Dispatcher:
             return self._moves.drop(frame)
         self.grants.over(record.job)  # unless a `Cancel` ended it already
         log.warning("%s: prefill on %s came to nothing: %s", record.request.id, record.prefill, frame.reason)
-        return self._moves.again(record) if frame.is_fenced else self._moves.retry(record)
+        failure = f"prefill on {record.prefill} came to nothing: {frame.reason}"
+        return self._moves.again(record, failure) if frame.is_fenced else self._moves.retry(record, failure)
 
     @_from_decode.register
     def _(self, frame: protocol.Tokens, peer: DecodePeer) -> None:
@@ -246,7 +247,7 @@ class Dispatcher:
         if record is None or record.attempt != frame.attempt:
             return self._moves.drop(frame)
         record.timeline.prefill_ms = frame.prefill_ms
-        record.timeline.first_token_reported_ms = frame.reported_ms
+        record.timeline.prefilled, record.timeline.first_token_reported_ms = self._clock(), frame.reported_ms
         record.cached_at_prefill = frame.num_cached
         if record.phase is Phase.DONE:
             return None  # decode was quicker to the end than this frame
@@ -259,8 +260,8 @@ class Dispatcher:
         record = self.credits.reported(peer, job, self._clock()) or self._moves.current(frame)
         if record is not None:
             record.kv_bytes += frame.kv_bytes
-            if record.job == job:
-                record.timeline.first_post_ms, record.timeline.last_done_ms = frame.first_post_ms, frame.last_done_ms
+            times = record.timeline_of(frame.attempt)
+            times.first_post_ms, times.last_done_ms = frame.first_post_ms, frame.last_done_ms
             if record.phase is Phase.DONE:
                 self._on_update(record)
             elif not frame.clean and record.job == job and record.phase is Phase.PREFILLING:

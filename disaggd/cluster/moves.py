@@ -78,6 +78,7 @@ class Moves:
         decode = self._placement.decode_for(record, cached)
         record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
         record.no_room_since, record.is_earmarked = None, False
+        record.timeline.placed = now
         decode.load_tokens += record.placed_tokens
         offer = self._placement.offer(record, decode, self._job(record, cached), cached, now)
         record.saw_full_queue = offer is not None and offer.queue_is_full
@@ -106,13 +107,14 @@ class Moves:
             return self._overflow(record, job)
         record.move(Phase.QUEUED)
         record.has_place = True
+        record.timeline.waits_again(len(self.queue))
         self.queue.push(job)
         return self.dispatch()
 
     def _overflow(self, record: RoutedSequence, job: Job) -> None:
         """No room in the queue. A decode node that did not know decides once more, and may prefill by itself; one that did, may not."""
         if not record.saw_full_queue:
-            return self.again(record)
+            return self.again(record, "the prefill queue was full")
         self.queue.refuse()
         wait_s = self._placement.wait_s(job, self._clock())
         return self.fail(
@@ -155,6 +157,7 @@ class Moves:
         self._take_credit(record, prefill, cached)
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
+            record.timeline.granting = self._clock()
             record.is_earmarked = record.is_earmarked or decode.is_full
             decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name, earmark=record.is_earmarked))
         else:  # the prefill node samples the only token: nothing is to be pushed
@@ -167,7 +170,7 @@ class Moves:
         if not self.prefills or self._clock() - record.timeline.queued > self._rules.grant_patience_s:
             self.queue.take(record.seq)
             reason = "cannot reach" if self.prefills else "is up to reach"
-            self.again(record, f"no_prefill_node: none {reason} {record.decode}")
+            self.again(record, f"no prefill node {reason} {record.decode}", f"no_prefill_node: none {reason} {record.decode}")
 
     def _may_ask(self, record: RoutedSequence, job: Job) -> bool:
         """Whether a full decode node is to be asked for a grant all the same: once, so that it keeps for the job what comes free.
@@ -179,7 +182,7 @@ class Moves:
             record.no_room_since = now
         if now > job.due and self._placement.has_room_elsewhere(record):
             self.queue.take(record.seq)
-            self.again(record)
+            self.again(record, f"{record.decode} had no room")
             return False
         return not record.is_earmarked and now - record.no_room_since > self._rules.grant_patience_s
 
@@ -242,11 +245,11 @@ class Moves:
         known = len(record.sent) - start
         if known < 0:
             log.error("%s: tokens from index %d, but only %d were seen", record.request.id, start, len(record.sent))
-            return self.retry(record)
+            return self.retry(record, f"tokens before {start} were lost")
         fresh = tokens[known:]
         if fresh:
-            if record.timeline.first_token is None:
-                record.timeline.first_token = self._clock()
+            if record.timeline.resumed is None:
+                record.timeline.tokens_came(self._clock())
             record.sent.extend(fresh)
             self._grow(record, len(fresh))
             record.sink.deliver(fresh, None if logprobs is None else logprobs[known:], finish)
@@ -270,7 +273,7 @@ class Moves:
         self.leave_nodes(record)
         record.move(Phase.DONE)
         record.finish_reason = reason
-        record.timeline.finished = self._clock()
+        record.timeline.ended = record.timeline.finished = self._clock()
         del self.sequences[record.seq]
         self.credits.leave(record)
         self._on_update(record)
@@ -278,19 +281,22 @@ class Moves:
 
     def fail(self, record: RoutedSequence, error: RequestError) -> None:
         record.sink.fail(error)
+        record.error = error.message
         self.finish(record, "error")
 
-    def retry(self, record: RoutedSequence) -> None:
+    def retry(self, record: RoutedSequence, failure: str) -> None:
         """Another attempt, from the prompt and everything sent; after `max_retries` the decode node prefills by itself."""
         record.retries += 1
         record.has_place = True
-        self.again(record, f"retries: prefill came to nothing {record.retries} times" if record.retries > self._rules.max_retries else "")
+        is_last = record.retries > self._rules.max_retries
+        self.again(record, failure, f"retries: prefill came to nothing {record.retries} times" if is_last else "")
 
-    def again(self, record: RoutedSequence, forced_local: str = "") -> None:
+    def again(self, record: RoutedSequence, failure: str, forced_local: str = "") -> None:
+        """`failure` is what the attempt so far came to."""
         self.leave_nodes(record)
         record.move(Phase.PLACED)
         self.credits.leave(record)
-        record.attempt += 1
+        record.next_attempt(self._clock(), failure)
         record.forced_local = forced_local
         if self.decodes:
             return self.place(record)
@@ -314,7 +320,7 @@ class Moves:
 
     def decode_lost(self, record: RoutedSequence) -> None:
         log.warning("%s: decode node %s is lost after %d tokens", record.request.id, record.decode, len(record.sent))
-        self.retry(record)
+        self.retry(record, f"decode node {record.decode} was lost")
 
     def prefill_lost(self, record: RoutedSequence) -> None:
         if record.phase in (Phase.GRANTING, Phase.PREFILLING):
@@ -325,7 +331,7 @@ class Moves:
     def arbitrate(self, record: RoutedSequence) -> None:
         """Decode knows whether the KV landed; only what it released is placed again."""
         if record.phase is Phase.PREFILLING and record.grant is None:
-            return self.retry(record)  # nothing was to land
+            return self.retry(record, f"prefill node {record.prefill} failed or was lost")  # nothing was to land
         record.move(Phase.ARBITRATION)
         assert record.decode is not None
         return self.decodes[record.decode].send(protocol.PrefillLost(record.seq, record.attempt))

@@ -77,13 +77,28 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened, in seconds on the router's monotonic clock; and what the nodes measured on theirs."""
+    """When things happened, in seconds on the router's monotonic clock; and what the nodes measured on theirs.
+
+    Of one attempt, but for `arrived`, `first_token` and `finished`, which are the request's.
+    """
 
     arrived: float
+    placed: float | None = None
+    """None while no decode node is up."""
+    decided: float | None = None
     queued: float | None = None
+    queue_depth: int | None = None
+    """Jobs that waited when this one joined them."""
+    granting: float | None = None
+    """A prefill node had credit, and decode was asked for a grant."""
     dispatched: float | None = None
-    first_token: float | None = None
+    prefilled: float | None = None
+    """The prefill node's first token came in."""
     landed: float | None = None
+    resumed: float | None = None
+    """The first token of this attempt that the client did not have."""
+    ended: float | None = None
+    first_token: float | None = None
     finished: float | None = None
     prefill_ms: float = 0.0
     """Computing the prompt, on the clock of the node that did."""
@@ -93,6 +108,35 @@ class Timeline:
     """On the prefill node's clock, since its job came in; so are the next two."""
     first_post_ms: float | None = None
     last_done_ms: float | None = None
+
+    def waits_again(self, queue_depth: int) -> None:
+        """In the prefill queue, where so many jobs are: for the first time, or since what was asked for it had no room."""
+        self.granting = None
+        if self.queue_depth is None:
+            self.queue_depth = queue_depth
+
+    def tokens_came(self, now: float) -> None:
+        """This attempt's first that the client did not have."""
+        self.resumed = now
+        if self.first_token is None:
+            self.first_token = now
+
+    def next_attempt(self) -> "Timeline":
+        return Timeline(self.arrived, first_token=self.first_token)
+
+
+@dataclass(frozen=True, slots=True)
+class PastAttempt:
+    """An attempt that another one had to follow. Its nodes may still report what became of it, into `timeline`."""
+
+    timeline: Timeline
+    decode: NodeName | None
+    prefill: NodeName | None
+    was_remote: bool
+    reason: str
+    predicted: Predicted | None
+    failure: str
+    ended: float
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,11 +198,26 @@ class RoutedSequence:
     cached_at_prefill: int = 0
     kv_bytes: int = 0
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What the client was told when it ended without being finished."""
+    past: list[PastAttempt] = field(default_factory=list)
+    """By attempt: those before this one."""
 
     def move(self, phase: Phase) -> None:
         """Enter `phase`; asserts that the move is legal."""
         assert phase in LEGAL_MOVES[self.phase], f"{self.seq}: {self.phase} → {phase}"
         self.phase = phase
+
+    def next_attempt(self, now: float, failure: str) -> None:
+        """Count on; what was known of the attempt that came to nothing is in `past`."""
+        self.timeline.ended = now
+        self.past.append(PastAttempt(self.timeline, self.decode, self.prefill, self.was_remote, self.reason, self.predicted, failure, now))
+        self.attempt += 1
+        self.timeline = self.timeline.next_attempt()
+        self.was_remote, self.reason, self.predicted = False, "", None
+
+    def timeline_of(self, attempt: int) -> Timeline:
+        return self.timeline if attempt == self.attempt else self.past[attempt].timeline
 
     @property
     def tokens(self) -> list[int]:

@@ -3,7 +3,7 @@
 Everything here is called on the asyncio thread. Knows nothing of HTTP, of text or of nodes.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -82,3 +82,9 @@ class Backend(Protocol):
 
     def receipt(self, request_id: str) -> Receipt | None:
         """The receipt of a finished or running request, if it is still remembered."""
+
+    def receipts(self, limit: int) -> list[Receipt]:
+        """Of the `limit` requests that came last, those that run among them: the last one first."""
+
+    def trace(self, seconds: float | None) -> Iterator[bytes]:
+        """What the cluster did in the last `seconds`, or as far back as it remembers: pieces of one JSON text, for a trace viewer."""

@@ -1,12 +1,21 @@
 """The endpoints that look and do not touch: models, receipts, the cluster, health, metrics."""
 
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from disaggd.errors import ModelNotFound, NotFound, Unavailable
+from disaggd.errors import InvalidRequest, ModelNotFound, NotFound, Unavailable
 from disaggd.gateway.backend import Backend
 from disaggd.observe.metrics import Metrics
+from disaggd.observe.receipts import ReceiptList
+
+DEFAULT_RECEIPTS = 20
+MAX_RECEIPTS = 1000
+MAX_TRACE_S = 86_400
 
 
 class StatusEndpoints:
@@ -35,6 +44,17 @@ class StatusEndpoints:
             raise NotFound(f"no receipt of a request {request_id!r}: unknown, or long ago", param="id")
         return _json(receipt)
 
+    async def receipts(self, request: Request) -> Response:
+        """Of the last requests, newest first: `?limit=`, 20 if it is not said."""
+        limit = _number(request, "limit", MAX_RECEIPTS) or DEFAULT_RECEIPTS
+        return _json(ReceiptList(data=tuple(self._backend.receipts(limit))))
+
+    async def trace(self, request: Request) -> Response:
+        """The flight recorder's last `?seconds=`, or all it has, in Chrome's trace event format."""
+        seconds = _number(request, "seconds", MAX_TRACE_S)
+        headers = {"content-disposition": 'attachment; filename="disaggd-trace.json"'}
+        return StreamingResponse(_leisurely(self._backend.trace(seconds)), media_type="application/json", headers=headers)
+
     async def cluster(self, request: Request) -> Response:
         """Nodes, roles, load and links."""
         return _json(self._backend.cluster())
@@ -61,6 +81,23 @@ class StatusEndpoints:
             "owned_by": "disaggd",
             "max_model_len": self._backend.max_model_len,
         }
+
+
+async def _leisurely(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Between two pieces everybody else has a turn, though the socket may take all of them at once."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
+
+
+def _number(request: Request, name: str, most: int) -> int | None:
+    """A query parameter, if it is given. Raises InvalidRequest for anything but a whole number from 1 to `most`."""
+    given = request.query_params.get(name)
+    if given is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}", given, re.ASCII) or not 1 <= int(given) <= most:
+        raise InvalidRequest(f"{name}: must be a whole number from 1 to {most}, not {given!r:.40}", param=name)
+    return int(given)
 
 
 def _json(value: object) -> Response:

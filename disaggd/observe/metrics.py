@@ -52,6 +52,7 @@ class Metrics:
 
     def _declare_cluster(self, registry: CollectorRegistry) -> None:
         self._node_up = Gauge("disaggd_node_up", "Whether the node's link is up", ["node", "role"], registry=registry)
+        self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["prefill", "decode"], registry=registry)
         self._blocks = Gauge("disaggd_kv_blocks", "KV blocks", ["node", "state"], registry=registry)
         self._sequences = Gauge("disaggd_sequences", "Sequences in a node's engine", ["node", "state"], registry=registry)
         self._queue_depth = Gauge("disaggd_prefill_queue_depth", "Jobs in the prefill queue", registry=registry)
@@ -81,8 +82,8 @@ class Metrics:
 
     # ── told by the router role ──────────────────────────────────────────────────────────────────────────────────────
 
-    def observe_finish(self, receipt: Receipt, reason: str) -> None:
-        """A sequence has ended, well or not; `reason` is the code of its decision."""
+    def observe_finish(self, receipt: Receipt) -> None:
+        """A sequence has ended, well or not."""
         self._prompt_tokens.inc(receipt.prompt_tokens)
         self._cached_tokens.inc(receipt.num_cached)
         self._generation_tokens.inc(receipt.output_tokens)
@@ -90,7 +91,7 @@ class Metrics:
         self._retries.inc(receipt.retries)
         self._finished.labels(receipt.finish_reason or "error").inc()
         if receipt.decision is not None:
-            self._decisions.labels(receipt.decision, reason).inc()
+            self._decisions.labels(receipt.decision, (receipt.reason or "").partition(":")[0]).inc()
         self._observe_spans(receipt)
 
     def _observe_spans(self, receipt: Receipt) -> None:
@@ -111,6 +112,14 @@ class Metrics:
         if not up:
             self._blocks.remove_by_labels({"node": node})
             self._sequences.remove_by_labels({"node": node})
+
+    def set_pair(self, prefill: str, decode: str, is_ready: bool) -> None:
+        """Whether the prefill node may push to the decode node."""
+        self._kv_path_up.labels(prefill, decode).set(is_ready)
+
+    def forget_pair(self, prefill: str, decode: str) -> None:
+        """One of the two is gone."""
+        self._kv_path_up.remove(prefill, decode)
 
     def set_blocks(self, node: str, counts: Mapping[BlockState, int]) -> None:
         for state, count in counts.items():

@@ -90,8 +90,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """None when the decode node prefilled."""
     decode_node: str | None = None
     """None while no decode node is up."""
-    jobs_ahead: int | None = None
-    """Of the prefill queue, when this one joined it."""
+    queue_depth: int | None = None
+    """Jobs in the prefill queue when this one joined it; None if it did not have to."""
     start_ms: float
     end_ms: float | None = None
     failure: str | None = None
@@ -110,7 +110,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     predicted: Predicted | None = None
     prediction_error: float | None = None
-    """(predicted − actual) / actual time to first token of the way that was taken; None where a retry came between."""
+    """(predicted − actual) / actual time from the decision to the first token; None without both, or after a retry."""
     prefill_node: str | None = None
     """None when the decode node prefilled."""
     decode_node: str | None = None

@@ -84,8 +84,9 @@ class FlightRecorder:
         self._requests.move_to_end(seq)
         self._forget_requests(now - self._span_s)
 
-    def sample(self, node: str, track: str, values: Mapping[str, float]) -> None:
-        """The track's values from now on; said again they cost nothing."""
+    def sample(self, node: str, track: str, named: Iterable[tuple[str, float]]) -> None:
+        """The track's values from now on; the same ones again are no sample."""
+        values = dict(named)
         if self._shown.get((node, track)) == values:
             return
         now = self._clock()

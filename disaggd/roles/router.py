@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ReadOnlySequence
 
 import uvicorn
@@ -35,8 +35,9 @@ from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
-from disaggd.observe.metrics import BlockState, Metrics
-from disaggd.observe.receipts import CachedTokens, PrefillClock, Receipt, ReceiptBook, Spans
+from disaggd.observe.metrics import Metrics
+from disaggd.observe.receipts import Receipt
+from disaggd.roles.observer import Observer, block_counts
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
 from disaggd.units import Address
@@ -97,7 +98,6 @@ class RouterBackend:
     def __init__(self, config: Config, spec: ModelSpec, metrics: Metrics) -> None:
         self._config = config
         self._spec = spec
-        self._metrics = metrics
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
         self.dispatcher = Dispatcher(
             self.incarnation,
@@ -105,7 +105,7 @@ class RouterBackend:
             time.monotonic,
             self._on_update,
         )
-        self._receipts = ReceiptBook(config.router.receipts)
+        self._observer = Observer(self.model_name, config.router, metrics, time.monotonic, time.time)
         self._running: dict[str, SeqId] = {}
         """The latest of each request id: clients may use one twice at a time."""
         self._sequence_of: dict[int, SeqId] = {}
@@ -158,7 +158,15 @@ class RouterBackend:
         """See `Backend.receipt`."""
         seq = self._running.get(request_id)
         record = self.dispatcher.sequences.get(seq) if seq is not None else None
-        return self._receipts.get(request_id) if record is None else make_receipt(record, self.model_name)
+        return self._observer.find(request_id) if record is None else self._observer.receipt(record)
+
+    def receipts(self, limit: int) -> list[Receipt]:
+        """See `Backend.receipts`."""
+        return self._observer.latest(limit, self.dispatcher.sequences.values())
+
+    def trace(self, seconds: float | None) -> Iterator[bytes]:
+        """See `Backend.trace`."""
+        return self._observer.trace(seconds, self.dispatcher.sequences.values())
 
     def ready(self) -> bool:
         """A decode node is there; and, while the cluster starts, everything else that the file names."""
@@ -210,15 +218,15 @@ class RouterBackend:
             self.dispatcher.prefill_up(PrefillPeer(link.name, link.peer, link.send))
         else:
             self.dispatcher.decode_up(DecodePeer(link.name, link.peer, link.send))
-        self._metrics.set_node(link.name, link.peer.role, True)
+        self._observer.node_up(link.name, link.peer.role)
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
-            self._show_gauges(link.name, frame)
+            self._observer.gauges(link.name, frame)
 
     def on_down(self, link: RouterLink, reason: str) -> None:
-        self._metrics.set_node(link.name, link.peer.role, False)
+        self._observer.node_down(link.name, link.peer.role, reason)
         self.dispatcher.node_down(link.name)
         if link.peer.role == "prefill" and not self.dispatcher.prefills and self._stopping_since is None:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
@@ -233,21 +241,11 @@ class RouterBackend:
 
     def tick(self) -> None:
         self.dispatcher.tick()
-        self._metrics.set_queue_depth(len(self.dispatcher.queue))
-        for frame, count in self.dispatcher.dropped_frames.items():
-            self._metrics.count_dropped_frames(frame, count)
+        self._observer.tick(len(self.dispatcher.queue), self.dispatcher.pairs, self.dispatcher.dropped_frames.items())
         self.dispatcher.dropped_frames.clear()
 
-    def _show_gauges(self, node: NodeName, gauges: Gauges) -> None:
-        self._metrics.set_blocks(node, _blocks(gauges))
-        self._metrics.set_sequences(node, {"waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued})
-        self._metrics.count_preemptions(node, gauges.preemptions)
-
     def _on_update(self, record: RoutedSequence) -> None:
-        receipt = make_receipt(record, self.model_name)
-        self._receipts.write(receipt)
-        if not self.dispatcher.awaits_report(record):
-            self._metrics.observe_finish(receipt, record.reason.partition(":")[0])
+        self._observer.ended(record, awaits_report=self.dispatcher.awaits_report(record))
 
 
 def _rules(config: Config) -> DispatchRules:
@@ -276,64 +274,12 @@ def _asked(request: GenerationRequest) -> Request:
     )
 
 
-def _blocks(gauges: Gauges) -> dict[BlockState, int]:
-    return {
-        "free": gauges.blocks_free,
-        "cached": gauges.blocks_cached,
-        "used": gauges.blocks_used,
-        "granted": gauges.blocks_granted,
-        "held": gauges.blocks_held,
-        "quarantined": gauges.blocks_quarantined,
-    }
-
-
 def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
     gauges = peer.gauges
     load: dict[str, object] = {"num_blocks": peer.hello.num_blocks, "incarnation": peer.hello.incarnation}
     if gauges is None:
         return load
-    return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": _blocks(gauges)}
-
-
-def make_receipt(record: RoutedSequence, model: str) -> Receipt:
-    """What happened to `record` so far, in the terms that users rely on."""
-    times = record.timeline
-    reported, last_done = times.first_token_reported_ms, times.last_done_ms
-    is_remote = record.was_remote and reported is not None
-    spans = Spans(
-        queue=_ms(times.queued, times.dispatched),
-        prefill_wait=_rounded(None if reported is None else reported - times.prefill_ms),
-        prefill=_rounded(times.prefill_ms) if is_remote else None if record.was_remote else _ms(times.arrived, times.first_token),
-        transfer=_rounded(None if times.first_post_ms is None or last_done is None else last_done - times.first_post_ms),
-        transfer_exposed=_rounded(None if reported is None or last_done is None else max(0.0, last_done - reported)),
-        first_token=_ms(times.arrived, times.first_token),
-        decode=_ms(times.first_token, times.finished),
-        total=_ms(times.arrived, times.finished),
-    )
-    return Receipt(
-        id=record.request.id,
-        model=model,
-        decision=None if record.reason == "" else "remote" if record.was_remote else "local",
-        reason=record.reason or None,
-        prefill_node=record.prefill if record.was_remote else None,
-        decode_node=record.decode,
-        prompt_tokens=len(record.request.prompt),
-        output_tokens=len(record.sent),
-        cached_tokens=CachedTokens(record.cached_at_decode, record.cached_at_prefill),
-        kv_bytes=record.kv_bytes,
-        retries=record.retries,
-        spans_ms=spans,
-        prefill_clock_ms=PrefillClock(first_token_reported=_rounded(reported), last_handle_done=_rounded(last_done)) if is_remote else None,
-        finish_reason=record.finish_reason,
-    )
-
-
-def _ms(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else _rounded((end - start) * 1e3)
-
-
-def _rounded(span_ms: float | None) -> float | None:
-    return None if span_ms is None else round(span_ms, 3)
+    return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": block_counts(gauges)}
 
 
 # ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────────

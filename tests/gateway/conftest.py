@@ -76,6 +76,15 @@ class ScriptedBackend:
             kv_bytes=12_600_000,
         )
 
+    def receipts(self, limit: int) -> list[Receipt]:
+        found = (self.receipt(request.id) for request in reversed(self.requests))
+        return [receipt for receipt in found if receipt is not None][:limit]
+
+    def trace(self, seconds: float | None) -> Iterator[bytes]:
+        yield b'{"traceEvents": ['
+        yield b"null" if seconds is None else str(seconds).encode()
+        yield b"]}"
+
 
 class Caller:
     """Requests over ASGI, each in an event loop of its own."""

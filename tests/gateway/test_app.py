@@ -76,3 +76,26 @@ def test_metrics_tell_the_latencies_clients_saw(call: Any, tokenizer: Any) -> No
     assert "disaggd_time_to_first_token_seconds_count 1.0" in response.text
     assert f"disaggd_inter_token_latency_seconds_count {float(num_tokens - 1)}" in response.text
     assert "disaggd_e2e_request_latency_seconds_count 1.0" in response.text
+
+
+def test_receipts_are_listed_as_many_as_are_asked_for(call: Any, backend: Any) -> None:
+    for name in "abc":
+        call("POST", "/v1/completions", json={"prompt": "x"}, headers={"x-request-id": name})
+    listed = call("GET", "/v1/requests").json()
+    assert (listed["object"], [receipt["id"] for receipt in listed["data"]]) == ("list", ["c", "b", "a"])
+    assert [receipt["id"] for receipt in call("GET", "/v1/requests?limit=2").json()["data"]] == ["c", "b"]
+
+
+@pytest.mark.parametrize("path", ["/v1/requests?limit={}", "/v1/cluster/trace?seconds={}"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "", "٣", "99999999"])
+def test_a_bad_number_in_the_query_is_refused_by_its_name(call: Any, path: str, value: str) -> None:
+    response = call("GET", path.format(value))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] in path
+
+
+def test_the_trace_comes_piece_by_piece_and_others_have_their_turn(call: Any, backend: Any) -> None:
+    response = call("GET", "/v1/cluster/trace?seconds=7")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == {"traceEvents": [7]}
+    assert call("GET", "/v1/cluster/trace").json() == {"traceEvents": [None]}

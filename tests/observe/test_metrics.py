@@ -31,6 +31,7 @@ def test_a_finished_receipt_is_counted(metrics: Metrics, registry: Any) -> None:
         id="r",
         model="tiny",
         decision="remote",
+        reason="long: 100 uncached tokens > 64",
         prompt_tokens=100,
         output_tokens=20,
         cached_tokens=CachedTokens(prefill=30),
@@ -38,7 +39,7 @@ def test_a_finished_receipt_is_counted(metrics: Metrics, registry: Any) -> None:
         spans_ms=Spans(queue=5.0, transfer=250.0),
         finish_reason="stop",
     )
-    metrics.observe_finish(receipt, "threshold")
+    metrics.observe_finish(receipt)
     expected = {
         "disaggd_prompt_tokens_total": 100,
         "disaggd_prompt_tokens_cached_total": 30,
@@ -49,13 +50,22 @@ def test_a_finished_receipt_is_counted(metrics: Metrics, registry: Any) -> None:
         "disaggd_request_prefill_time_seconds_count": 0,
     }
     assert {name: registry.get_sample_value(name) for name in expected} == expected
-    assert registry.get_sample_value("disaggd_decisions_total", {"decision": "remote", "reason": "threshold"}) == 1
+    assert registry.get_sample_value("disaggd_decisions_total", {"decision": "remote", "reason": "long"}) == 1
     assert registry.get_sample_value("disaggd_request_finished_total", {"finished_reason": "stop"}) == 1
 
 
 def test_an_undecided_request_counts_no_decision(metrics: Metrics) -> None:
-    metrics.observe_finish(Receipt(id="r", model="tiny", prompt_tokens=1), "none")
+    metrics.observe_finish(Receipt(id="r", model="tiny", prompt_tokens=1))
     assert b"disaggd_decisions_total{" not in metrics.render()
+
+
+def test_a_kv_path_is_told_until_one_of_its_ends_is_gone(metrics: Metrics, registry: Any) -> None:
+    pair = {"prefill": "p0", "decode": "d0"}
+    for is_ready in (False, True):
+        metrics.set_pair("p0", "d0", is_ready)
+        assert registry.get_sample_value("disaggd_kv_path_up", pair) == is_ready
+    metrics.forget_pair("p0", "d0")
+    assert registry.get_sample_value("disaggd_kv_path_up", pair) is None
 
 
 def test_blocks_are_told_by_node_and_state(metrics: Metrics, registry: Any) -> None:

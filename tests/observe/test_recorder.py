@@ -60,7 +60,7 @@ def test_no_flood_makes_it_remember_more_than_its_bounds() -> None:
     flight = Flight(limits={"max_requests": 3, "max_samples": 4, "max_events": 2})
     for number in range(10):
         flight.recorder.request(f"s{number}", 1000.0, local_receipt(str(number)))
-        flight.recorder.sample("d0", "blocks", {"free": number})
+        flight.recorder.sample("d0", "blocks", [("free", number)])
         flight.recorder.event("d0", "link up")
     recording = flight.recorder.recording()
     assert [flown.receipt.id for flown in recording.requests] == ["7", "8", "9"]
@@ -71,18 +71,18 @@ def test_a_value_that_stays_is_no_sample() -> None:
     flight = Flight()
     for free in (5, 5, 4, 4, 5):
         flight.now += 1
-        flight.recorder.sample("d0", "blocks", {"free": free})
+        flight.recorder.sample("d0", "blocks", [("free", free)])
     assert flight.samples() == [(1001.0, "d0", {"free": 5}), (1003.0, "d0", {"free": 4}), (1005.0, "d0", {"free": 5})]
 
 
 def test_a_track_begins_with_what_it_showed_before() -> None:
     """Also one whose last change is forgotten."""
     flight = Flight()
-    flight.recorder.sample("d0", "blocks", {"free": 9})
+    flight.recorder.sample("d0", "blocks", [("free", 9)])
     flight.now += 3600
-    flight.recorder.sample("p0", "blocks", {"free": 7})
+    flight.recorder.sample("p0", "blocks", [("free", 7)])
     flight.now += 20
-    flight.recorder.sample("p0", "blocks", {"free": 6})
+    flight.recorder.sample("p0", "blocks", [("free", 6)])
     flight.now += 1
     since = flight.now - 10
     first, second, third = flight.samples(10)

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Generate, NodeHello, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Decided, Gauges, Generate, NodeHello, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest
@@ -41,6 +43,22 @@ KV = kv_spec(SPEC, 64)
 
 def hello(kv: KVSpec = KV) -> NodeHello:
     return NodeHello(1, NodeName("d0"), "decode", Incarnation("one"), "model", kv, 100, 4096)
+
+
+LINK: Any = SimpleNamespace(name=NodeName("d0"), peer=hello())
+"""As much of a link as the backend looks at."""
+GAUGES = Gauges(
+    waiting=0,
+    running=2,
+    queued=0,
+    blocks_free=7,
+    blocks_cached=0,
+    blocks_used=3,
+    blocks_granted=0,
+    blocks_held=0,
+    blocks_quarantined=0,
+    preemptions=0,
+)
 
 
 class Front:
@@ -156,5 +174,32 @@ def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:
         receipt = front.backend.receipt("a")
         assert receipt is not None and receipt.finish_reason == "abort"
         assert front.backend.receipt("b") is None
+
+    asyncio.run(scenario())
+
+
+def test_receipts_come_newest_first_and_those_of_running_requests_among_them() -> None:
+    async def scenario() -> None:
+        front = Front()
+        over, running = await front.begin(front.request("over")), await front.begin(front.request("running"))
+        await over.aclose()
+        assert [(receipt.id, receipt.phase) for receipt in front.backend.receipts(5)] == [("running", "decoding"), ("over", "done")]
+        assert [receipt.id for receipt in front.backend.receipts(1)] == ["running"]
+        await running.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_the_trace_has_requests_that_are_over_requests_that_run_and_what_nodes_say() -> None:
+    async def scenario() -> None:
+        front = Front()
+        over, running = await front.begin(front.request("over")), await front.begin(front.request("running"))
+        await over.aclose()
+        front.backend.on_frame(LINK, GAUGES)
+        front.backend.on_down(LINK, "it vanished")
+        trace = msgspec.json.decode(b"".join(front.backend.trace(None)))
+        named = {(event["name"], event["ph"]) for event in trace["traceEvents"]}
+        assert named >= {("over", "X"), ("running", "X"), ("blocks", "C"), ("sequences", "C"), ("link down", "i"), ("local", "i")}
+        await running.aclose()
 
     asyncio.run(scenario())

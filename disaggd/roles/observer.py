@@ -1,0 +1,107 @@
+"""What a router remembers and tells of its cluster: receipts, metrics, the flight recorder. Runs on the router's loop.
+
+`RouterBackend` tells it what happened; nothing here is done per token.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from disaggd.cluster.peers import Pair, PairState
+from disaggd.cluster.protocol import Gauges
+from disaggd.cluster.request import RoutedSequence
+from disaggd.config import RouterConfig
+from disaggd.ids import NodeName
+from disaggd.observe.chrome_trace import ROUTER, trace_pieces
+from disaggd.observe.metrics import BlockState, Metrics, SequenceState
+from disaggd.observe.receipts import Receipt, ReceiptBook
+from disaggd.observe.recorder import FlightRecorder, FlownRequest
+from disaggd.roles.receipts import make_receipt
+
+
+class Observer:
+    """`clock` is the dispatcher's; `wall` is seconds since 1970."""
+
+    def __init__(self, model: str, config: RouterConfig, metrics: Metrics, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._since_epoch_s = wall() - clock()
+        self._book = ReceiptBook(config.receipts)
+        self._recorder = FlightRecorder(config.trace_minutes, clock)
+        self._pairs: dict[tuple[NodeName, NodeName], PairState] = {}
+
+    # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def ended(self, record: RoutedSequence, *, awaits_report: bool) -> None:
+        """A request is over; told once more when its prefill node has reported, if that was awaited."""
+        receipt = self.receipt(record)
+        self._book.write(receipt)
+        self._recorder.request(record.seq, record.timeline.arrived, receipt)
+        if not awaits_report:
+            self._metrics.observe_finish(receipt)
+
+    def node_up(self, node: NodeName, role: str) -> None:
+        self._metrics.set_node(node, role, True)
+        self._recorder.event(node, "link up")
+
+    def node_down(self, node: NodeName, role: str, reason: str) -> None:
+        self._metrics.set_node(node, role, False)
+        self._recorder.event(node, "link down", reason=reason)
+
+    def gauges(self, node: NodeName, gauges: Gauges) -> None:
+        blocks, sequences = block_counts(gauges), _sequence_counts(gauges)
+        self._metrics.set_blocks(node, blocks)
+        self._metrics.set_sequences(node, sequences)
+        self._metrics.count_preemptions(node, gauges.preemptions)
+        self._recorder.sample(node, "blocks", blocks.items())
+        self._recorder.sample(node, "sequences", sequences.items())
+
+    def tick(self, queue_depth: int, pairs: Iterable[Pair], dropped_frames: Iterable[tuple[str, int]]) -> None:
+        """A few times a second: what nobody tells when it changes."""
+        self._metrics.set_queue_depth(queue_depth)
+        self._recorder.sample(ROUTER, "prefill queue", [("jobs", queue_depth)])
+        for frame, count in dropped_frames:
+            self._metrics.count_dropped_frames(frame, count)
+        self._show_pairs({(pair.prefill, pair.decode): pair.state for pair in pairs})
+
+    def _show_pairs(self, pairs: dict[tuple[NodeName, NodeName], PairState]) -> None:
+        for pair in self._pairs.keys() - pairs.keys():
+            self._metrics.forget_pair(*pair)
+        for (prefill, decode), state in pairs.items():
+            if self._pairs.get((prefill, decode)) is not state:
+                self._metrics.set_pair(prefill, decode, state is PairState.READY)
+                self._recorder.event(prefill, f"KV path {state.value}", to=decode)
+        self._pairs = pairs
+
+    # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def receipt(self, record: RoutedSequence) -> Receipt:
+        """What happened to it so far."""
+        return make_receipt(record, self._model, self._since_epoch_s)
+
+    def find(self, request_id: str) -> Receipt | None:
+        """Of a request that is over, if it is still remembered."""
+        return self._book.get(request_id)
+
+    def latest(self, limit: int, running: Iterable[RoutedSequence]) -> list[Receipt]:
+        """Those that came last, the last one first."""
+        receipts = [*self._book, *(self.receipt(record) for record in running)]
+        return sorted(receipts, key=lambda receipt: receipt.arrived_at, reverse=True)[:limit]
+
+    def trace(self, seconds: float | None, running: Iterable[RoutedSequence]) -> Iterator[bytes]:
+        """Of the last `seconds`, or of all that is remembered."""
+        flown = (FlownRequest(record.timeline.arrived, self.receipt(record)) for record in running)
+        return trace_pieces(self._recorder.recording(seconds, flown))
+
+
+def block_counts(gauges: Gauges) -> dict[BlockState, int]:
+    return {
+        "free": gauges.blocks_free,
+        "cached": gauges.blocks_cached,
+        "used": gauges.blocks_used,
+        "granted": gauges.blocks_granted,
+        "held": gauges.blocks_held,
+        "quarantined": gauges.blocks_quarantined,
+    }
+
+
+def _sequence_counts(gauges: Gauges) -> dict[SequenceState, int]:
+    return {"waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued}

@@ -8,6 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -19,6 +20,7 @@ from disaggd.launch import compute_environment, interrupts_raise, node_environme
 from disaggd.log import configure_logging
 from disaggd.sampling import SamplingParams
 from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
+from disaggd.trace import DEFAULT_URL, show
 
 _CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"
 
@@ -40,13 +42,14 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
       disaggd up                          every node of the file that lives on this host
       disaggd --role decode --name d0     one node: what a service manager starts
 
-    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback; 2 bad usage, configuration or model; 3 a port,
-    a peer or memory that could not be had; 130 interrupted. up ends with the code of the node that ended it.
+    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, or a request that trace cannot find; 2 bad usage,
+    configuration or model; 3 a port, a peer or memory that could not be had; 130 interrupted. up ends with the code of
+    the node that ended it.
     """
     context.obj = config_path
     if context.invoked_subcommand is None:
         if role is None and name is None:
-            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate")
+            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate, trace")
         _serve(role, name, config_path)
     elif role is not None or name is not None:
         raise click.UsageError(f"--role and --name mean one node; they do not go with {context.invoked_subcommand!r}")
@@ -118,6 +121,28 @@ def generate(
         solo.run(config, node, prompt, SamplingParams(temperature=temperature, seed=seed), max_tokens, as_json)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
+
+
+@cli.command()
+@click.argument("request_id", metavar="[ID]", required=False)
+@click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.", callback=lambda _, __, url: _checked_url(url))
+@click.option("--json", "as_json", is_flag=True, help="Print the receipts as JSON.")
+@click.pass_obj
+def trace(outer_path: Path | None, request_id: str | None, url: str, as_json: bool) -> None:
+    """Show what happened to request ID: the decision, and where its time went. Without ID, the latest requests.
+
+    ID is a reply's id or x-request-id, or as much of its beginning as tells it from the others. Exit code 1: the router knows
+    no such request; 3: no router answers.
+    """
+    interrupts_raise()
+    show(url, request_id, as_json)
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise click.BadParameter(f"{url!r} is no address of a router, such as {DEFAULT_URL}")
+    return url
 
 
 def _config_or_default(option: Path | None) -> Config:

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 
 GROUND = {"ids", "errors", "sampling", "units", "config", "log", "prefix", "__init__"}
-ROOF = {"cli", "launch", "supervisor", "describe", "solo", "__main__"}
+ROOF = {"cli", "launch", "supervisor", "describe", "solo", "trace", "waterfall", "__main__"}
 
 MAY_IMPORT = {
     "ground": set[str](),
@@ -46,7 +46,7 @@ HOMES = {
     "jinja2": ("gateway/",),
     "prometheus_client": ("observe/", "roles/"),
     "click": ("cli.py",),
-    "rich": ("log.py", "describe.py"),
+    "rich": ("log.py", "describe.py", "trace.py", "waterfall.py"),
 }
 """Third-party names, and the only places that may know them."""
 

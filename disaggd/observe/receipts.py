@@ -135,6 +135,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     session: str | None = None
     arrived_at: float = 0.0
     """Seconds since 1970, on the router's clock."""
+    age_ms: float | None = None
+    """Since it arrived, while it runs."""
     attempts: tuple[Attempt, ...] = ()
 
     @property

@@ -23,6 +23,7 @@ class Observer:
     def __init__(self, model: str, config: RouterConfig, metrics: Metrics, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self._model = model
         self._metrics = metrics
+        self._clock = clock
         self._since_epoch_s = wall() - clock()
         self._book = ReceiptBook(config.receipts)
         self._recorder = FlightRecorder(config.trace_minutes, clock)
@@ -75,7 +76,7 @@ class Observer:
 
     def receipt(self, record: RoutedSequence) -> Receipt:
         """What happened to it so far."""
-        return make_receipt(record, self._model, self._since_epoch_s)
+        return make_receipt(record, self._model, self._clock(), self._since_epoch_s)
 
     def find(self, request_id: str) -> Receipt | None:
         """Of a request that is over, if it is still remembered."""

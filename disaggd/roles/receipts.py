@@ -12,7 +12,7 @@ from disaggd.ids import NodeName
 from disaggd.observe.receipts import Attempt, CachedTokens, Decision, Predicted, PrefillClock, Receipt, Span, SpanName, Spans
 
 
-def make_receipt(record: RoutedSequence, model: str, since_epoch_s: float) -> Receipt:
+def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: float) -> Receipt:
     """What happened to `record` so far, in the terms that users rely on. `since_epoch_s` is the wall clock at 0 of the router's."""
     times = record.timeline
     decision = _decision(record.was_remote, record.reason)
@@ -39,6 +39,7 @@ def make_receipt(record: RoutedSequence, model: str, since_epoch_s: float) -> Re
         priority=record.request.priority,
         session=record.request.session,
         arrived_at=round(since_epoch_s + times.arrived, 6),
+        age_ms=_ms(times.arrived, now) if times.finished is None else None,
         attempts=tuple(_attempts(record)),
     )
 

@@ -25,7 +25,7 @@ class Story:
         return self.client
 
     def receipt(self) -> Receipt:
-        return make_receipt(self.record, "tiny", 1_800_000_000.0)
+        return make_receipt(self.record, "tiny", self.routing.now, 1_800_000_000.0)
 
     def spans(self, attempt: int = -1) -> list[tuple[str, str | None, float, float | None]]:
         return [(span.name, span.node, span.start_ms, span.end_ms) for span in self.receipt().attempts[attempt].spans]
@@ -129,7 +129,7 @@ def test_a_request_shows_what_it_waits_for() -> None:
     story.at(2)
     story.routing.need_prefill(story.client)
     assert story.spans()[1:] == [("queue", None, 2.0, None)]
-    assert story.receipt().phase == "queued"
+    assert (story.receipt().phase, story.receipt().age_ms) == ("queued", 2.0)
     story.at(5)
     story.routing.dispatcher.prefills[P0].credit_tokens = 1000
     story.routing.dispatcher.tick()
@@ -157,6 +157,7 @@ def test_an_aborted_request_ends_what_it_waited_for() -> None:
     story.routing.dispatcher.end(story.client.seq, "abort")
     assert story.spans() == [("decide", "d0", 0.0, 2.0), ("queue", None, 2.0, 40.0)]
     assert (story.receipt().finish_reason, story.receipt().attempts[0].end_ms) == ("abort", 40.0)
+    assert story.receipt().age_ms is None
 
 
 def test_a_request_that_failed_says_what_its_client_was_told() -> None:

@@ -115,6 +115,7 @@ def running_receipt(request_id: str = "running-1", **fields: object) -> Receipt:
         "decode_node": "d0",
         "prompt_tokens": 1500,
         "phase": "queued",
+        "age_ms": 41.5,
         "arrived_at": 1_800_000_002.0,
         "attempts": (waiting,),
     }

@@ -1,0 +1,137 @@
+"""`disaggd trace` against a router that answers what a test says: what it prints, and how it ends."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import unquote
+
+import msgspec
+import pytest
+
+from disaggd import cli
+from disaggd.observe.receipts import Receipt, ReceiptList
+from tests.support.receipts import local_receipt, remote_receipt
+
+
+class FakeRouter:
+    """Answers by path; anything else is a 404."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[int, bytes]] = {}
+        router = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, body = router.answers.get(unquote(self.path), (404, b"{}"))
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def remember(self, *receipts: Receipt) -> None:
+        for receipt in receipts:
+            self.answers[f"/v1/requests/{receipt.id}"] = (200, msgspec.json.encode(receipt))
+        for limit in (20, 1000):
+            self.answers[f"/v1/requests?limit={limit}"] = (200, msgspec.json.encode(ReceiptList(data=receipts)))
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    fake = FakeRouter()
+    thread = threading.Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield fake
+    finally:
+        fake.server.shutdown()
+        fake.server.server_close()
+        thread.join()
+
+
+def run(*arguments: str) -> int:
+    return cli._run(["trace", *arguments])
+
+
+def test_a_request_is_drawn(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(remote_receipt("a/b?c"))
+    assert run("a/b?c", "--url", router.url) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("a/b?c  remote p0")
+    assert "prefill wait p0" in shown
+    assert "\x1b" not in shown
+
+
+def test_the_beginning_of_an_id_will_do_if_it_is_one_requests(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(remote_receipt("cmpl-17aa"), local_receipt("cmpl-17ab"), local_receipt("other"))
+    assert run("cmpl-17aa"[:-1] + "b", "--url", router.url) == 0
+    assert run("oth", "--url", router.url) == 0
+    assert run("cmpl", "--url", router.url) == 1
+    assert capsys.readouterr().err == "disaggd: 2 requests begin with 'cmpl': cmpl-17aa, cmpl-17ab\n"
+
+
+def test_without_an_id_the_latest_are_a_table(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(remote_receipt("one"), local_receipt("two"))
+    assert run("--url", router.url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["one", "two"]
+
+
+def test_a_router_that_served_nobody_yet_says_so(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember()
+    assert run("--url", router.url) == 0
+    assert capsys.readouterr().out == "no request yet\n"
+
+
+def test_json_is_the_receipt_itself(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(remote_receipt("one"))
+    assert run("one", "--json", "--url", router.url) == 0
+    assert msgspec.json.decode(capsys.readouterr().out) == msgspec.json.decode(msgspec.json.encode(remote_receipt("one")))
+
+
+def test_an_unknown_request_exits_1_and_says_where_it_was_sought(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(local_receipt("other"))
+    assert run("nope", "--url", router.url) == 1
+    assert (
+        capsys.readouterr().err == f"disaggd: {router.url} knows no request 'nope': never heard of, or too long ago ([router] receipts)\n"
+    )
+
+
+def test_no_router_exits_3(router: FakeRouter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", router.url)  # which is not asked
+    router.answers["http://127.0.0.1:9/v1/requests/x"] = (200, msgspec.json.encode(local_receipt("x")))
+    assert run("x", "--url", "http://127.0.0.1:9") == 3
+    assert capsys.readouterr().err.startswith("disaggd: no router at http://127.0.0.1:9: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, b"<html>", "does not answer as a router of this version does"),
+        (200, b'{"id": 5}', "does not answer as a router of this version does"),
+        (400, b'{"error": {"message": "limit: no"}}', "answered 400: limit: no"),
+        (500, b"oops", "answered 500: Internal Server Error"),
+    ],
+)
+def test_an_answer_that_is_none_exits_1(
+    router: FakeRouter, capsys: pytest.CaptureFixture[str], status: int, body: bytes, message: str
+) -> None:
+    router.answers["/v1/requests/x"] = (status, body)
+    assert run("x", "--url", router.url) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "127.0.0.1:8000", "ftp://host", "http://"])
+def test_an_address_that_is_none_exits_2(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    assert run("--url", url) == 2
+    assert "is no address of a router, such as http://127.0.0.1:8000" in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert capsys.readouterr().out.startswith("Usage: disaggd trace [OPTIONS] [ID]")

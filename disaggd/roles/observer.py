@@ -5,8 +5,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from disaggd.cluster.peers import Pair, PairState
-from disaggd.cluster.protocol import Gauges
+from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.peers import PairState
+from disaggd.cluster.protocol import Gauges, NodeHello
 from disaggd.cluster.request import RoutedSequence
 from disaggd.config import RouterConfig
 from disaggd.ids import NodeName
@@ -39,29 +40,42 @@ class Observer:
         if not awaits_report:
             self._metrics.observe_finish(receipt)
 
-    def node_up(self, node: NodeName, role: str) -> None:
-        self._metrics.set_node(node, role, True)
+    def node_up(self, node: NodeName, hello: NodeHello) -> None:
+        self._metrics.set_node(node, hello.role, True)
         self._recorder.event(node, "link up")
 
-    def node_down(self, node: NodeName, role: str, reason: str) -> None:
-        self._metrics.set_node(node, role, False)
+    def node_down(self, node: NodeName, hello: NodeHello, reason: str) -> None:
+        self._metrics.set_node(node, hello.role, False)
         self._recorder.event(node, "link down", reason=reason)
 
-    def gauges(self, node: NodeName, gauges: Gauges) -> None:
+    def gauges(self, node: NodeName, hello: NodeHello, gauges: Gauges) -> None:
         blocks, sequences = block_counts(gauges), _sequence_counts(gauges)
-        self._metrics.set_blocks(node, blocks)
+        self._metrics.set_blocks(node, blocks, hello.num_blocks)
         self._metrics.set_sequences(node, sequences)
+        self._metrics.set_backlog(node, gauges.prefill_backlog_tokens)
         self._metrics.count_preemptions(node, gauges.preemptions)
+        self._metrics.count_prefixes(
+            node,
+            queried_tokens=gauges.prefix_queried_tokens,
+            hit_tokens=gauges.prefix_hit_tokens,
+            evicted_blocks=gauges.prefix_evicted_blocks,
+        )
         self._recorder.sample(node, "blocks", blocks.items())
         self._recorder.sample(node, "sequences", sequences.items())
 
-    def tick(self, queue_depth: int, pairs: Iterable[Pair], dropped_frames: Iterable[tuple[str, int]]) -> None:
+    def tick(self, dispatcher: Dispatcher) -> None:
         """A few times a second: what nobody tells when it changes."""
-        self._metrics.set_queue_depth(queue_depth)
-        self._recorder.sample(ROUTER, "prefill queue", [("jobs", queue_depth)])
-        for frame, count in dropped_frames:
+        queue = dispatcher.queue
+        self._metrics.set_queue(len(queue), queue.num_tokens, queue.oldest_age_s(self._clock()))
+        self._recorder.sample(ROUTER, "prefill queue", [("jobs", len(queue)), ("tokens", queue.num_tokens)])
+        for reason, total in queue.drops.items():
+            self._metrics.count_queue_drops(reason, total)
+        for node in (*dispatcher.prefills, *dispatcher.decodes):
+            self._metrics.set_indexed(node, dispatcher.caches.index.num_held(node))
+        for frame, count in dispatcher.dropped_frames.items():
             self._metrics.count_dropped_frames(frame, count)
-        self._show_pairs({(pair.prefill, pair.decode): pair.state for pair in pairs})
+        dispatcher.dropped_frames.clear()
+        self._show_pairs({(pair.prefill, pair.decode): pair.state for pair in dispatcher.pairs})
 
     def _show_pairs(self, pairs: dict[tuple[NodeName, NodeName], PairState]) -> None:
         for pair in self._pairs.keys() - pairs.keys():

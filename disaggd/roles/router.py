@@ -16,9 +16,10 @@ from collections.abc import Sequence as ReadOnlySequence
 
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from starlette.types import ASGIApp
 
+import disaggd
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.link import RouterLink, dial, link_settings
 from disaggd.cluster.moves import DispatchRules
@@ -218,15 +219,15 @@ class RouterBackend:
             self.dispatcher.prefill_up(PrefillPeer(link.name, link.peer, link.send))
         else:
             self.dispatcher.decode_up(DecodePeer(link.name, link.peer, link.send))
-        self._observer.node_up(link.name, link.peer.role)
+        self._observer.node_up(link.name, link.peer)
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
-            self._observer.gauges(link.name, frame)
+            self._observer.gauges(link.name, link.peer, frame)
 
     def on_down(self, link: RouterLink, reason: str) -> None:
-        self._observer.node_down(link.name, link.peer.role, reason)
+        self._observer.node_down(link.name, link.peer, reason)
         self.dispatcher.node_down(link.name)
         if link.peer.role == "prefill" and not self.dispatcher.prefills and self._stopping_since is None:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
@@ -241,8 +242,7 @@ class RouterBackend:
 
     def tick(self) -> None:
         self.dispatcher.tick()
-        self._observer.tick(len(self.dispatcher.queue), self.dispatcher.pairs, self.dispatcher.dropped_frames.items())
-        self.dispatcher.dropped_frames.clear()
+        self._observer.tick(self.dispatcher)
 
     def _on_update(self, record: RoutedSequence) -> None:
         self._observer.ended(record, awaits_report=self.dispatcher.awaits_report(record))
@@ -292,7 +292,9 @@ def run(config: Config, node: NodeConfig) -> None:
 
 
 async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, spec: ModelSpec) -> None:
-    metrics = Metrics(CollectorRegistry())
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    metrics = Metrics(registry, disaggd.__version__, config.model.served_name)
     backend = RouterBackend(config, spec, metrics)
     limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes, trusted_keys=config.router.trusted_keys)
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)

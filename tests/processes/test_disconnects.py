@@ -26,7 +26,7 @@ def post(content: dict[str, object], headers: dict[str, str]) -> bytes:
 
 
 def aborted(cluster: Cluster) -> float:
-    return cluster.metric("disaggd_request_finished_total").get(("abort",), 0.0)
+    return cluster.metric("disaggd_request_success_total").get(("abort",), 0.0)
 
 
 def body(prompt: list[int]) -> dict[str, object]:
@@ -57,9 +57,9 @@ def test_a_client_that_goes_during_prefill_frees_everything(cluster: Cluster, or
 
 
 def test_whole_replies_are_aborted_as_well(cluster: Cluster, oracle: Oracle) -> None:
-    before = sum(cluster.metric("disaggd_request_finished_total").values())
+    before = sum(cluster.metric("disaggd_request_success_total").values())
     with pytest.raises(httpx.ReadTimeout):
         whole = {**body(prompt_of(40, oracle)), "stream": False}
         httpx.post(cluster.url + "/v1/completions", json=whole, timeout=httpx.Timeout(10, read=0.3))
-    wait_until("the sequence ended", lambda: sum(cluster.metric("disaggd_request_finished_total").values()) == before + 1, FREED_S)
+    wait_until("the sequence ended", lambda: sum(cluster.metric("disaggd_request_success_total").values()) == before + 1, FREED_S)
     cluster.wait_idle(FREED_S)

@@ -63,6 +63,7 @@ def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
             max_sequences=node.max_sequences,
             max_model_len=config.model.max_model_len,
             layer_group=config.transfer.layer_group,
+            prefix_cache=node.prefix_cache,
             progress=progress,
         )
 

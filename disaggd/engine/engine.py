@@ -76,6 +76,8 @@ class EngineGauges:
     blocks_cached: int
     preemptions: int
     """Since the start."""
+    prefill_backlog_tokens: int
+    """Tokens to be computed before the next one of each sequence here, those of decodes apart."""
 
 
 class Engine:
@@ -244,6 +246,7 @@ class Engine:
             blocks_free=self.pool.num_free,
             blocks_cached=self.pool.num_cached,
             preemptions=self._scheduler.num_preemptions,
+            prefill_backlog_tokens=sum(sequence.num_uncomputed for sequence in (*waiting, *running) if sequence.num_uncomputed > 1),
         )
 
     # ── arrival and end ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -169,10 +169,7 @@ class Scheduler:
             step.take(sequence)
 
     def _has_room(self, sequence: Sequence, cached: list[BlockId]) -> bool:
-        """Whether there are blocks for all its tokens, and each running sequence then has one to grow into.
-
-        Else it would be preempted at once.
-        """
+        """Whether there are blocks for all its tokens, and one more for each running sequence: else it would be preempted at once."""
         need = self._pool.blocks_for(len(sequence.tokens)) - len(cached) + self._pool.num_unheld(cached)
         growing = sum(not other.reserve for other in self.running)
         return self._pool.num_available >= need + growing

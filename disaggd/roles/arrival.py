@@ -28,6 +28,7 @@ def read_sequence(frame: Generate | Prefill, vocab_size: int, *, reserve: bool =
         attempt=frame.attempt,
         reserve=reserve,
         output_limit=output_limit,
+        salt=frame.cache_salt,
     )
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from disaggd.cluster.protocol import Gauges, ToNode, ToRouter
+from disaggd.cluster.protocol import CacheSnapshot, Gauges, ToNode, ToRouter
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
+from disaggd.roles.cache_report import CacheReport
 from disaggd.transfer.messages import TransferEvent
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class ComputeThread:
         self._stopping = False
         self._gauges: Gauges | None = None
         self._gauges_due = 0.0
+        self._cache_reports: dict[LinkId, CacheReport] = {}
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
 
     def start(self) -> None:
@@ -145,6 +147,7 @@ class ComputeThread:
         self._outbox.flush()
         outputs = self._engine.step(self._role.layers_done)
         self._role.deliver(outputs)
+        self._report_cache()
         self._report_gauges()
         self._outbox.flush()
 
@@ -165,19 +168,35 @@ class ComputeThread:
 
     def _handle(self, message: Message) -> None:
         match message:
+            case FrameIn(link, CacheSnapshot()):
+                self._send_snapshot(link)
             case FrameIn(link, frame):
                 self._role.on_frame(link, frame)
             case LinkUp(link):
                 self._outbox.links.add(link)
                 self._gauges = None  # a new router knows none yet
+                self._cache_reports[link] = CacheReport(self._engine.pool)
+                self._send_snapshot(link)
                 self._role.link_up(link)
             case LinkDown(link):
                 self._outbox.links.discard(link)
+                del self._cache_reports[link]
                 self._role.link_down(link)
             case Stop():
                 self._stopping = True
             case _:
                 self._role.on_event(message)
+
+    def _send_snapshot(self, link: LinkId) -> None:
+        if self._engine.pool.hasher is not None:
+            self._outbox.send(link, self._cache_reports[link].snapshot())
+
+    def _report_cache(self) -> None:
+        """What a step has left, and whose blocks were taken for it."""
+        changes = self._engine.pool.take_changes()
+        if changes.stored or changes.evicted:
+            for link, report in self._cache_reports.items():
+                self._outbox.send(link, report.changes(changes))
 
     def _report_gauges(self) -> None:
         gauges = self._role.gauges()

@@ -12,6 +12,7 @@ A sequence is either the engine's alone (prefilled here, or landed), or QUEUED t
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.decision import DecisionRule, decide
@@ -23,6 +24,7 @@ from disaggd.cluster.protocol import (
     Generate,
     Granted,
     Landed,
+    LocalPrefill,
     NeedPrefill,
     NoRoom,
     OpenPair,
@@ -41,11 +43,12 @@ from disaggd.cluster.protocol import (
 )
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
-from disaggd.engine.sequence import SequenceState
+from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import InvalidRequest
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.gauges import node_gauges
 from disaggd.roles.granting import Granting, Placed
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
@@ -55,6 +58,15 @@ log = logging.getLogger(__name__)
 
 COPY_POLL_S = 200e-6
 """A prompt's KV is copied into a GPU's memory in 0.1 to 20 ms, and CUDA has no event that wakes a thread with an inbox."""
+
+
+@dataclass(slots=True)
+class LocalSpan:
+    """A prompt that is prefilled here, until its first token."""
+
+    arrived: float
+    begun: float | None = None
+    """When its first step began."""
 
 
 class DecodeRole:
@@ -83,6 +95,9 @@ class DecodeRole:
         self._placed: dict[SeqId, Placed] = {}
         self._refused: list[tuple[Placed, NodeName]] = []
         """Grants that were answered `NoRoom`, to whoever has not been told `Room` since."""
+        self._prefilling: dict[Sequence, LocalSpan] = {}
+        self._turn_began = 0.0
+        """A step begins right after the tick."""
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,10 +132,10 @@ class DecodeRole:
     def _place(self, placed: Placed, frame: Generate) -> None:
         """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
-        num_uncached = len(sequence.tokens)
+        num_cached = len(self._engine.cache.find(sequence)) * self._pool.block_size
         verdict = decide(
             self._rule,
-            num_uncached,
+            len(sequence.tokens) - num_cached,
             prefill_nodes=0 if frame.offer is None else frame.offer.prefill_nodes,
             queue_depth=0 if frame.offer is None else frame.offer.queue_depth,
             override=frame.policy,
@@ -129,14 +144,15 @@ class DecodeRole:
         if not verdict.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed
-            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, verdict.reason, 0))
+            self._prefilling[sequence] = LocalSpan(self._clock())
+            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, verdict.reason, num_cached))
             return
         grant = None
         if sequence.sampling.max_tokens - sequence.num_outputs > 1:  # else the prefill node samples all there is to sample
             self._engine.park(sequence)
             self._placed[placed.seq] = placed
             grant = self._granting.grant(placed, frame.offer.prefill) if frame.offer is not None and frame.offer.may_grant else None
-        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, verdict.reason, 0, grant))
+        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, verdict.reason, num_cached, grant))
 
     @_on_frame.register
     def _(self, frame: RequestGrant, link: LinkId) -> None:
@@ -145,6 +161,8 @@ class DecodeRole:
             return self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
         if placed.grant is not None:  # given with `NeedPrefill`; that the router asks again says that it forwarded it to nobody
             self._granting.withdraw(placed)
+        if not self._granting.can_land(placed):
+            return self._release(placed, "the prefix that was cached here is gone, and the whole is more than can be received")
         if (grant := self._granting.grant(placed, frame.prefill)) is not None:
             return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
         self._refused.append((placed, frame.prefill))
@@ -229,13 +247,19 @@ class DecodeRole:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def layers_done(self, plan: StepPlan, layers: range) -> None:
-        """Nothing leaves a decode node."""
+        """Nothing leaves a decode node; prompts begin to be prefilled."""
+        if layers.start or not self._prefilling:
+            return
+        for chunk in plan.chunks:
+            if (span := self._prefilling.get(chunk.sequence)) is not None and span.begun is None:
+                span.begun = self._turn_began
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
         """One frame per router, with the new tokens of all its sequences."""
         runs: dict[LinkId, list[TokenRun]] = {}
         for output in outputs:
             placed = self._placed[output.sequence.seq_id]
+            self._report_prefill(placed)
             runs.setdefault(placed.link, []).append(
                 TokenRun(placed.seq, placed.attempt, output.start, output.tokens, output.logprobs, output.finish_reason)
             )
@@ -244,8 +268,15 @@ class DecodeRole:
         for link, batch in runs.items():
             self._outbox.send(link, Tokens(tuple(batch)))
 
+    def _report_prefill(self, placed: Placed) -> None:
+        """Its first token is here, if it was prefilled here."""
+        if (span := self._prefilling.pop(placed.sequence, None)) is not None and span.begun is not None:
+            wait_ms, prefill_ms = (span.begun - span.arrived) * 1e3, (self._clock() - span.begun) * 1e3
+            self._outbox.send(placed.link, LocalPrefill(placed.seq, placed.attempt, placed.sequence.num_cached, wait_ms, prefill_ms))
+
     def tick(self) -> None:
         """Sequences whose KV is there, leases that ran out, agents to fence, room for those who were refused."""
+        self._turn_began = self._clock()
         for placed, blocks, first in self._granting.take_arrivals(lambda placed: self._placed.get(placed.seq) is placed):
             self._resume(placed, blocks, first)
         for record in self._grants.expired():
@@ -267,18 +298,11 @@ class DecodeRole:
         return asked_again if deadline is None else min(asked_again, deadline)
 
     def gauges(self) -> Gauges:
-        engine, free = self._engine.gauges(), self._pool.num_free
-        return Gauges(
-            waiting=engine.waiting,
-            running=engine.running,
-            queued=engine.queued,
-            blocks_free=free,
-            blocks_cached=0,
-            blocks_used=self._pool.num_blocks - free - self._granting.blocks_promised,
-            blocks_granted=self._granting.blocks_granted,
-            blocks_held=0,
-            blocks_quarantined=self._granting.blocks_quarantined,
-            preemptions=engine.preemptions,
+        return node_gauges(
+            self._engine,
+            granted=self._granting.blocks_granted,
+            quarantined=self._granting.blocks_quarantined,
+            promised=self._granting.blocks_promised,
         )
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,11 +310,14 @@ class DecodeRole:
     def _links_with_room(self) -> set[LinkId]:
         """Routers of which a refused grant could be given now."""
         self._refused = [(placed, prefill) for placed, prefill in self._refused if self._placed.get(placed.seq) is placed]
-        return {placed.link for placed, prefill in self._refused if self._granting.has_room(placed, prefill)}
+        granting = self._granting
+        return {placed.link for placed, prefill in self._refused if granting.has_room(placed, prefill) or not granting.can_land(placed)}
 
     def _resume(self, placed: Placed, blocks: list[BlockId], first: FirstToken) -> None:
-        """Its KV is in `blocks`, which become the sequence's: it runs."""
-        output = self._engine.resume(placed.sequence, blocks, first.token, first.logprob)
+        """Its KV is in what was cached and in `blocks`, which become the sequence's: it runs."""
+        prefix, placed.prefix = placed.prefix, []
+        num_cached = len(prefix) * self._pool.block_size
+        output = self._engine.resume(placed.sequence, prefix + blocks, first.token, first.logprob, num_cached=num_cached)
         self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
         self.deliver([output])
 
@@ -302,6 +329,7 @@ class DecodeRole:
     def _forget(self, placed: Placed, reason: str) -> None:
         """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
         del self._placed[placed.seq]
+        self._prefilling.pop(placed.sequence, None)
         self._engine.abort(placed.sequence)
         if (record := self._granting.give_up(placed, reason)) is not None:
             self._outbox.send(placed.link, Cancel(record.token, record.peer, self._granting.name))

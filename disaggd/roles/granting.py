@@ -29,6 +29,8 @@ class Placed:
     """Out now; None again once it landed."""
     reserved: list[BlockId] = field(default_factory=list)
     """Blocks of the pool that wait for what the grant brings, where that lands elsewhere first."""
+    prefix: list[BlockId] = field(default_factory=list)
+    """Cached blocks that the grant leaves out, with a reference each, until the sequence runs in them or is given up."""
 
     @property
     def seq(self) -> SeqId:
@@ -89,18 +91,23 @@ class Granting:
 
     def has_room(self, placed: Placed, prefill: NodeName) -> bool:
         """Whether a grant for `prefill` could be given now."""
-        if prefill not in self.agents or not self._landings.has_room(self._blocks_pushed(placed.sequence)):
-            return False
-        num_coming = self.book.num_granted + len(self.arrivals)
-        return self._engine.room_for_grant(placed.sequence, self._blocks_needed(placed.sequence), num_coming)
+        return self._has_room(placed.sequence, self._engine.cache.find(placed.sequence), prefill)
+
+    def can_land(self, placed: Placed) -> bool:
+        """Whether what is not cached could land, however long one waits: what was cached at the decision may be evicted since."""
+        num_missing = self._num_pushed(placed.sequence) - len(self._engine.cache.find(placed.sequence))
+        return self.max_tokens is None or num_missing * self._pool.block_size <= self.max_tokens
 
     def grant(self, placed: Placed, prefill: NodeName) -> Grant | None:
-        """Reserve blocks that `prefill` may write; None when there is no room, or no agent for it."""
-        if not self.has_room(placed, prefill):
+        """Reserve blocks that `prefill` may write, for all that is not cached; None when there is no room, or no agent for it."""
+        cached = self._engine.cache.find(placed.sequence)
+        if not self._has_room(placed.sequence, cached, prefill):
             return None
+        self._pool.take(cached)
+        placed.prefix = cached
         agent = self.agents[prefill]
-        num_pushed = self._blocks_pushed(placed.sequence)
-        blocks, placed.reserved = self._landings.reserve(self._blocks_needed(placed.sequence), num_pushed)
+        num_pushed = self._num_pushed(placed.sequence) - len(cached)
+        blocks, placed.reserved = self._landings.reserve(self._num_needed(placed.sequence) - len(cached), num_pushed)
         token = GrantToken(os.urandom(16))
         self.book.add(
             token,
@@ -113,7 +120,16 @@ class Granting:
         )
         placed.grant = token
         self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block))
-        return Grant(token, self.name, prefill, agent.agent_id, 0, tuple(blocks), self._lease_s)
+        num_cached = len(cached) * self._pool.block_size
+        return Grant(token, self.name, prefill, agent.agent_id, num_cached, tuple(blocks), self._lease_s)
+
+    def _has_room(self, sequence: Sequence, cached: list[BlockId], prefill: NodeName) -> bool:
+        """Cached blocks that nobody holds are taken too: they are no room for others any more."""
+        if prefill not in self.agents or not self._landings.has_room(self._num_pushed(sequence) - len(cached)):
+            return False
+        num_coming = self.book.num_granted + len(self.arrivals)
+        need = self._num_needed(sequence) - len(cached) + self._pool.num_unheld(cached)
+        return self._engine.room_for_grant(sequence, need, num_coming)
 
     def withdraw(self, placed: Placed) -> None:
         """Take back a grant that nobody was given."""
@@ -139,7 +155,7 @@ class Granting:
     # ── landings ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def land(self, placed: Placed, record: GrantRecord, first: FirstToken) -> list[BlockId] | None:
-        """All of the grant is in: the sequence's blocks, or None while they are copied into the pool (`take_arrivals`)."""
+        """All of the grant is in: its blocks, or None while they are copied into the pool (`take_arrivals`)."""
         placed.grant = None
         if not self._is_staged:
             return list(record.blocks)
@@ -191,13 +207,14 @@ class Granting:
         """Of the pool: neither free nor a sequence's."""
         return self._landings.num_reserved if self._is_staged else self.book.blocks_granted + self.book.blocks_quarantined
 
-    def _blocks_needed(self, sequence: Sequence) -> int:
-        """For its tokens and the first one generated."""
+    def _num_needed(self, sequence: Sequence) -> int:
+        """Blocks for its tokens and the first one generated."""
         return self._pool.blocks_for(len(sequence.tokens) + 1)
 
-    def _blocks_pushed(self, sequence: Sequence) -> int:
+    def _num_pushed(self, sequence: Sequence) -> int:
         return self._pool.blocks_for(len(sequence.tokens))
 
     def _unreserve(self, placed: Placed) -> None:
         self._landings.unreserve(placed.reserved)
-        placed.reserved = []
+        self._pool.release(placed.prefix)
+        placed.reserved, placed.prefix = [], []

@@ -34,6 +34,7 @@ from disaggd.errors import InvalidRequest
 from disaggd.ids import GrantToken, SeqId
 from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.gauges import node_gauges
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
@@ -183,6 +184,7 @@ class PrefillRole:
         self._pushing.ended(event)
         job = self._pushed.pop(event.token)
         job.is_pushing = False
+        self._pool.touch(job.sequence.digests)
         if not (event.clean and event.finished):
             self._stop(job, "the push was stopped" if event.clean else "the push failed")
         self._end(job, event.kv_bytes, event.first_post_at, event.last_done_at)
@@ -203,9 +205,15 @@ class PrefillRole:
         self._pushing.renew_leases()
 
     def _push(self, grant: Grant, chunk: Chunk, layers: range, is_ready: transfer.IsReady) -> None:
-        """One handle: these layers of the blocks that the chunk filled. Chunks end on blocks, so each goes out once."""
-        size = self._pool.block_size
+        """These layers of the blocks that the chunk filled, in one handle. Chunks end on blocks, so each goes out once.
+
+        With the first chunk goes what was cached, in handles of no more blocks than a step can fill: staging memory holds that.
+        """
+        size, most = self._pool.block_size, self._pool.blocks_for(self._engine.limits.max_step_tokens)
         first, last = chunk.start // size, -(-chunk.end // size)
+        if chunk.start == chunk.sequence.num_cached:
+            for start in range(0, first, most):
+                self._pushing.write(grant, layers, start, chunk.sequence.block_table[start : min(start + most, first)], transfer.at_once)
         self._pushing.write(grant, layers, first, chunk.sequence.block_table[first:last], is_ready)
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
@@ -221,7 +229,8 @@ class PrefillRole:
         (token,), logprob = output.tokens, output.logprobs[0] if output.logprobs else None
         now = self._clock()
         prefill_ms, reported_ms = (now - (job.begun or job.arrived)) * 1e3, (now - job.arrived) * 1e3
-        self._outbox.send(job.link, Prefilled(seq, attempt, output.start, token, logprob, output.finish_reason, 0, prefill_ms, reported_ms))
+        num_cached, reason = job.sequence.num_cached, output.finish_reason
+        self._outbox.send(job.link, Prefilled(seq, attempt, output.start, token, logprob, reason, num_cached, prefill_ms, reported_ms))
         if job.grant is None:
             self._end(job)
         elif output.finish_reason is None:
@@ -238,20 +247,7 @@ class PrefillRole:
         return self._pushing.next_deadline()
 
     def gauges(self) -> Gauges:
-        engine, free = self._engine.gauges(), self._pool.num_free
-        held = self._pushing.num_blocks_held
-        return Gauges(
-            waiting=engine.waiting,
-            running=engine.running,
-            queued=engine.queued,
-            blocks_free=free,
-            blocks_cached=0,
-            blocks_used=self._pool.num_blocks - free - held,
-            blocks_granted=0,
-            blocks_held=held,
-            blocks_quarantined=0,
-            preemptions=engine.preemptions,
-        )
+        return node_gauges(self._engine, held=self._pushing.num_blocks_held)
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

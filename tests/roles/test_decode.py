@@ -266,7 +266,7 @@ def test_one_frame_a_step_carries_the_tokens_of_all_sequences_of_a_router() -> N
     node.step()
     runs = {link: [run.seq for run in frame.runs] for link, frame in node.sent if isinstance(frame, Tokens)}
     assert runs == {1: ["a", "b"], 2: ["c"]}
-    assert len(node.sent) == 2
+    assert len(node.frames(Tokens)) == 2
 
 
 # ── pairs ──

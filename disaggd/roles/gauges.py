@@ -1,0 +1,29 @@
+"""What an engine node says of itself to its routers. Read on the compute thread, every turn: nothing here walks over blocks."""
+
+from disaggd.cluster.protocol import Gauges
+from disaggd.engine.engine import Engine
+
+
+def node_gauges(engine: Engine, *, granted: int = 0, quarantined: int = 0, promised: int = 0, held: int = 0) -> Gauges:
+    """The engine's own gauges, with the blocks that others count on.
+
+    `promised` are those of the pool that a grant holds; `quarantined` may lie elsewhere. What is neither free, cached, promised nor
+    held by pushes alone is used: by sequences that run, or as a prefix that a grant leaves out.
+    """
+    own, pool = engine.gauges(), engine.pool
+    return Gauges(
+        waiting=own.waiting,
+        running=own.running,
+        queued=own.queued,
+        blocks_free=own.blocks_free,
+        blocks_cached=own.blocks_cached,
+        blocks_used=pool.num_blocks - pool.num_available - promised - held,
+        blocks_granted=granted,
+        blocks_held=held,
+        blocks_quarantined=quarantined,
+        preemptions=own.preemptions,
+        prefill_backlog_tokens=own.prefill_backlog_tokens,
+        prefix_queried_tokens=engine.cache.queried_tokens,
+        prefix_hit_tokens=engine.cache.hit_tokens,
+        prefix_evicted_blocks=pool.num_evicted,
+    )

@@ -77,7 +77,7 @@ class Moves:
         now, cached = self._clock(), self.caches.cached_tokens(record)
         decode = self._placement.decode_for(record, cached)
         record.decode, record.prefill, record.grant, record.placed_tokens = decode.name, None, None, record.num_tokens
-        record.no_room_since, record.is_earmarked = None, False
+        record.no_room_since = None
         record.timeline.placed = now
         decode.load_tokens += record.placed_tokens
         offer = self._placement.offer(record, decode, self._job(record, cached), cached, now)
@@ -146,7 +146,8 @@ class Moves:
         if not reachable:
             self._cut_off(record)
             return set()
-        if decode.is_full and not self._may_ask(record, job):
+        has_nothing = decode.has_nothing_for(record.seq)
+        if has_nothing and not self._may_ask(record, job, decode):
             return set()
         cached = self.caches.cached_tokens(record)
         able = [peer for peer in reachable if peer.name not in promised and peer.has_credit(record.num_tokens)]
@@ -158,8 +159,9 @@ class Moves:
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
             record.timeline.granting = self._clock()
-            record.is_earmarked = record.is_earmarked or decode.is_full
-            decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name, earmark=record.is_earmarked))
+            if has_nothing:
+                decode.earmarks.add(record.seq)
+            decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name, earmark=has_nothing))
         else:  # the prefill node samples the only token: nothing is to be pushed
             self.forward(record, prefill, None)
         return set()
@@ -172,8 +174,8 @@ class Moves:
             reason = "cannot reach" if self.prefills else "is up to reach"
             self.again(record, f"no prefill node {reason} {record.decode}", f"no_prefill_node: none {reason} {record.decode}")
 
-    def _may_ask(self, record: RoutedSequence, job: Job) -> bool:
-        """Whether a full decode node is to be asked for a grant all the same: once, so that it keeps for the job what comes free.
+    def _may_ask(self, record: RoutedSequence, job: Job, decode: DecodePeer) -> bool:
+        """Whether a node that has no room is to be asked for a grant all the same: once, so that it keeps for the job what comes free.
 
         That is when patience ends. When its slack ends, the job goes to another decode node, if one has room.
         """
@@ -184,7 +186,7 @@ class Moves:
             self.queue.take(record.seq)
             self.again(record, f"{record.decode} had no room")
             return False
-        return not record.is_earmarked and now - record.no_room_since > self._rules.grant_patience_s
+        return record.seq not in decode.earmarks and now - record.no_room_since > self._rules.grant_patience_s
 
     def no_room(self, record: RoutedSequence, decode: DecodePeer) -> None:
         """The decode node has no blocks for the job now: it returns to its place in the queue until there are."""
@@ -310,6 +312,7 @@ class Moves:
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         if decode is not None:
             decode.load_tokens -= record.placed_tokens
+            decode.earmarks.discard(record.seq)
             decode.send(protocol.Abort(record.seq, record.attempt))  # harmless if it ended there by itself
         if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
             self.credits.give_back(record)

@@ -104,6 +104,12 @@ class DecodePeer:
     """It answered `NoRoom`, and no `Room` since."""
     load_tokens: int = 0
     """Context tokens of the sequences placed there."""
+    earmarks: set[SeqId] = field(default_factory=set)
+    """Sequences that wait for a grant, and for which it keeps what comes free."""
+
+    def has_nothing_for(self, seq: SeqId) -> bool:
+        """Whether a grant to the sequence would be refused: there is no room, or what there is is kept for others."""
+        return self.is_full or (bool(self.earmarks) and seq not in self.earmarks)
 
     def lacks_room(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens had to wait for blocks there: it did a moment ago, or would by the gauges."""

@@ -183,8 +183,6 @@ class RoutedSequence:
     """It was promised a prefill, or has lost a node: it may join the prefill queue whatever that holds."""
     no_room_since: float | None = None
     """When its decode node first had no room for it."""
-    is_earmarked: bool = False
-    """Its decode node keeps for it what comes free."""
     digests: dict[PrefixHasher, list[bytes]] = field(default_factory=dict)
     """Names of its full blocks, as far as they were ever asked for."""
     was_remote: bool = False

@@ -113,6 +113,19 @@ class Engine:
         self._register(sequence)
         sequence.move(SequenceState.QUEUED)
 
+    def earmark(self, sequence: Sequence, num_blocks: int) -> None:
+        """Keep so many blocks, as they come free, for a grant to a parked sequence, until `end_earmark` or the sequence's end.
+
+        They are kept from later earmarks, from grants without one, and from younger sequences that are to be computed here.
+        """
+        assert sequence.state is SequenceState.QUEUED
+        self._scheduler.earmarks.setdefault(sequence, num_blocks)
+
+    def end_earmark(self, sequence: Sequence) -> None:
+        """It has been granted its blocks. Harmless without an earmark."""
+        self._stalled_at = None
+        self._scheduler.earmarks.pop(sequence, None)
+
     def resume(
         self, sequence: Sequence, blocks: list[BlockId], token: int, logprob: TokenLogprob | None = None, *, num_cached: int = 0
     ) -> SequenceOutput:
@@ -228,13 +241,14 @@ class Engine:
     def room_for_grant(self, sequence: Sequence, need: int, num_granted: int) -> bool:
         """Whether `need` blocks may be promised to another node for a parked `sequence` now.
 
-        Growth comes first, then the preempted, then grants. A place among the running must come free too: not counting
-        those of the `num_granted` grants that are out, and of older sequences that wait here.
+        Growth comes first, then the preempted, then grants, those with an earmark before those without. A place among the running
+        must come free too: not counting those of the `num_granted` grants that are out, and of older sequences that wait here.
         """
+        before = self._scheduler.earmarked_before(sequence)
         older = sum(waiting.arrival < sequence.arrival for waiting in self._scheduler.waiting)
-        if self.num_running + num_granted + older >= self.limits.max_sequences:
+        if self.num_running + num_granted + older + len(before) >= self.limits.max_sequences:
             return False
-        return self.pool.room_for_grant(need + self._scheduler.blocks_owed(), self.num_running)
+        return self.pool.room_for_grant(need + sum(before) + self._scheduler.blocks_owed(), self.num_running)
 
     def gauges(self) -> EngineGauges:
         """A snapshot for metrics."""

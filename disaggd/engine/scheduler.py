@@ -14,6 +14,7 @@ Owned by the compute thread alone. Knows nothing of tensors, and not why a seque
 
 from bisect import insort
 from dataclasses import dataclass
+from itertools import takewhile
 
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.prefix_cache import PrefixCache
@@ -81,6 +82,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """By age, the oldest first."""
         self.num_preemptions = 0
+        self.earmarks: dict[Sequence, int] = {}
+        """Blocks to be kept for QUEUED sequences that have waited long for a grant, in the order in which that was asked for."""
         self._pool = pool
         self._limits = limits
         self._cache = cache
@@ -102,6 +105,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
+        self.earmarks.pop(sequence, None)
         self._cache.leave(sequence)
         self._pool.release(sequence.block_table)
         sequence.block_table = []
@@ -117,6 +121,10 @@ class Scheduler:
         if all(step.take(sequence) for sequence in ready):
             self._admit(step)
         return StepPlan(tuple(step.chunks))
+
+    def earmarked_before(self, sequence: Sequence) -> list[int]:
+        """The blocks kept for each whose grant goes before one to `sequence`: all that are kept, if it has no earmark itself."""
+        return [blocks for _, blocks in takewhile(lambda earmark: earmark[0] is not sequence, self.earmarks.items())]
 
     def blocks_owed(self) -> int:
         """Blocks that the preempted wait for: they were here before whoever asks for blocks now."""
@@ -169,10 +177,22 @@ class Scheduler:
             step.take(sequence)
 
     def _has_room(self, sequence: Sequence, cached: list[BlockId]) -> bool:
-        """Whether there are blocks for all its tokens, and one more for each running sequence: else it would be preempted at once."""
+        """Whether there is a place, and blocks for all its tokens, beside what is kept for others.
+
+        Each running sequence must then have a block to grow into: else it would be preempted at once.
+        """
         need = self._pool.blocks_for(len(sequence.tokens)) - len(cached) + self._pool.num_unheld(cached)
         growing = sum(not other.reserve for other in self.running)
-        return self._pool.num_available >= need + growing
+        kept = self._kept_from(sequence)
+        if len(self.running) + len(kept) >= self._limits.max_sequences:
+            return False
+        return self._pool.num_available >= need + growing + sum(kept)
+
+    def _kept_from(self, sequence: Sequence) -> list[int]:
+        """The blocks kept for each older sequence. From the preempted nothing is kept: they were here before."""
+        if sequence.num_preemptions:
+            return []
+        return [blocks for other, blocks in self.earmarks.items() if other.arrival < sequence.arrival]
 
     def _begin(self, sequence: Sequence, cached: list[BlockId]) -> None:
         """WAITING → RUNNING behind `cached`, which it found."""

@@ -240,3 +240,68 @@ def test_limits_that_would_starve_prefill_are_refused() -> None:
         Bench(max_step_tokens=3)
     with pytest.raises(ConfigError, match="max_sequences: 0"):
         Bench(max_sequences=0)
+
+
+# ── earmarks ──
+
+
+def parked(bench: Bench, num_tokens: int) -> Sequence:
+    """A sequence that waits for a grant."""
+    made = bench.sequence(num_tokens)
+    made.move(SequenceState.QUEUED)
+    return made
+
+
+def test_younger_sequences_leave_what_is_kept_for_an_older_one() -> None:
+    bench = Bench(num_blocks=10)
+    older, granted = bench.wait(8), parked(bench, 20)
+    bench.scheduler.earmarks[granted] = 6
+    younger = bench.wait(8)
+    assert spans(bench.step()) == [("0", 0, 8)], "2 of 10 blocks, one to grow into, and 6 kept: 2 more are too many"
+    del bench.scheduler.earmarks[granted]
+    assert younger.seq_id in {seq for seq, *_ in spans(bench.step())}
+    assert older.state is SequenceState.RUNNING
+
+
+def test_what_is_kept_for_a_younger_one_is_free_for_an_older() -> None:
+    """Else each would wait for the other."""
+    bench = Bench(num_blocks=10, max_sequences=1)
+    waiting, granted = bench.wait(8), parked(bench, 36)
+    bench.scheduler.earmarks[granted] = 10
+    assert spans(bench.step()) == [(waiting.seq_id, 0, 8)]
+
+
+def test_a_place_is_kept_too() -> None:
+    bench = Bench(max_sequences=2)
+    bench.wait(4)
+    granted = parked(bench, 4)
+    bench.scheduler.earmarks[granted] = 2
+    bench.wait(4)
+    assert spans(bench.step()) == [("0", 0, 4)]
+
+
+def test_nothing_is_kept_from_the_preempted_nor_from_growth() -> None:
+    bench = Bench(num_blocks=4)
+    old, young = bench.wait(8), bench.wait(7)
+    bench.step()
+    granted = parked(bench, 12)
+    bench.scheduler.earmarks[granted] = 3
+    bench.step()
+    assert (old.state, young.state) == (SequenceState.RUNNING, SequenceState.WAITING), "the older has grown at the younger's cost"
+    bench.finish(old)
+    assert young.seq_id in {seq for seq, *_ in spans(bench.step())}
+
+
+def test_an_earmark_ends_with_its_sequence() -> None:
+    bench = Bench()
+    granted = parked(bench, 12)
+    bench.scheduler.earmarks[granted] = 3
+    bench.finish(granted)
+    assert not bench.scheduler.earmarks
+
+
+def test_grants_go_by_the_order_of_their_earmarks() -> None:
+    bench = Bench()
+    first, second, third = (parked(bench, 4) for _ in range(3))
+    bench.scheduler.earmarks = {second: 5, first: 7}
+    assert [bench.scheduler.earmarked_before(sequence) for sequence in (second, first, third)] == [[], [5], [5, 7]]

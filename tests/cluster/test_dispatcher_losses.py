@@ -303,3 +303,18 @@ def test_a_local_decision_gives_the_credit_to_the_job_that_waits_for_it() -> Non
     assert not routing.frames(D0, RequestGrant)
     routing.say(D0, Decided(local.seq, 0, "short: it is", 0))
     assert routing.last(D0, RequestGrant) == RequestGrant(waiting.seq, 0, P0)
+
+
+def test_a_fence_is_no_retry_of_the_request() -> None:
+    """Some other grant of the pair did not quiesce: that says nothing about this prompt."""
+    routing = Routing()
+    client = routing.prefilling()
+    for _ in range(5):
+        routing.say(D0, Released(client.seq, client.attempt, "its prefill node was fenced", is_fenced=True))
+        assert routing.is_retried(client).policy == "auto"
+        routing.job_ended(client, clean=False, attempt=client.attempt - 1)
+        routing.need_prefill(client)
+        routing.granted(client)
+    assert routing.record(client).retries == 0
+    released(routing, client)
+    assert routing.record(client).retries == 1

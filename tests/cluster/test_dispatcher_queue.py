@@ -108,6 +108,54 @@ def test_when_patience_ends_the_full_node_is_asked_once_to_keep_what_comes_free(
     assert asked(routing, D0) == [client.seq, client.seq]
 
 
+def test_nobody_else_is_asked_for_while_a_node_keeps_what_comes_free_for_one() -> None:
+    """They would be refused, and take the credit that the one needs."""
+    routing = Routing(ttft_target_s=60.0)
+    kept_for = routing.queued(50)
+    no_room(routing, kept_for)
+    routing.now += GRANT_PATIENCE_S + 0.1
+    routing.dispatcher.tick()
+    no_room(routing, kept_for)
+    urgent = routing.queued(20, priority=-100)
+    routing.clear()
+    routing.say(D0, Room())
+    assert asked(routing, D0) == [kept_for.seq]
+    routing.granted(kept_for)
+    assert routing.waiting() == [urgent.seq]
+    routing.dispatcher.tick()
+    assert asked(routing, D0) == [kept_for.seq, urgent.seq]
+
+
+def test_one_that_lost_patience_second_is_kept_for_as_well() -> None:
+    routing = Routing(ttft_target_s=60.0)
+    first, second = routing.queued(50), routing.queued(50)
+    no_room(routing, first)
+    no_room(routing, second)
+    routing.now += GRANT_PATIENCE_S + 0.1
+    routing.dispatcher.tick()
+    for client in (first, second):
+        no_room(routing, client)
+    assert [frame.earmark for frame in routing.frames(D0, RequestGrant)] == [False, False, True, True]
+    routing.clear()
+    routing.say(D0, Room())
+    assert asked(routing, D0) == [first.seq, second.seq]
+
+
+def test_nothing_is_kept_for_a_client_that_has_gone() -> None:
+    routing = Routing(ttft_target_s=60.0)
+    gone, waiting = routing.queued(50), routing.submit(50)
+    no_room(routing, gone)
+    routing.now += GRANT_PATIENCE_S + 0.1
+    routing.dispatcher.tick()
+    no_room(routing, gone)
+    routing.say(D0, Room())
+    no_room(routing, gone)
+    routing.dispatcher.end(gone.seq, "abort")
+    routing.need_prefill(waiting)
+    routing.say(D0, Room())
+    assert asked(routing, D0)[-1] == waiting.seq
+
+
 def test_a_job_that_moves_is_patient_anew() -> None:
     routing = Routing(decodes=(D0, D1), ttft_target_s=1.0)
     client = routing.queued(50)

@@ -121,6 +121,10 @@ class Engine:
         assert sequence.state is SequenceState.QUEUED
         self._scheduler.earmarks.setdefault(sequence, num_blocks)
 
+    def blocks_earmarked_before(self, sequence: Sequence) -> int:
+        """Blocks that are kept for others, whose grants go before one to `sequence`."""
+        return sum(self._scheduler.earmarked_before(sequence))
+
     def end_earmark(self, sequence: Sequence) -> None:
         """It has been granted its blocks. Harmless without an earmark."""
         self._stalled_at = None

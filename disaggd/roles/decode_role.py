@@ -165,6 +165,8 @@ class DecodeRole:
             return self._release(placed, "the prefix that was cached here is gone, and the whole is more than can be received")
         if (grant := self._granting.grant(placed, frame.prefill)) is not None:
             return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
+        if frame.earmark:
+            self._granting.earmark(placed)
         self._refused.append((placed, frame.prefill))
         return self._outbox.send(link, NoRoom(frame.seq, frame.attempt))
 
@@ -242,7 +244,7 @@ class DecodeRole:
         for record in self._granting.fenced(event.peer, event.agent_id):
             placed = self._placed.get(record.seq_id)
             if placed is not None and placed.grant == record.token:
-                self._release(placed, "its prefill node was fenced")
+                self._release(placed, "its prefill node was fenced", is_fenced=True)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -321,10 +323,10 @@ class DecodeRole:
         self._outbox.send(placed.link, Landed(placed.seq, placed.attempt))
         self.deliver([output])
 
-    def _release(self, placed: Placed, reason: str) -> None:
+    def _release(self, placed: Placed, reason: str, *, is_fenced: bool = False) -> None:
         """Give the attempt up, and tell its router to place the sequence again."""
         self._forget(placed, reason)
-        self._outbox.send(placed.link, Released(placed.seq, placed.attempt, reason))
+        self._outbox.send(placed.link, Released(placed.seq, placed.attempt, reason, is_fenced))
 
     def _forget(self, placed: Placed, reason: str) -> None:
         """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""

@@ -119,17 +119,23 @@ class Granting:
             lease_s=self._lease_s,
         )
         placed.grant = token
+        self._engine.end_earmark(placed.sequence)
         self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block))
         num_cached = len(cached) * self._pool.block_size
         return Grant(token, self.name, prefill, agent.agent_id, num_cached, tuple(blocks), self._lease_s)
 
     def _has_room(self, sequence: Sequence, cached: list[BlockId], prefill: NodeName) -> bool:
         """Cached blocks that nobody holds are taken too: they are no room for others any more."""
-        if prefill not in self.agents or not self._landings.has_room(self._num_pushed(sequence) - len(cached)):
+        landing = self._num_pushed(sequence) - len(cached) + self._engine.blocks_earmarked_before(sequence)
+        if prefill not in self.agents or not self._landings.has_room(landing):
             return False
         num_coming = self.book.num_granted + len(self.arrivals)
         need = self._num_needed(sequence) - len(cached) + self._pool.num_unheld(cached)
         return self._engine.room_for_grant(sequence, need, num_coming)
+
+    def earmark(self, placed: Placed) -> None:
+        """Its router waits no more: what comes free is kept for it, until it is granted or given up."""
+        self._engine.earmark(placed.sequence, self._num_needed(placed.sequence))
 
     def withdraw(self, placed: Placed) -> None:
         """Take back a grant that nobody was given."""

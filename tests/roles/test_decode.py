@@ -212,6 +212,42 @@ def test_room_is_due_as_soon_as_a_step_has_freed_it() -> None:
     assert node.role.next_deadline() == node.now
 
 
+def test_what_comes_free_is_kept_for_a_grant_that_has_waited_long() -> None:
+    """Later grants, though there is room for them, and younger local sequences would else starve it."""
+    node = make_decode_node(num_blocks=16)
+    out = granted(node, SeqId("out"), 36)
+    node.say(generate(prompt(48)), RequestGrant(S, 0, P0, earmark=True))
+    assert node.last(NoRoom) == NoRoom(S, 0)
+    small, local = SeqId("small"), SeqId("local")
+    node.say(generate(prompt(17), small), RequestGrant(small, 0, P0), generate(prompt(4), local, max_tokens=1))
+    assert node.last(NoRoom) == NoRoom(small, 0), "5 of 6 free blocks are too many, when 13 are kept"
+    assert delivered(node, local) == []
+    node.step()
+    assert delivered(node, local) == []
+    landed(node, out, 36)
+    node.say(Abort(SeqId("out"), 0))
+    node.after(0.1)
+    assert node.frames(Room) == [Room()]
+    node.say(RequestGrant(small, 0, P0))
+    assert node.last(NoRoom) == NoRoom(small, 0), "not before the other"
+    node.say(RequestGrant(S, 0, P0))
+    assert node.last(Granted).seq == S
+    node.run()
+    assert len(delivered(node, local)) == 1
+
+
+def test_nothing_is_kept_for_a_sequence_that_is_gone() -> None:
+    node = make_decode_node(num_blocks=16)
+    granted(node, SeqId("out"), 36)
+    local = SeqId("local")
+    node.say(generate(prompt(48)), RequestGrant(S, 0, P0, earmark=True), generate(prompt(4), local, max_tokens=1))
+    node.step()
+    assert delivered(node, local) == [] and not node.engine.has_work
+    node.say(Abort(S, 0))
+    node.run()
+    assert len(delivered(node, local)) == 1
+
+
 def test_growth_of_running_sequences_comes_before_grants() -> None:
     """Free blocks must leave one for each running sequence and 5 % of the pool."""
     node = make_decode_node(num_blocks=20)

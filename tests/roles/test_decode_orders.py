@@ -103,13 +103,13 @@ class DecodeOrders(RuleBasedStateMachine):
         self.node.say(frame, link=self.link)
         self.settle()
 
-    @rule(seq=NAMES)
-    def ask_for_a_grant(self, seq: SeqId) -> None:
+    @rule(seq=NAMES, earmark=st.booleans())
+    def ask_for_a_grant(self, seq: SeqId, earmark: bool) -> None:
         placed = self.node.role._placed.get(seq)
         if placed is not None and placed.sequence.state.value == "queued":
             if placed.grant is not None and placed.grant in self.writable:
                 del self.writable[placed.grant]  # the router asks again only for what it forwarded to nobody
-            self.node.say(RequestGrant(seq, placed.attempt, P0), link=self.link)
+            self.node.say(RequestGrant(seq, placed.attempt, P0, earmark), link=self.link)
             self.settle()
 
     @rule(seq=NAMES, older=st.integers(0, 1))
@@ -211,6 +211,7 @@ class DecodeOrders(RuleBasedStateMachine):
             self.node.after(LEASE_S + QUIESCE_S)
             self.settle()
         assert is_empty(self.node)
+        assert not self.node.engine._scheduler.earmarks
         assert not self.node.frames(Cancel)
 
 

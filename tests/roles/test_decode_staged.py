@@ -75,6 +75,19 @@ def test_without_room_to_land_the_router_hears_of_it_and_again_when_there_is_som
     assert node.last(Granted).seq == S
 
 
+def test_staging_memory_that_comes_free_is_kept_for_a_grant_that_has_waited_long() -> None:
+    node, staging = staged_node(staging_blocks=8)
+    first, small = granted(node, OTHER), SeqId("small")
+    node.say(generate(prompt(20)), RequestGrant(S, 0, P0, earmark=True))
+    node.say(generate(prompt(17), small, policy="remote"), RequestGrant(small, 0, P0))
+    landed(node, first)
+    copied(node, staging)
+    node.say(RequestGrant(small, 0, P0))
+    assert node.last(NoRoom) == NoRoom(small, 0)
+    node.say(RequestGrant(S, 0, P0))
+    assert node.last(Granted).seq == S
+
+
 def test_without_room_in_the_pool_there_is_no_grant_either() -> None:
     node, _ = staged_node(num_blocks=12, staging_blocks=12)
     granted(node, OTHER)

@@ -73,13 +73,22 @@ def test_a_stall_is_no_news(stalls: int) -> None:
     assert error(fit, 1024) < 0.2
 
 
-def test_a_measured_prior_withstands_a_first_stall_and_an_unmeasured_one_believes_it() -> None:
-    measured = LeastSquares(TRUTH, [c / 4 for c in TRUTH], least=1e-4, is_measured=True)
+def test_a_measured_prior_withstands_a_first_stall_and_a_guess_believes_it() -> None:
+    measured = LeastSquares(TRUTH, [c / 10 for c in TRUTH], least=1e-4)
     measured.learn(inputs(1024), 50 * value(1024))
     assert error(measured, 1024) < 0.6
     fresh = unsure()
     fresh.learn(inputs(1024), 50 * value(1024))
     assert fresh.predict(inputs(1024)) == pytest.approx(50 * value(1024), rel=0.2)
+
+
+def test_what_was_never_tried_is_believed_at_once() -> None:
+    """Decode steps by the hundred say nothing of what a prompt costs."""
+    fit = LeastSquares((0.0, 0.0), (0.01, 1e-3), least=1e-4)
+    for _ in range(200):
+        fit.learn((1.0, 0.0), 0.005)
+    fit.learn((1.0, 256), 0.25)
+    assert fit.predict((1.0, 256)) == pytest.approx(0.25, rel=0.05)
 
 
 def test_thousands_of_like_samples_leave_the_rest_alone() -> None:

@@ -1,5 +1,6 @@
 """An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
+from disaggd.engine.step_cost import StepPace
 from disaggd.engine.stream import DeviceStream
 from disaggd.errors import ConfigError, ResourceError
 from disaggd.log import StartProgress, start_progress
@@ -64,6 +66,7 @@ def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
             max_model_len=config.model.max_model_len,
             layer_group=config.transfer.layer_group,
             prefix_cache=node.prefix_cache,
+            itl_target_ms=config.disaggregation.itl_target_ms,
             progress=progress,
         )
 
@@ -80,6 +83,7 @@ def build_engine(
     max_sequences: int,
     max_model_len: int | None = None,
     layer_group: int = 4,
+    itl_target_ms: float | None = None,
     prefix_cache: bool = False,
     progress: StartProgress | None = None,
 ) -> LoadedEngine:
@@ -107,7 +111,8 @@ def build_engine(
         kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)
     hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
     pool = BlockPool(kv.shape[1], block_size, hasher)
-    engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids)
+    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, time.perf_counter)
+    engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids, pace)
     if where.type == "cuda":
         warm_up(engine, where)
     return LoadedEngine(engine, directory, spec, layout, kv, stream)

@@ -4,6 +4,7 @@ Runs on the compute thread, which is its only caller. Knows nothing of requests,
 that another machine computed is parked here and later resumed in blocks that the caller has had filled.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from disaggd.engine.blocks import BlockPool
 from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.scheduler import Chunk, Limits, Scheduler, StepPlan
 from disaggd.engine.sequence import FinishReason, Sequence, SequenceState
+from disaggd.engine.step_cost import BegunStep, StepPace
 from disaggd.errors import ContextTooLong
 from disaggd.ids import BlockId, SeqId
 from disaggd.sampling import SamplingParams, TokenLogprob
@@ -48,6 +50,7 @@ class _Step:
     """Blocks that it writes, each with a reference of the step's own: whoever gets them next may not write before it has."""
     computed: list[tuple[Chunk, list[BlockId]]]
     """What it computes, and the block table it does that with."""
+    begun: BegunStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +87,20 @@ class Engine:
     """Sequences from arrival to end, one step at a time.
 
     `pool` is shared with the caller, who allocates from it what he promises to other nodes and retains what they still
-    read; all on the compute thread.
+    read; all on the compute thread. `pace` learns what steps take, and limits those that would take too long.
     """
 
-    def __init__(self, runner: Runner, pool: BlockPool, limits: Limits, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, runner: Runner, pool: BlockPool, limits: Limits, eos_token_ids: Iterable[int] = (), pace: StepPace | None = None
+    ) -> None:
         self.pool = pool
         self.limits = limits
         self.sequences: dict[SeqId, Sequence] = {}
         """All that have not ended."""
         self._runner = runner
         self.cache = PrefixCache(pool)
-        self._scheduler = Scheduler(pool, limits, self.cache)
+        self.pace = pace or StepPace(None, time.perf_counter)
+        self._scheduler = Scheduler(pool, limits, self.cache, self.pace)
         self._eos = frozenset(eos_token_ids)
         self._pool_tokens = pool.num_blocks * pool.block_size
         self._arrivals = count()
@@ -168,7 +174,22 @@ class Engine:
             return self._settle(self._launched.popleft())
         return []
 
+    def rehearse(self, plan: StepPlan, times: int, *, learns: bool) -> None:
+        """Compute `plan`, over sequences that are nobody's, so many times, and learn what it takes. With nothing else to do only.
+
+        Nothing is delivered, and no sequence changes: each step computes the same tokens anew.
+        """
+        assert not self.sequences and not self._launched, "a rehearsal wants the engine for itself"
+        launched = deque[tuple[BegunStep, Callable[[], object]]]()
+        for left in reversed(range(times)):
+            launched.append((self.pace.begin(plan), self._runner.execute(plan, None)))
+            while len(launched) > min(self._runner.lookahead, left):
+                begun, results = launched.popleft()
+                results()
+                self.pace.settled(begun, learns=learns)
+
     def _launch(self, plan: StepPlan, layers_done: Callable[[StepPlan, range], None] | None) -> _Step:
+        begun = self.pace.begin(plan)
         results = self._runner.execute(plan, partial(layers_done, plan) if layers_done else None)
         written = [block for chunk in plan.chunks for block in self._written(chunk)]
         self.pool.retain(written)
@@ -178,7 +199,7 @@ class Engine:
             chunk.sequence.num_computed = chunk.end
         for sequence in sampling:
             sequence.num_pending += 1
-        return _Step(sampling, results, written, computed)
+        return _Step(sampling, results, written, computed, begun)
 
     def _written(self, chunk: Chunk) -> list[BlockId]:
         size = self.pool.block_size
@@ -186,6 +207,7 @@ class Engine:
 
     def _settle(self, step: _Step) -> list[SequenceOutput]:
         drawn = step.results()
+        self.pace.settled(step.begun)
         for chunk, blocks in step.computed:
             if chunk.sequence.block_table is blocks:  # else what the step read may have been overwritten meanwhile
                 self.cache.register(chunk.sequence, chunk.end)

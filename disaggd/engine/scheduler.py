@@ -1,7 +1,8 @@
 """Who computes what in the next step, and in which blocks.
 
 A sequence needs `num_tokens - num_computed` tokens computed: many is prefill, one is decode. Each step takes all
-running decodes, and fills the rest of its token budget with prefill chunks, first come first served. A sequence is
+running decodes, and fills the rest of its token budget with prefill chunks, first come first served; beside decodes only as
+far as its time budget allows, so that they are not held up for longer than they should. A sequence is
 admitted with the blocks of all its tokens, so that prefill never stops half-way for want of memory: only decode grows,
 one block at a time. It begins behind the longest prefix that is cached.
 
@@ -15,12 +16,16 @@ Owned by the compute thread alone. Knows nothing of tensors, and not why a seque
 from bisect import insort
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Protocol
 
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.errors import ConfigError
 from disaggd.ids import BlockId
+
+GRAIN = 16
+"""A chunk ends on a multiple of so many tokens, so that what decodes wait for can be sized finely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[start, end)` of a sequence, to be computed in this step. Ends on a block boundary, or at the last token."""
+    """Tokens `[start, end)` of a sequence, to be computed in this step. Ends at the last token, or on a multiple of `GRAIN`.
+
+    One with `reserve` ends on a block boundary instead: its blocks are pushed as they are computed, each once.
+    """
 
     sequence: Sequence
     start: int
@@ -69,13 +77,20 @@ class StepPlan:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
 
 
+class StepBudget(Protocol):
+    """What a step has time for."""
+
+    def prefill_tokens(self, decodes: int, decode_context: int, start: int) -> int | None:
+        """Prefill tokens, the first of them after `start` others, beside so many decodes of so much context together. None: no limit."""
+
+
 class Scheduler:
     """Plans steps over the sequences it was given; the engine settles what came of them.
 
     Raises ConfigError as `limits.check` does.
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits, cache: PrefixCache) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, cache: PrefixCache, budget: StepBudget) -> None:
         limits.check(pool.block_size)
         self.waiting: list[Sequence] = []
         """The preempted, then the others; each by age."""
@@ -87,6 +102,7 @@ class Scheduler:
         self._pool = pool
         self._limits = limits
         self._cache = cache
+        self._budget = budget
 
     def wait(self, sequence: Sequence) -> None:
         """Put a WAITING sequence in line: behind the preempted and those that came before."""
@@ -116,15 +132,27 @@ class Scheduler:
         The first that the rest of the budget cannot serve ends the step: nobody overtakes.
         """
         ready = [sequence for sequence in tuple(self.running) if not sequence.is_complete and self._has_blocks(sequence)]
-        ready.sort(key=_is_prefill)
+        prefills = [sequence for sequence in ready if _is_prefill(sequence)]
         step = _Step(self._limits.max_step_tokens, self._pool.block_size)
-        if all(step.take(sequence) for sequence in ready):
-            self._admit(step)
+        if all(step.take(sequence) for sequence in ready if not _is_prefill(sequence)):
+            self._limit_prefill(step, prefills or self.waiting)
+            if all(step.take(sequence) for sequence in prefills):
+                self._admit(step)
         return StepPlan(tuple(step.chunks))
 
     def earmarked_before(self, sequence: Sequence) -> list[int]:
         """The blocks kept for each whose grant goes before one to `sequence`: all that are kept, if it has no earmark itself."""
         return [blocks for _, blocks in takewhile(lambda earmark: earmark[0] is not sequence, self.earmarks.items())]
+
+    def _limit_prefill(self, step: "_Step", prefills: list[Sequence]) -> None:
+        """Leave the step, which has its decodes, no more tokens than it has time for; but always enough for the first to advance."""
+        if not step.chunks or not prefills:
+            return
+        first = prefills[0]
+        context = sum(chunk.end for chunk in step.chunks)
+        limit = self._budget.prefill_tokens(len(step.chunks), context, first.num_computed)
+        if limit is not None:
+            step.budget = min(step.budget, max(limit, step.grain(first)))
 
     def blocks_owed(self) -> int:
         """Blocks that the preempted wait for: they were here before whoever asks for blocks now."""
@@ -214,13 +242,17 @@ class _Step:
         self._block_size = block_size
 
     def end_of_chunk(self, sequence: Sequence, start: int) -> int | None:
-        """How far the rest of the budget takes `sequence` from `start`: to its last token or a block boundary. None: nowhere."""
+        """How far the rest of the budget takes `sequence` from `start`: to its last token, or where a chunk may end. None: nowhere."""
         num_tokens = sequence.num_tokens
         end = start + self.budget
         if end >= num_tokens:
             return num_tokens
-        end -= end % self._block_size
+        end -= end % self.grain(sequence)
         return end if end > start else None
+
+    def grain(self, sequence: Sequence) -> int:
+        """Chunks of `sequence` end on multiples of this. So many tokens take it to the next one from anywhere."""
+        return self._block_size if sequence.reserve else min(GRAIN, self._block_size)
 
     def take(self, sequence: Sequence) -> bool:
         """Add the sequence's next chunk, if there is one."""

@@ -21,6 +21,7 @@ from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, T
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.engine.kv_staging import KVStaging, make_staging
+from disaggd.engine.self_measurement import measure_steps
 from disaggd.errors import DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.roles.compute import Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
@@ -52,7 +53,7 @@ class EngineNode:
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded = _on_a_thread_of_its_own(lambda: load_engine(config, node))
+        self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node))
         staging = staging_of(config, node, self._loaded)
         self._transfer = TransferThread(
             place=self._loaded.place,
@@ -176,6 +177,14 @@ def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStag
         layer_group=config.transfer.layer_group,
     )
     return make_staging(loaded.kv, loaded.kv_spec, num_blocks)
+
+
+def _load(config: Config, node: NodeConfig) -> LoadedEngine:
+    """The node's engine, which knows what its steps take if the file says so."""
+    loaded = load_engine(config, node)
+    if config.disaggregation.self_measurement:
+        measure_steps(loaded.engine, time.monotonic)
+    return loaded
 
 
 def _on_a_thread_of_its_own(load: Callable[[], LoadedEngine]) -> LoadedEngine:

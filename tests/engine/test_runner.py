@@ -14,11 +14,13 @@ from disaggd.engine.engine import Engine, SequenceOutput, generate
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Chunk, Limits, StepPlan
 from disaggd.engine.sequence import Sequence
+from disaggd.engine.step_cost import StepPace
 from disaggd.ids import BlockId, SeqId
 from disaggd.model.kv import allocate_kv
 from disaggd.model.spec import ModelSpec
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import weight_targets
+from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import kv_spec
 
@@ -196,3 +198,28 @@ def test_every_layer_is_reported_once_per_step(transformer: Transformer) -> None
         seen: list[range] = []
         engine.step(lambda _, layers, seen=seen: seen.append(layers))
         assert seen == [range(0, 2), range(2, 3)]
+
+
+class Hurry(StepPace):
+    """Decodes leave a prompt no time: it gets the least it must have in each step."""
+
+    def prefill_tokens(self, decodes: int, decode_context: int, start: int) -> int | None:
+        return 0
+
+
+def test_chunks_that_end_inside_blocks_change_no_token_and_may_be_found_again(transformer: Transformer) -> None:
+    block, num_blocks = 32, 60
+    kv = allocate_kv(kv_spec(SPEC, block), num_blocks, CPU)
+    pool = BlockPool(num_blocks, block, PrefixHasher("model", "float32", block))
+    engine = Engine(ModelRunner(transformer, kv, 48), pool, Limits(48, 8, 256), pace=Hurry(None, lambda: 0.0))
+    expected = [oracle(transformer, tokens, GREEDY) for tokens in PROMPTS]
+    ends = []
+    for _ in range(2):
+        for number, tokens in enumerate(PROMPTS):
+            engine.add(make_sequence(number, tokens, GREEDY))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step(lambda plan, _: ends.extend(chunk.end for chunk in plan.chunks if not chunk.samples))
+        assert by_sequence(outputs) == expected
+    assert any(end % block for end in ends)
+    assert engine.cache.hit_tokens > 0

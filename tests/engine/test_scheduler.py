@@ -6,6 +6,7 @@ from disaggd.engine.blocks import BlockPool
 from disaggd.engine.prefix_cache import PrefixCache
 from disaggd.engine.scheduler import Limits, Scheduler, StepPlan
 from disaggd.engine.sequence import Sequence, SequenceState
+from disaggd.engine.step_cost import StepPace
 from disaggd.errors import ConfigError
 from disaggd.ids import SeqId
 from disaggd.sampling import SamplingParams
@@ -14,12 +15,13 @@ BLOCK = 4
 
 
 class Bench:
-    """A scheduler over a small pool; `step` settles what it planned as an engine would."""
+    """A scheduler over a small pool, with all the time in the world; `step` settles what it planned as an engine would."""
 
     def __init__(self, num_blocks: int = 100, max_step_tokens: int = 16, max_sequences: int = 8) -> None:
         self.pool = BlockPool(num_blocks, BLOCK)
         self.cache = PrefixCache(self.pool)
-        self.scheduler = Scheduler(self.pool, Limits(max_step_tokens, max_sequences, max_model_len=1000), self.cache)
+        limits = Limits(max_step_tokens, max_sequences, max_model_len=1000)
+        self.scheduler = Scheduler(self.pool, limits, self.cache, StepPace(None, lambda: 0.0))
         self.arrivals = 0
 
     def sequence(self, num_tokens: int, reserve: bool = False) -> Sequence:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -58,6 +58,14 @@ class Load(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         verdict = "quiet" if self.is_quiet else "DISTURBED: repeat before quoting"
         return f"{self.own_cores:.2f} cores ours, {self.foreign_cores:.2f} others', load {self.loadavg:.2f} ({verdict})"
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """Of all that was measured, not of what lay between."""
+    seconds = sum(load.seconds for load in loads)
+    own = sum(load.seconds * load.own_cores for load in loads) / seconds
+    foreign = sum(load.seconds * load.foreign_cores for load in loads) / seconds
+    return Load(seconds, own, foreign, loads[-1].loadavg)
 
 
 class LoadMeter:

@@ -11,7 +11,7 @@ from statistics import median
 import click
 import msgspec
 from client import Target
-from machine import Load, LoadMeter, Machine, describe_machine, trees_cpu_s
+from machine import Load, LoadMeter, Machine, describe_machine, together, trees_cpu_s
 from models import BUILTIN, SHAPES, resolve
 from peer_servers import CONCURRENCY, Contender, Served, contenders
 from report import Table, section, show, write_json
@@ -177,14 +177,6 @@ def _in_brief(run: Run) -> str:
     return f"{', '.join(figures)}; {run.load}"
 
 
-def _whole(loads: list[Load]) -> Load:
-    """Of all that was measured, not of what lay between."""
-    seconds = sum(load.seconds for load in loads)
-    own = sum(load.seconds * load.own_cores for load in loads) / seconds
-    foreign = sum(load.seconds * load.foreign_cores for load in loads) / seconds
-    return Load(seconds, own, foreign, loads[-1].loadavg)
-
-
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -240,7 +232,7 @@ def main(
             idle.append(rested)
             write_json(json_path, Report(describe_machine(), runs, idle))
     notes = [f"medians [range] of {len(idle) // len(everyone)} rounds by turns; of a disturbed trace, the quietest of {tries} tries"]
-    show(section("Peers", describe_machine(), _whole([run.load for run in runs]), tables(runs, idle, everyone, traces), notes), markdown)
+    show(section("Peers", describe_machine(), together([run.load for run in runs]), tables(runs, idle, everyone, traces), notes), markdown)
 
 
 def _chosen(everyone: dict[str, Contender], names: tuple[str, ...]) -> dict[str, Contender]:

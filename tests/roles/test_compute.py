@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 
-from disaggd.cluster.protocol import Abort, Credit, Gauges, NoRoom, ToNode, ToRouter
+from disaggd.cluster.protocol import Abort, CacheEvents, CacheSnapshot, Credit, Gauges, NoRoom, ToNode, ToRouter
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import Limits, StepPlan
@@ -14,7 +14,7 @@ from disaggd.ids import SeqId
 from disaggd.roles.compute import GAUGES_PERIOD_S, Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Stop
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.messages import Fenced, TransferEvent
-from tests.support.role_nodes import FakeRunner, prompt
+from tests.support.role_nodes import HASHER, FakeRunner, prompt
 
 A, B = LinkId(1), LinkId(2)
 NOTHING = Gauges(*(0 for _ in Gauges.__struct_fields__))
@@ -62,12 +62,12 @@ class NotingRole:
 class Loop:
     """A `ComputeThread` that no thread runs. `batches` is what crossed to asyncio."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: BlockPool | None = None) -> None:
         self.now = 10.0
         self.batches: list[Batch] = []
         outbox = Outbox(self.batches.append)
         self.role = NotingRole(outbox)
-        self.engine = Engine(FakeRunner(), BlockPool(16, 4), Limits(16, 8, 100))
+        self.engine = Engine(FakeRunner(), pool or BlockPool(16, 4), Limits(16, 8, 100))
         self.failures: list[BaseException] = []
         self.thread = ComputeThread(self.engine, self.role, outbox, lambda: self.now, self.failures.append)
 
@@ -188,3 +188,48 @@ def test_stop_ends_the_loop_after_its_turn() -> None:
     loop.thread.inbox.put(Stop())
     loop.thread._main()
     assert loop.role.notes[-1] == "deliver 1" and not loop.failures
+
+
+# ── what the prefix cache holds ──
+
+
+def caching_loop() -> Loop:
+    return Loop(BlockPool(16, 4, HASHER))
+
+
+def cache_events(loop: Loop, link: LinkId) -> list[CacheEvents]:
+    return [frame for batch in loop.batches for to, frame in batch if to == link and isinstance(frame, CacheEvents)]
+
+
+def names(tokens: list[int]) -> bytes:
+    return b"".join(HASHER.hash(digest) for digest in HASHER.digests(tokens))
+
+
+def test_each_router_hears_of_the_cache_by_a_snapshot_and_then_by_numbered_changes() -> None:
+    loop = caching_loop()
+    add_sequence(loop, max_tokens=1)
+    loop.turn(LinkUp(A))
+    assert cache_events(loop, A) == [CacheEvents(0, True, b"", b""), CacheEvents(1, False, names(prompt(6)), b"")]
+    loop.turn(LinkUp(B))
+    assert cache_events(loop, B) == [CacheEvents(0, True, names(prompt(6)), b"")]
+    loop.engine.pool.clear()
+    loop.turn(LinkUp(LinkId(3)))
+    assert cache_events(loop, A)[2:] == [CacheEvents(2, False, b"", names(prompt(6)))]
+    assert cache_events(loop, B)[1:] == [CacheEvents(1, False, b"", names(prompt(6)))]
+
+
+def test_a_router_that_asks_gets_a_snapshot_under_the_next_number() -> None:
+    loop = caching_loop()
+    add_sequence(loop, max_tokens=1)
+    loop.turn(LinkUp(A), LinkUp(B))
+    loop.turn(FrameIn(A, CacheSnapshot()))
+    assert cache_events(loop, A)[2:] == [CacheEvents(2, True, names(prompt(6)), b"")]
+    assert len(cache_events(loop, B)) == 2
+    assert not any(isinstance(note, tuple) and note[1] == CacheSnapshot() for note in loop.role.notes)
+
+
+def test_a_node_without_a_prefix_cache_says_nothing_of_it() -> None:
+    loop = Loop()
+    add_sequence(loop, max_tokens=1)
+    loop.turn(LinkUp(A), FrameIn(A, CacheSnapshot()))
+    assert cache_events(loop, A) == []

@@ -7,6 +7,7 @@ from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.protocol import Generate, Grant, Granted, RequestGrant, Tokens, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, Incarnation, NodeName, SeqId
+from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
@@ -49,7 +50,7 @@ class Staging:
         self.num_done = len(self.copies)
 
 
-def make_decode_node(num_blocks: int = 64, staging: Staging | None = None) -> Node:
+def make_decode_node(num_blocks: int = 64, staging: Staging | None = None, hasher: PrefixHasher | None = None) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> DecodeRole:
@@ -66,7 +67,7 @@ def make_decode_node(num_blocks: int = 64, staging: Staging | None = None) -> No
         )
         return DecodeRole(engine, rule, granting=granting, vocab_size=VOCAB_SIZE, outbox=outbox, submit=submit, clock=clock)
 
-    node = RoleNode(make_role, num_blocks=num_blocks)
+    node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher)
     node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", PLACE))
     node.clear()
     node.invariant = lambda: check_decode_pool(node)
@@ -74,11 +75,14 @@ def make_decode_node(num_blocks: int = 64, staging: Staging | None = None) -> No
 
 
 def check_decode_pool(node: Node) -> None:
-    """Every block is free, a running sequence's, granted or quarantined; every sequence and grant has its owner.
+    """Every block is free, cached, granted, quarantined, or used: by a running sequence, or left out of a grant.
+
+    Every sequence and grant has its owner.
 
     With staging memory the quarantined are of that, and each of its other blocks is free, or waited for in the pool.
     """
-    gauges, used = node.role.gauges(), node.blocks_running
+    gauges, placed = node.role.gauges(), node.role._placed
+    used = len(node.running_blocks.union(*(p.prefix for p in placed.values())))
     assert gauges.blocks_used == used
     in_pool = gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_granted
     if node.role._granting._is_staged:
@@ -89,7 +93,6 @@ def check_decode_pool(node: Node) -> None:
         assert landing.num_free + grants.blocks_granted + grants.blocks_quarantined + arriving == landing.num_blocks
     else:
         assert in_pool + gauges.blocks_quarantined == node.pool.num_blocks
-    placed = node.role._placed
     assert {p.sequence for p in placed.values()} == set(node.engine.sequences.values())
     granted = {token for token, record in node.role._grants._records.items() if record.state is GrantState.GRANTED}
     assert {p.grant for p in placed.values() if p.grant is not None} == granted
@@ -107,10 +110,11 @@ def generate(
     depth: int = 0,
     grant_for: NodeName | None = None,
     stop: tuple[int, ...] = (),
+    salt: str = "",
 ) -> Generate:
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True)
     offer = RemoteOffer(grant_for or P0, nodes, depth, False, 0.0, 0, None, None, may_grant=grant_for is not None) if nodes else None
-    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, "", policy, 2.0, offer)
+    return Generate(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), sampling, salt, policy, 2.0, offer)
 
 
 def granted(node: Node, seq: SeqId = S, length: int = 20, **options: object) -> Grant:
@@ -134,4 +138,4 @@ def delivered(node: Node, seq: SeqId = S) -> list[int]:
 
 def is_empty(node: Node) -> bool:
     landing = node.role._granting._landings._landing
-    return not node.engine.sequences and node.pool.num_free == node.pool.num_blocks and landing.num_free == landing.num_blocks
+    return not node.engine.sequences and node.pool.num_available == node.pool.num_blocks and landing.num_available == landing.num_blocks

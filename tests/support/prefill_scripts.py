@@ -5,6 +5,7 @@ from collections.abc import Callable
 from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
+from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.pushing import Pushing
@@ -22,7 +23,10 @@ Node = RoleNode[PrefillRole]
 
 
 def make_prefill_node(
-    num_blocks: int = 64, max_step_tokens: int = 16, mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once
+    num_blocks: int = 64,
+    max_step_tokens: int = 16,
+    mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once,
+    hasher: PrefixHasher | None = None,
 ) -> Node:
     """A prefill node that knows no decode node yet."""
 
@@ -37,14 +41,14 @@ def make_prefill_node(
             clock=clock,
         )
 
-    node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
+    node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens, hasher=hasher)
     node.invariant = lambda: check_prefill_pool(node)
     return node
 
 
 def check_prefill_pool(node: Node) -> None:
     """Every block is free, a running sequence's, or held by a push; and no push reads a free block."""
-    gauges, used = node.role.gauges(), node.blocks_running
+    gauges, used = node.role.gauges(), len(node.running_blocks)
     assert gauges.blocks_used == used
     assert gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_held == node.pool.num_blocks
     assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reading.items())
@@ -63,8 +67,13 @@ def prefill(
     return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, "", grant)
 
 
-def ready_node(num_blocks: int = 64, max_step_tokens: int = 16, mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once) -> Node:
-    node = make_prefill_node(num_blocks, max_step_tokens, mark)
+def ready_node(
+    num_blocks: int = 64,
+    max_step_tokens: int = 16,
+    mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once,
+    hasher: PrefixHasher | None = None,
+) -> Node:
+    node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher)
     connect(node, AGENT)
     node.say(PairReady(D0, AGENT))
     node.clear()
@@ -87,7 +96,7 @@ def push_ended(node: Node, token: GrantToken = T, *, clean: bool = True, finishe
 
 def is_idle(node: Node) -> bool:
     return (
-        node.pool.num_free == node.pool.num_blocks
+        node.pool.num_available == node.pool.num_blocks
         and not node.engine.sequences
         and not node.role._jobs
         and not node.role._pushed

@@ -7,6 +7,8 @@ from disaggd.cluster.protocol import ToNode, ToRouter
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine
 from disaggd.engine.scheduler import Limits, StepPlan
+from disaggd.ids import BlockId
+from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox, Role
 from disaggd.sampling import TokenLogprob
 from disaggd.transfer.messages import TransferCommand, TransferEvent
@@ -19,6 +21,7 @@ LEASE_S = 5.0
 QUIESCE_S = 10.0
 BYTES_PER_BLOCK = 96
 LAYER_GROUPS = (range(0, 2), range(2, 3))
+HASHER = PrefixHasher("model", "float32", BLOCK)
 
 Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]
@@ -55,7 +58,10 @@ class FakeRunner:
 
 
 class RoleNode(Generic[R]):
-    """A role with a real engine and one router's link; `sent` and `commands` are what it said since they were cleared."""
+    """A role with a real engine and one router's link; `sent` and `commands` are what it said since they were cleared.
+
+    Without a `hasher` nothing is cached.
+    """
 
     def __init__(
         self,
@@ -63,11 +69,12 @@ class RoleNode(Generic[R]):
         *,
         num_blocks: int = 64,
         max_step_tokens: int = 16,
+        hasher: PrefixHasher | None = None,
     ) -> None:
         self.now = 1000.0
         self.sent: list[tuple[LinkId, ToRouter]] = []
         self.commands: list[TransferCommand] = []
-        self.engine = Engine(FakeRunner(), BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, 8, 1000))
+        self.engine = Engine(FakeRunner(), BlockPool(num_blocks, BLOCK, hasher), Limits(max_step_tokens, 8, 1000))
         self.outbox = Outbox(self.sent.extend)
         self.role = make_role(self.engine, self.outbox, self.commands.append, lambda: self.now)
         self.invariant: Callable[[], None] = lambda: None
@@ -79,9 +86,9 @@ class RoleNode(Generic[R]):
         return self.engine.pool
 
     @property
-    def blocks_running(self) -> int:
-        """Blocks in tables of sequences, those that share one counted once."""
-        return len({block for sequence in self.engine.sequences.values() for block in sequence.block_table})
+    def running_blocks(self) -> set[BlockId]:
+        """Those in tables of sequences."""
+        return {block for sequence in self.engine.sequences.values() for block in sequence.block_table}
 
     # ── what happens to it ──
 

@@ -1,6 +1,7 @@
 """The oracle: one engine in the test's own process, and prompts to ask it for."""
 
 from functools import cached_property
+from itertools import count
 
 from disaggd.engine.build import build_engine
 from disaggd.engine.engine import Engine, generate
@@ -34,8 +35,12 @@ def main(args=None):
 '''
 
 
-def prompt_of(num_tokens: int, oracle: "Oracle", salt: int = 0) -> list[int]:
-    """A prompt of exactly `num_tokens` tokens that looks like Python; another `salt` gives another one."""
+_salts = count(1000)
+
+
+def prompt_of(num_tokens: int, oracle: "Oracle", salt: int | None = None) -> list[int]:
+    """A prompt of exactly `num_tokens` tokens that looks like Python; another `salt` gives another one, and none gives a new one."""
+    salt = next(_salts) if salt is None else salt
     tokens = oracle.tokenizer.encode(f"# {salt}\n" + SOURCE * (num_tokens // 100 + 1), add_special_tokens=False)
     assert len(tokens) >= num_tokens
     return tokens[:num_tokens]

@@ -1,22 +1,133 @@
-"""Local or remote: where a prompt is prefilled. Pure functions; the decode node decides, because it knows its own cache.
+"""Local or remote: where a prompt is prefilled. Pure functions; the decode node decides, because it knows its own cache and batch.
 
-Knows no node, no link and no clock.
+What counts is whom the choice makes late. `adaptive` compares two costs in seconds:
+
+    here        time to first token + what the streams that run here lose, summed over them + price of the targets put at risk
+    elsewhere   time to first token + the part of the transfer that outlasts it + price of the target put at risk
+
+A target that is surely met costs nothing and one that is surely missed costs `RISK_PRICE` times the target, so that seconds decide only
+between ways that are as good for those who wait. Knows no node, no link and no clock.
 """
 
+from math import ceil
 from typing import Literal
 
 import msgspec
 
-Policy = Literal["threshold", "always", "never"]
+from disaggd.cluster.offer import Predicted, PrefillCost, RemoteOffer, TransferCost
+
+Policy = Literal["adaptive", "threshold", "always", "never"]
 Override = Literal["auto", "local", "remote"]
+
+RISK_PRICE = 4.0
+"""A target surely missed costs so many times the target's seconds: more than the choice could ever save in seconds."""
+
+SURELY_MET, SURELY_MISSED = 0.7, 1.2
+"""Shares of the TTFT target between which it is more and more at risk: predictions err by a tenth or two, and the queue is overtaken."""
+
+UNTRIED, FORGOTTEN = 32, 128
+"""A way that was not taken in so many decisions is taken once, to learn of it: after the first number if it costs little and puts no
+target at risk, after the second whatever it costs (a link that was slow is never tried again otherwise)."""
+
+CHEAP_TRY = 2.0
+"""A way costs little if it costs up to so many times the other."""
 
 
 class DecisionRule(msgspec.Struct, frozen=True, kw_only=True):
     """What the configuration says."""
 
-    policy: Policy = "threshold"
+    policy: Policy = "adaptive"
     max_local_prefill_tokens: int = 512
     max_prefill_queue: int = 16
+
+
+class LocalSide(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prefill at the decode node would meet. Seconds of computing."""
+
+    prefill_cost: PrefillCost
+    """Of a prompt that has the node to itself."""
+    backlog_s: float
+    """Of the prompts that are before it."""
+    num_decodes: int
+    """Streams that run, and are delayed."""
+    step_s: float
+    """A step of theirs with no prompt beside them."""
+    share_s: float
+    """What such a step carries of a prompt; of no meaning when none runs."""
+    breaks_itl: bool
+    """Even the smallest chunk would make their steps longer than they should be."""
+    overhead_s: float = 0.0
+    slowness: float = 1.0
+    """What first tokens here were late by, against this arithmetic, of late: a constant and a factor."""
+
+    def ttft_s(self, num_uncached: int, num_cached: int) -> float:
+        """From the decision to the first token."""
+        return self.overhead_s + self.slowness * self.plain_ttft_s(num_uncached, num_cached)
+
+    def plain_ttft_s(self, num_uncached: int, num_cached: int) -> float:
+        """By arithmetic alone: beside decodes a prompt gets a share of each step, and the rest of the step is theirs."""
+        work = self.backlog_s + self.prefill_cost.seconds(num_uncached, num_cached)
+        steps = ceil(work / self.share_s) if self.num_decodes else 0
+        return work + steps * self.step_s
+
+    def damage_s(self, num_uncached: int, num_cached: int) -> float:
+        """What the running streams lose, summed over them: each stands still while the prompt is computed."""
+        return self.num_decodes * self.prefill_cost.seconds(num_uncached, num_cached)
+
+
+class RemoteSide(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prefill elsewhere would meet."""
+
+    prefill_cost: PrefillCost
+    transfer_cost: TransferCost
+    wait_s: float
+    bytes_per_token: float
+
+    def ttft_s(self, num_uncached: int, num_cached: int) -> float:
+        """From the decision to the first token, which comes before the KV."""
+        return self.wait_s + self.prefill_cost.seconds(num_uncached, num_cached)
+
+    def exposed_s(self, num_pushed: int, num_uncached: int, num_cached: int) -> float:
+        """What the second token waits for: the wire is busy while the prompt is computed, and has the rest to do after that."""
+        wire_s = self.transfer_cost.per_byte_s * self.bytes_per_token * num_pushed
+        return self.transfer_cost.base_s + max(0.0, wire_s - self.prefill_cost.seconds(num_uncached, num_cached))
+
+
+class Situation(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt at one decode node, now."""
+
+    num_tokens: int
+    num_cached: int = 0
+    """At the decode node."""
+    override: Override = "auto"
+    offer: RemoteOffer | None
+    """None: no prefill node can be reached."""
+    max_remote_tokens: int | None = None
+    """What the node has memory to receive; None: as much as its pool holds."""
+    ttft_target_s: float
+    """What is left of it."""
+    bytes_per_token: float = 0.0
+    local: LocalSide | None = None
+    """None until the node knows its own speed."""
+    since_local: int = 0
+    since_remote: int = 0
+    """Decisions since a prompt was prefilled here, and elsewhere."""
+
+    @property
+    def num_uncached(self) -> int:
+        return self.num_tokens - self.num_cached
+
+    @property
+    def remote(self) -> RemoteSide | None:
+        """None until something has been measured of it."""
+        if self.offer is None or self.offer.prefill_cost is None or self.offer.transfer_cost is None:
+            return None
+        return RemoteSide(
+            prefill_cost=self.offer.prefill_cost,
+            transfer_cost=self.offer.transfer_cost,
+            wait_s=self.offer.wait_s,
+            bytes_per_token=self.bytes_per_token,
+        )
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -24,36 +135,151 @@ class Decision(msgspec.Struct, frozen=True):
 
     remote: bool
     reason: str
+    predicted: Predicted | None = None
 
 
-def decide(
-    rule: DecisionRule,
-    num_uncached: int,
-    *,
-    prefill_nodes: int,
-    queue_depth: int,
-    override: Override = "auto",
-    max_remote_tokens: int | None = None,
-) -> Decision:
-    """Remote iff more than `max_local_prefill_tokens` tokens are uncached and the prefill queue is shorter than its limit.
+class Way(msgspec.Struct, frozen=True):
+    """One of the two, in seconds."""
 
-    `prefill_nodes` counts those that this decode node can receive from now; with none of them every policy is local. So it is for
-    more than `max_remote_tokens`, which the node has no memory to receive.
-    """
+    ttft_s: float
+    harm_s: float
+    """Done to others, or to what follows the first token."""
+    price_s: float
+    """Of the targets that it puts at risk."""
+
+    @property
+    def seconds(self) -> float:
+        return self.ttft_s + self.harm_s
+
+    @property
+    def cost_s(self) -> float:
+        return self.seconds + self.price_s
+
+
+def decide(rule: DecisionRule, situation: Situation) -> Decision:
+    """Where this prompt is prefilled. With no prefill node every policy is local, and so is a prompt larger than what can be received."""
+    here, there = _here(situation), _there(situation)
+    verdict = _bound(rule, situation)
+    if verdict is None and rule.policy == "adaptive":
+        verdict = _weigh(situation, here, there)
+    remote, reason = verdict or _by_threshold(rule, situation)
+    return Decision(remote, reason, _predicted(situation, here, there))
+
+
+def _bound(rule: DecisionRule, situation: Situation) -> tuple[bool, str] | None:
+    """What leaves no choice."""
+    override, limit = situation.override, situation.max_remote_tokens
     if override == "local":
-        return Decision(False, "requested: local prefill")
+        return False, "requested: local prefill"
     if rule.policy == "never" and override != "remote":
-        return Decision(False, "policy: never remote")
-    if prefill_nodes == 0:
-        return Decision(False, "no_prefill_node: none is reachable")
-    if max_remote_tokens is not None and num_uncached > max_remote_tokens:
-        return Decision(False, f"staging: {num_uncached} uncached tokens > {max_remote_tokens} that can be received")
+        return False, "policy: never remote"
+    if situation.offer is None:
+        return False, "no_prefill_node: none is reachable"
+    if limit is not None and situation.num_uncached > limit:
+        return False, f"staging: {situation.num_uncached} uncached tokens > {limit} that can be received"
     if override == "remote":
-        return Decision(True, "requested: remote prefill")
+        return True, "requested: remote prefill"
     if rule.policy == "always":
-        return Decision(True, "policy: always remote")
+        return True, "policy: always remote"
+    if rule.policy == "adaptive" and situation.offer.queue_is_full:
+        return False, f"queue_full: {situation.offer.queue_depth} jobs wait, and there is no room for more"
+    return None
+
+
+def _by_threshold(rule: DecisionRule, situation: Situation) -> tuple[bool, str]:
+    """Remote iff more than `max_local_prefill_tokens` tokens are uncached and the prefill queue is shorter than its limit."""
+    offer, num_uncached = situation.offer, situation.num_uncached
+    assert offer is not None, "there is no choice"
     if num_uncached <= rule.max_local_prefill_tokens:
-        return Decision(False, f"short: {num_uncached} uncached tokens ≤ {rule.max_local_prefill_tokens}")
-    if queue_depth >= rule.max_prefill_queue:
-        return Decision(False, f"queue_full: {queue_depth} jobs wait ≥ {rule.max_prefill_queue}")
-    return Decision(True, f"long: {num_uncached} uncached tokens > {rule.max_local_prefill_tokens}")
+        return False, f"short: {num_uncached} uncached tokens ≤ {rule.max_local_prefill_tokens}"
+    if offer.queue_depth >= rule.max_prefill_queue:
+        return False, f"queue_full: {offer.queue_depth} jobs wait ≥ {rule.max_prefill_queue}"
+    return True, f"long: {num_uncached} uncached tokens > {rule.max_local_prefill_tokens}"
+
+
+# ── the two ways ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _here(situation: Situation) -> Way | None:
+    local = situation.local
+    if local is None:
+        return None
+    ttft_s = local.ttft_s(situation.num_uncached, situation.num_cached)
+    misses = _risk(ttft_s, situation.ttft_target_s) + (local.num_decodes if local.breaks_itl else 0)
+    return Way(ttft_s, local.damage_s(situation.num_uncached, situation.num_cached), misses * _price_s(situation))
+
+
+def _there(situation: Situation) -> Way | None:
+    remote, offer = situation.remote, situation.offer
+    if remote is None or offer is None:
+        return None
+    prompt = situation.num_tokens - offer.num_cached, offer.num_cached
+    ttft_s = remote.ttft_s(*prompt)
+    exposed_s = remote.exposed_s(situation.num_uncached, *prompt)
+    return Way(ttft_s, exposed_s, _risk(ttft_s, situation.ttft_target_s) * _price_s(situation))
+
+
+def _risk(ttft_s: float, target_s: float) -> float:
+    """0 when the target is surely met, 1 when it is surely missed; 1 for both ways when it has passed."""
+    if target_s <= 0:
+        return 1.0
+    return min(1.0, max(0.0, (ttft_s / target_s - SURELY_MET) / (SURELY_MISSED - SURELY_MET)))
+
+
+def _price_s(situation: Situation) -> float:
+    return RISK_PRICE * max(0.0, situation.ttft_target_s)
+
+
+def _weigh(situation: Situation, here: Way | None, there: Way | None) -> tuple[bool, str] | None:
+    """The cheaper way, or the one that was not tried for long. None until both are known."""
+    if here is None or there is None:
+        return None
+    remote = there.cost_s < here.cost_s
+    taken, other, untried = (there, here, situation.since_local) if remote else (here, there, situation.since_remote)
+    if untried >= FORGOTTEN or (untried >= UNTRIED and not other.price_s and other.seconds <= CHEAP_TRY * taken.seconds):
+        return not remote, f"explore: {_in_words(here, there)}; not tried for {untried} decisions"
+    is_quicker = (there.seconds < here.seconds) == remote
+    return remote, f"{'cheaper' if is_quicker else 'target'}: {_in_words(here, there)}"
+
+
+def _in_words(here: Way, there: Way) -> str:
+    return f"{_ms(here.ttft_s)} and {_ms(here.harm_s)} of delay to others here, {_ms(there.ttft_s)} and {_ms(there.harm_s)} of KV elsewhere"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
+
+
+# ── what is told ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _predicted(situation: Situation, here: Way | None, there: Way | None) -> Predicted | None:
+    if here is None and there is None:
+        return None
+    return Predicted(
+        None if here is None else here.ttft_s,
+        None if there is None else there.ttft_s,
+        None if here is None else here.harm_s,
+        breakeven_tokens(situation),
+    )
+
+
+def breakeven_tokens(situation: Situation) -> int | None:
+    """From how many tokens on an uncached prompt would cost less elsewhere now, targets aside; None until both ways are known.
+
+    At most the longest prompt that is thought of: then it does not pay at all.
+    """
+    local, remote = situation.local, situation.remote
+    if local is None or remote is None:
+        return None
+    low, high = 1, MAX_BREAKEVEN
+    while low < high:  # the first for which it pays: prefills elsewhere have the larger constant
+        middle = (low + high) // 2
+        here = local.ttft_s(middle, 0) + local.damage_s(middle, 0)
+        there = remote.ttft_s(middle, 0) + remote.exposed_s(middle, middle, 0)
+        low, high = (low, middle) if there < here else (middle + 1, high)
+    return low
+
+
+MAX_BREAKEVEN = 1 << 17
+"""Tokens: prompts so long that a prefill elsewhere does not pay even then are not told apart."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import singledispatchmethod
 
 from disaggd.cluster import protocol
+from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.protocol import ToRouter
@@ -227,6 +228,10 @@ class Dispatcher:
         self._note_cache(peer, frame)
 
     @_from_decode.register
+    def _(self, frame: protocol.Measured, peer: DecodePeer) -> None:
+        """A decode node knows itself; what it would take is in its decisions."""
+
+    @_from_decode.register
     def _(self, frame: protocol.PairAgent, peer: DecodePeer) -> None:
         self.pairs.on_agent(peer, frame, self._clock())
 
@@ -250,6 +255,7 @@ class Dispatcher:
         record.timeline.prefill_ms = frame.prefill_ms
         record.timeline.prefilled, record.timeline.first_token_reported_ms = self._clock(), frame.reported_ms
         record.cached_at_prefill = frame.num_cached
+        self._moves.learning.prefilled(peer, record, frame)
         if record.phase is Phase.DONE:
             return None  # decode was quicker to the end than this frame
         logprobs = None if frame.logprob is None else (frame.logprob,)
@@ -263,6 +269,7 @@ class Dispatcher:
             record.kv_bytes += frame.kv_bytes
             times = record.timeline_of(frame.attempt)
             times.first_post_ms, times.last_done_ms = frame.first_post_ms, frame.last_done_ms
+            self._moves.learning.pushed(peer, record, frame, times)
             if record.phase is Phase.DONE:
                 self._on_update(record)
             elif not frame.clean and record.job == job and record.phase is Phase.PREFILLING:
@@ -297,7 +304,7 @@ class Dispatcher:
 
     @_from_prefill.register
     def _(self, frame: protocol.Measured, peer: PrefillPeer) -> None:
-        peer.prefill_cost = frame.prefill_cost
+        peer.prefills = PrefillFit(frame.prefill_cost)
 
     # ── frames of either ─────────────────────────────────────────────────────────────────────────────────────────────
 

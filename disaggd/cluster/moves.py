@@ -14,6 +14,7 @@ from disaggd.cluster import protocol
 from disaggd.cluster.cache_book import CacheBook
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
+from disaggd.cluster.learning import Learning
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.placement import Cached, Placement, prefill_s
@@ -67,7 +68,8 @@ class Moves:
         self.sequences: dict[SeqId, RoutedSequence] = {}
         """All that are not over."""
         self.dropped_frames: Counter[str] = Counter()
-        self._placement = Placement(self.prefills, self.decodes, self.pairs, self.queue, rules.weights)
+        self.learning = Learning(self.pairs)
+        self._placement = Placement(self.prefills, self.decodes, self.pairs, self.queue, rules.weights, self.learning)
         self._rules = rules
         self._clock = clock
         self._on_update = on_update

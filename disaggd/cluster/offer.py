@@ -58,3 +58,5 @@ class Predicted(msgspec.Struct, frozen=True, array_like=True):
     """The same, prefilled elsewhere."""
     local_damage_s: float | None = None
     """By how much a prefill here would delay the tokens of all that run here, summed over them."""
+    breakeven_tokens: int | None = None
+    """From so many uncached tokens on a prompt would cost less elsewhere at that moment."""

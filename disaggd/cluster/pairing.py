@@ -32,6 +32,10 @@ class PairBook:
         pair = self._pairs.get((prefill, decode))
         return pair is not None and pair.state is PairState.READY
 
+    def of(self, prefill: NodeName, decode: NodeName) -> Pair | None:
+        """The pair, whatever its state; None when one of the two is down."""
+        return self._pairs.get((prefill, decode))
+
     def reachable(self, decode: NodeName) -> list[PrefillPeer]:
         """Prefill nodes that may push to `decode` now."""
         return [peer for name, peer in self._prefills.items() if self.is_ready(name, decode)]

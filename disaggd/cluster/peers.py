@@ -4,6 +4,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from disaggd.cluster.costs import PrefillFit, TransferFit
 from disaggd.cluster.offer import PrefillCost
 from disaggd.cluster.protocol import Gauges, NodeHello, PairAgent, ToNode
 from disaggd.ids import AgentId, NodeName, SeqId
@@ -35,6 +36,7 @@ class Pair:
     """The decode node's latest agent for this pair."""
     retry_at: float = 0.0
     """When LOST: the time of the next probe."""
+    transfers: TransferFit = field(default_factory=TransferFit)
 
     def is_current(self, agent_id: AgentId) -> bool:
         return self.agent is not None and self.agent.agent_id == agent_id
@@ -69,8 +71,12 @@ class PrefillPeer:
     """Those that hold credit, by (sequence, attempt), in the order in which they are computed."""
     busy_since: float = 0.0
     """When it began with the first job that it has not prefilled yet."""
-    prefill_cost: PrefillCost | None = None
-    """None until it is measured."""
+    prefills: PrefillFit = field(default_factory=PrefillFit)
+
+    @property
+    def prefill_cost(self) -> PrefillCost | None:
+        """None until it is measured."""
+        return self.prefills.cost
 
     @property
     def tokens_in_hand(self) -> int:

@@ -5,6 +5,7 @@ Gathers what `routing.py` chooses by: caches, loads, credits, measured speeds, c
 
 from collections.abc import Iterable, Mapping
 
+from disaggd.cluster.learning import Learning
 from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
@@ -37,12 +38,14 @@ class Placement:
         pairs: PairBook,
         queue: PrefillQueue,
         weights: RoutingWeights,
+        learning: Learning,
     ) -> None:
         self._prefills = prefills
         self._decodes = decodes
         self._pairs = pairs
         self._queue = queue
         self._weights = weights
+        self._learning = learning
         self._sessions = SessionTable(MAX_SESSIONS)
 
     def decode_for(self, record: RoutedSequence, cached: Cached) -> DecodePeer:
@@ -69,17 +72,19 @@ class Placement:
         reachable = self._pairs.reachable(decode.name)
         able = [peer for peer in reachable if peer.has_credit(record.num_tokens)] if not self._queue and record.num_remaining > 1 else []
         likely = self.prefill_for(record, able or reachable, cached, now)
-        if likely is None:
+        pair = None if likely is None else self._pairs.of(likely.name, decode.name)
+        if likely is None or pair is None:
             return None
+        record.plain_wait_s = likely.backlog_s(now) + self._queue.work_ahead_s(job, now) / len(reachable)
         return RemoteOffer(
             likely.name,
             prefill_nodes=len(reachable),
             queue_depth=len(self._queue),
             queue_is_full=not record.has_place and not self._queue.has_room(record.num_tokens),
-            wait_s=likely.backlog_s(now) + self._queue.work_ahead_s(job, now) / len(reachable),
+            wait_s=self._learning.waits.corrected(record.plain_wait_s),
             num_cached=cached[likely.name],
             prefill_cost=likely.prefill_cost,
-            transfer_cost=None,
+            transfer_cost=pair.transfers.cost,
             may_grant=bool(able),
         )
 

@@ -83,6 +83,17 @@ class EngineGauges:
     """Tokens to be computed before the next one of each sequence here, those of decodes apart."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What a prompt that comes now would run beside, and behind."""
+
+    decodes: int
+    decode_context: int
+    """Tokens that they attend to, all together."""
+    prefills: tuple[tuple[int, int], ...]
+    """(tokens to compute, computed ones before them) of each prompt that waits or is half computed."""
+
+
 class Engine:
     """Sequences from arrival to end, one step at a time.
 
@@ -275,6 +286,12 @@ class Engine:
         if self.num_running + num_granted + older + len(before) >= self.limits.max_sequences:
             return False
         return self.pool.room_for_grant(need + sum(before) + self._scheduler.blocks_owed(), self.num_running)
+
+    def load(self) -> EngineLoad:
+        """One pass over all that run or wait."""
+        decoding = [sequence.num_tokens for sequence in self._scheduler.running if sequence.num_uncomputed <= 1]
+        prefilling = [sequence for sequence in (*self._scheduler.running, *self._scheduler.waiting) if sequence.num_uncomputed > 1]
+        return EngineLoad(len(decoding), sum(decoding), tuple((sequence.num_uncomputed, sequence.num_computed) for sequence in prefilling))
 
     def gauges(self) -> EngineGauges:
         """A snapshot for metrics."""

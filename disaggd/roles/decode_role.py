@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
-from disaggd.cluster.decision import DecisionRule, decide
+from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -48,6 +48,7 @@ from disaggd.errors import InvalidRequest
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.deciding import Decider, measured
 from disaggd.roles.gauges import node_gauges
 from disaggd.roles.granting import Granting, Placed
 from disaggd.transfer import messages as transfer
@@ -65,6 +66,8 @@ class LocalSpan:
     """A prompt that is prefilled here, until its first token."""
 
     arrived: float
+    plain_ttft_s: float | None
+    """What the arithmetic said of its first token, before it was corrected by experience."""
     begun: float | None = None
     """When its first step began."""
 
@@ -85,7 +88,7 @@ class DecodeRole:
     ) -> None:
         self._engine = engine
         self._pool = engine.pool
-        self._rule = rule
+        self._decider = Decider(rule, engine, max_remote_tokens=granting.max_tokens, bytes_per_token=granting.bytes_per_token)
         self._granting = granting
         self._grants = granting.book
         self._vocab_size = vocab_size
@@ -103,6 +106,8 @@ class DecodeRole:
 
     def link_up(self, link: LinkId) -> None:
         """The router asks for what it needs; `OpenPair` comes next."""
+        if (frame := measured(self._engine)) is not None:
+            self._outbox.send(link, frame)
 
     def link_down(self, link: LinkId) -> None:
         """The router is gone, and with it everyone who waits for its sequences."""
@@ -133,26 +138,19 @@ class DecodeRole:
         """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
         num_cached = len(self._engine.cache.find(sequence)) * self._pool.block_size
-        verdict = decide(
-            self._rule,
-            len(sequence.tokens) - num_cached,
-            prefill_nodes=0 if frame.offer is None else frame.offer.prefill_nodes,
-            queue_depth=0 if frame.offer is None else frame.offer.queue_depth,
-            override=frame.policy,
-            max_remote_tokens=self._granting.max_tokens,
-        )
-        if not verdict.remote:
+        decision, plain_ttft_s = self._decider.decide(sequence, num_cached, frame)
+        if not decision.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed
-            self._prefilling[sequence] = LocalSpan(self._clock())
-            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, verdict.reason, num_cached))
+            self._prefilling[sequence] = LocalSpan(self._clock(), plain_ttft_s)
+            self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, decision.reason, num_cached, decision.predicted))
             return
         grant = None
         if sequence.sampling.max_tokens - sequence.num_outputs > 1:  # else the prefill node samples all there is to sample
             self._engine.park(sequence)
             self._placed[placed.seq] = placed
             grant = self._granting.grant(placed, frame.offer.prefill) if frame.offer is not None and frame.offer.may_grant else None
-        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, verdict.reason, num_cached, grant))
+        self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, decision.reason, num_cached, grant, decision.predicted))
 
     @_on_frame.register
     def _(self, frame: RequestGrant, link: LinkId) -> None:
@@ -273,7 +271,10 @@ class DecodeRole:
     def _report_prefill(self, placed: Placed) -> None:
         """Its first token is here, if it was prefilled here."""
         if (span := self._prefilling.pop(placed.sequence, None)) is not None and span.begun is not None:
-            wait_ms, prefill_ms = (span.begun - span.arrived) * 1e3, (self._clock() - span.begun) * 1e3
+            now = self._clock()
+            if span.plain_ttft_s is not None and not placed.sequence.num_preemptions:
+                self._decider.first_token_came(span.plain_ttft_s, now - span.arrived)
+            wait_ms, prefill_ms = (span.begun - span.arrived) * 1e3, (now - span.begun) * 1e3
             self._outbox.send(placed.link, LocalPrefill(placed.seq, placed.attempt, placed.sequence.num_cached, wait_ms, prefill_ms))
 
     def tick(self) -> None:

@@ -85,6 +85,11 @@ class Granting:
     # ── promises ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
+    def bytes_per_token(self) -> float:
+        """Of KV."""
+        return self._bytes_per_block / self._pool.block_size
+
+    @property
     def max_tokens(self) -> int | None:
         """Tokens whose KV can land at once; None: as many as the pool holds."""
         return self._landings.max_tokens

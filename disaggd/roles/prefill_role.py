@@ -34,6 +34,7 @@ from disaggd.errors import InvalidRequest
 from disaggd.ids import GrantToken, SeqId
 from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.deciding import measured
 from disaggd.roles.gauges import node_gauges
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
@@ -96,6 +97,8 @@ class PrefillRole:
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def link_up(self, link: LinkId) -> None:
+        if (frame := measured(self._engine)) is not None:
+            self._outbox.send(link, frame)
         self._share_credit()
 
     def link_down(self, link: LinkId) -> None:

@@ -1,28 +1,71 @@
 """Local or remote, and the code that says why."""
 
+import msgspec
 import pytest
 
-from disaggd.cluster.decision import DecisionRule, Override, Policy, decide
+from disaggd.cluster.decision import (
+    FORGOTTEN,
+    MAX_BREAKEVEN,
+    UNTRIED,
+    Decision,
+    DecisionRule,
+    LocalSide,
+    Override,
+    Policy,
+    Situation,
+    breakeven_tokens,
+    decide,
+)
+from disaggd.cluster.offer import PrefillCost, RemoteOffer, TransferCost
+from disaggd.ids import NodeName
 
 LONG, SHORT = 513, 512
+COST = PrefillCost(0.005, 0.4e-3, 0.0)
+FIXED: list[Policy] = ["threshold", "always", "never"]
+ALL: list[Policy] = ["adaptive", *FIXED]
 
 
-def code(
-    num_uncached: int,
-    policy: Policy = "threshold",
-    override: Override = "auto",
-    nodes: int = 1,
-    depth: int = 0,
-    max_remote_tokens: int | None = None,
-) -> tuple[bool, str]:
-    rule = DecisionRule(policy=policy)
-    decision = decide(rule, num_uncached, prefill_nodes=nodes, queue_depth=depth, override=override, max_remote_tokens=max_remote_tokens)
+def offer(
+    depth: int = 0, full: bool = False, wait: float = 0.0, cached: int = 0, slowness: float = 1.0, per_byte: float = 1e-9
+) -> RemoteOffer:
+    """Of a prefill node as fast as we are, times `slowness`."""
+    cost = PrefillCost(*(slowness * getattr(COST, field) for field in COST.__struct_fields__))
+    return RemoteOffer(NodeName("p0"), 1, depth, full, wait, cached, cost, TransferCost(0.002, per_byte), may_grant=False)
+
+
+def idle(**change: float) -> LocalSide:
+    side = LocalSide(prefill_cost=COST, backlog_s=0.0, num_decodes=0, step_s=0.0, share_s=0.2, breaks_itl=False)
+    return msgspec.structs.replace(side, **change)
+
+
+def busy(num_decodes: int = 8, **change: float) -> LocalSide:
+    """Beside decodes: steps of 15 ms, of another 15 ms for a prompt."""
+    return idle(num_decodes=num_decodes, step_s=0.015, share_s=0.015, **change)
+
+
+def situation(num_tokens: int, **change: object) -> Situation:
+    base = Situation(num_tokens=num_tokens, offer=offer(), ttft_target_s=2.0, bytes_per_token=12_288, local=idle())
+    return msgspec.structs.replace(base, **change)
+
+
+def verdict(policy: Policy, asked: Situation) -> tuple[bool, str]:
+    decision = decide(DecisionRule(policy=policy), asked)
     return decision.remote, decision.reason.partition(":")[0]
 
 
-def test_the_threshold_is_the_last_local_length() -> None:
+# ── what every policy has in common, and the fixed ones ──────────────────────────────────────────────────────────────
+
+
+def code(
+    num_tokens: int, policy: Policy = "threshold", override: Override = "auto", depth: int = 0, max_remote_tokens: int | None = None
+) -> tuple[bool, str]:
+    return verdict(policy, situation(num_tokens, offer=offer(depth), override=override, max_remote_tokens=max_remote_tokens))
+
+
+def test_the_threshold_is_the_last_local_length_of_what_is_not_cached() -> None:
     assert code(SHORT) == (False, "short")
     assert code(LONG) == (True, "long")
+    assert verdict("threshold", situation(LONG + 64, num_cached=65)) == (False, "short")
 
 
 def test_a_full_queue_makes_long_prompts_local() -> None:
@@ -30,14 +73,15 @@ def test_a_full_queue_makes_long_prompts_local() -> None:
     assert code(LONG, depth=16) == (False, "queue_full")
 
 
-@pytest.mark.parametrize("policy", ["threshold", "always", "never"])
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("override", ["auto", "local", "remote"])
 def test_without_a_prefill_node_every_policy_and_every_wish_is_local(policy: Policy, override: Override) -> None:
-    assert not code(LONG, policy, override, nodes=0)[0]
+    assert not verdict(policy, situation(LONG, offer=None, override=override))[0]
 
 
 def test_the_reason_names_the_missing_prefill_node() -> None:
-    assert code(LONG, nodes=0) == (False, "no_prefill_node")
+    assert verdict("threshold", situation(LONG, offer=None)) == (False, "no_prefill_node")
+    assert verdict("adaptive", situation(LONG, offer=None)) == (False, "no_prefill_node")
 
 
 def test_always_and_never_look_at_no_length_and_no_queue() -> None:
@@ -45,19 +89,138 @@ def test_always_and_never_look_at_no_length_and_no_queue() -> None:
     assert code(10_000, "never") == (False, "policy")
 
 
-@pytest.mark.parametrize("policy", ["threshold", "always", "never"])
+@pytest.mark.parametrize("policy", ALL)
 def test_a_requests_own_wish_wins_over_any_policy(policy: Policy) -> None:
     assert code(LONG, policy, "local") == (False, "requested")
     assert code(1, policy, "remote", depth=99) == (True, "requested")
 
 
-@pytest.mark.parametrize("policy", ["threshold", "always"])
+@pytest.mark.parametrize("policy", ["adaptive", "threshold", "always"])
 @pytest.mark.parametrize("override", ["auto", "remote"])
 def test_what_cannot_be_received_at_once_is_local_whatever_is_wished(policy: Policy, override: Override) -> None:
-    assert code(LONG, policy, override, max_remote_tokens=LONG)[0]
-    assert code(LONG, policy, override, max_remote_tokens=LONG - 1) == (False, "staging")
+    remote = situation(LONG, override=override, local=busy(), max_remote_tokens=LONG)
+    assert verdict(policy, remote)[0]
+    assert verdict(policy, msgspec.structs.replace(remote, max_remote_tokens=LONG - 1)) == (False, "staging")
 
 
 def test_the_reason_says_how_much_can_be_received() -> None:
-    decision = decide(DecisionRule(), 9000, prefill_nodes=1, queue_depth=0, max_remote_tokens=6912)
+    decision = decide(DecisionRule(policy="threshold"), situation(9000, max_remote_tokens=6912))
     assert decision.reason == "staging: 9000 uncached tokens > 6912 that can be received"
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_whatever_decides_says_what_was_predicted(policy: Policy) -> None:
+    predicted = decide(DecisionRule(policy=policy), situation(1000, local=busy(2))).predicted
+    assert predicted is not None
+    assert predicted.remote_ttft_s == pytest.approx(0.405)
+    assert predicted.local_ttft_s == pytest.approx(0.405 + 28 * 0.015)
+    assert predicted.local_damage_s == pytest.approx(2 * 0.405)
+
+
+# ── adaptive ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("unknown", [{"local": None}, {"offer": msgspec.structs.replace(offer(), prefill_cost=None)}])
+def test_until_both_ways_are_known_it_goes_by_the_threshold(unknown: dict[str, object]) -> None:
+    assert verdict("adaptive", situation(SHORT, **unknown)) == (False, "short")
+    assert verdict("adaptive", situation(LONG, **unknown)) == (True, "long")
+
+
+@pytest.mark.parametrize(
+    ("why", "asked", "expected"),
+    [
+        ("an idle node prefills by itself: no hop, no transfer", situation(1000), (False, "cheaper")),
+        ("streams would stand still", situation(1000, local=busy()), (True, "cheaper")),
+        ("even for a short prompt, if there are many", situation(64, local=busy(64)), (True, "cheaper")),
+        ("a prefill node that is much slower", situation(1000, offer=offer(slowness=5), local=busy(1)), (False, "cheaper")),
+        ("one that has the prompt cached", situation(1000, offer=offer(cached=960)), (True, "cheaper")),
+        ("what decode has cached", situation(1000, num_cached=960, local=busy(2)), (False, "cheaper")),
+        ("others before it here", situation(1000, local=idle(backlog_s=1.0)), (True, "cheaper")),
+        ("others before it there", situation(1000, offer=offer(wait=1.0), local=busy(1)), (False, "cheaper")),
+        ("a slow wire keeps the second token waiting", situation(1000, offer=offer(per_byte=200e-9), local=busy(1)), (False, "cheaper")),
+        ("no room in the queue", situation(1000, offer=offer(full=True), local=busy()), (False, "queue_full")),
+    ],
+)
+def test_the_cheaper_way_is_taken(why: str, asked: Situation, expected: tuple[bool, str]) -> None:
+    assert verdict("adaptive", asked) == expected, why
+
+
+def test_a_target_that_only_one_way_meets_outweighs_seconds() -> None:
+    crowded = situation(1000, offer=offer(wait=2.0), local=busy())  # 2.4 s there, 0.8 s and much delay here
+    assert verdict("adaptive", crowded) == (False, "target")
+    assert verdict("adaptive", situation(1000, offer=offer(wait=2.0), local=busy(), ttft_target_s=10.0)) == (True, "cheaper")
+
+
+def test_streams_whose_itl_would_break_outweigh_one_first_token() -> None:
+    crowded = situation(1000, offer=offer(wait=2.0), local=busy(breaks_itl=True))
+    assert verdict("adaptive", crowded) == (True, "cheaper")
+    assert verdict("adaptive", situation(1000, offer=offer(wait=0.3), local=busy(1, breaks_itl=True))) == (True, "cheaper")
+
+
+def test_the_risk_grows_before_the_target_is_missed() -> None:
+    at_risk = situation(1000, offer=offer(wait=1.4), local=busy(4))  # 1.8 s there: might be late; 0.8 s and 1.6 s of delay here
+    assert verdict("adaptive", at_risk) == (False, "target")
+
+
+def test_a_target_that_is_past_decides_nothing() -> None:
+    late = situation(1000, offer=offer(wait=2.0), local=busy(), ttft_target_s=-1.0)
+    assert verdict("adaptive", late) == (True, "cheaper")
+
+
+def test_the_reason_tells_all_four_costs() -> None:
+    decision = decide(DecisionRule(), situation(1000, local=busy(2)))
+    assert decision.reason == "cheaper: 825 ms and 810 ms of delay to others here, 405 ms and 2 ms of KV elsewhere"
+
+
+# ── trying what was not tried ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_way_that_costs_little_is_tried_now_and_then() -> None:
+    near = situation(1000, since_remote=UNTRIED - 1)
+    assert verdict("adaptive", near) == (False, "cheaper")
+    assert verdict("adaptive", msgspec.structs.replace(near, since_remote=UNTRIED)) == (True, "explore")
+    assert verdict("adaptive", situation(1000, offer=offer(cached=500), since_local=UNTRIED)) == (False, "explore")
+
+
+@pytest.mark.parametrize("dear", [{"offer": offer(wait=5.0)}, {"offer": offer(slowness=3)}, {"offer": offer(wait=1.5)}])
+def test_a_way_that_costs_much_is_tried_rarely(dear: dict[str, object]) -> None:
+    assert not verdict("adaptive", situation(1000, since_remote=FORGOTTEN - 1, **dear))[0]
+    assert verdict("adaptive", situation(1000, since_remote=FORGOTTEN, **dear)) == (True, "explore")
+
+
+def test_the_way_that_is_taken_anyway_needs_no_trying() -> None:
+    assert verdict("adaptive", situation(1000, since_local=1000)) == (False, "cheaper")
+
+
+@pytest.mark.parametrize("policy", FIXED)
+def test_other_policies_try_nothing(policy: Policy) -> None:
+    asked = situation(1000, since_local=1000, since_remote=1000)
+    assert verdict(policy, asked) == verdict(policy, msgspec.structs.replace(asked, since_local=0, since_remote=0))
+
+
+# ── the break-even ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_at_the_break_even_the_verdict_changes() -> None:
+    asked = situation(1000, offer=offer(wait=0.05), local=busy(1), ttft_target_s=1e6)
+    tokens = breakeven_tokens(asked)
+    assert tokens is not None and 32 < tokens < 256
+
+    def at(num_tokens: int) -> Decision:
+        return decide(DecisionRule(), msgspec.structs.replace(asked, num_tokens=num_tokens))
+
+    assert (at(tokens - 1).remote, at(tokens).remote) == (False, True)
+    assert at(1000).predicted is not None and at(1000).predicted.breakeven_tokens == tokens
+
+
+def test_a_longer_wait_and_a_slower_wire_move_it_up() -> None:
+    quick, queued = situation(1000, local=busy(1)), situation(1000, offer=offer(wait=0.1), local=busy(1))
+    slow = situation(1000, offer=offer(wait=0.1, per_byte=100e-9), local=busy(1))
+    found = [breakeven_tokens(asked) for asked in (quick, queued, slow)]
+    assert found == sorted(found, key=lambda tokens: tokens or 0) and len(set(found)) == 3
+
+
+def test_what_never_pays_is_told_by_the_longest_and_what_is_unknown_not_at_all() -> None:
+    assert breakeven_tokens(situation(1000)) == MAX_BREAKEVEN
+    assert breakeven_tokens(situation(1000, local=None)) is None
+    assert breakeven_tokens(situation(1000, offer=None)) is None

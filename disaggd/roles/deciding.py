@@ -1,0 +1,91 @@
+"""`Decider`: what a decode node knows of itself, laid before the decision. And what any engine node tells of its speed.
+
+Runs on the compute thread. The decision itself is pure (`cluster/decision.py`).
+"""
+
+from disaggd.cluster.costs import DelayFit
+from disaggd.cluster.decision import Decision, DecisionRule, LocalSide, Situation, decide
+from disaggd.cluster.offer import PrefillCost
+from disaggd.cluster.protocol import Generate, Measured
+from disaggd.engine.engine import Engine
+from disaggd.engine.scheduler import GRAIN
+from disaggd.engine.sequence import Sequence
+from disaggd.engine.step_cost import StepCost
+
+TYPICAL_CONTEXT = 512
+"""Tokens of a sequence in the decode steps that are told of."""
+
+
+class Decider:
+    """Decides for one decode node, and remembers how far its own first tokens were off."""
+
+    def __init__(self, rule: DecisionRule, engine: Engine, *, max_remote_tokens: int | None, bytes_per_token: float) -> None:
+        self._rule = rule
+        self._engine = engine
+        self._max_remote_tokens = max_remote_tokens
+        self._bytes_per_token = bytes_per_token
+        self._delays = DelayFit()
+        self._since_local = 0
+        self._since_remote = 0
+
+    def decide(self, sequence: Sequence, num_cached: int, frame: Generate) -> tuple[Decision, float | None]:
+        """The decision; and what arithmetic alone says of a first token here, for `first_token_came`."""
+        num_tokens = len(sequence.tokens)
+        local = self._local(num_cached)
+        decision = decide(
+            self._rule,
+            Situation(
+                num_tokens=num_tokens,
+                num_cached=num_cached,
+                override=frame.policy,
+                offer=frame.offer,
+                max_remote_tokens=self._max_remote_tokens,
+                ttft_target_s=frame.ttft_target_s,
+                bytes_per_token=self._bytes_per_token,
+                local=local,
+                since_local=self._since_local,
+                since_remote=self._since_remote,
+            ),
+        )
+        self._since_local = self._since_local + 1 if decision.remote else 0
+        self._since_remote = 0 if decision.remote else self._since_remote + 1
+        return decision, None if local is None else local.plain_ttft_s(num_tokens - num_cached, num_cached)
+
+    def first_token_came(self, plain_ttft_s: float, actual_s: float) -> None:
+        """Of a prompt that was prefilled here, and not preempted meanwhile."""
+        self._delays.learn(plain_ttft_s, actual_s)
+
+    def _local(self, num_cached: int) -> LocalSide | None:
+        """What a prompt would meet here that begins behind `num_cached` tokens; None until steps have been measured."""
+        cost, pace = self._engine.pace.cost, self._engine.pace
+        if cost is None:
+            return None
+        load, limit = self._engine.load(), self._engine.limits.max_step_tokens
+        step_s, least_s = cost.decode_step_s(load.decodes, load.decode_context), cost.prefill_s(GRAIN, num_cached)
+        allowed = pace.prefill_tokens(load.decodes, load.decode_context, num_cached)
+        tokens = max(GRAIN, min(limit - load.decodes, limit if allowed is None else allowed) // GRAIN * GRAIN)
+        target_s = pace.itl_target_s
+        return LocalSide(
+            prefill_cost=prefill_cost(cost, limit) if not load.decodes else PrefillCost(0.0, cost.per_token_s, cost.per_token_context_s),
+            backlog_s=sum(cost.prefill_s(num_tokens, start) for num_tokens, start in load.prefills),
+            num_decodes=load.decodes,
+            step_s=step_s,
+            share_s=cost.prefill_s(tokens, num_cached),
+            breaks_itl=target_s is not None and step_s <= target_s < step_s + least_s,
+            overhead_s=self._delays.overhead_s,
+            slowness=self._delays.slowness,
+        )
+
+
+def prefill_cost(cost: StepCost, max_step_tokens: int) -> PrefillCost:
+    """Of a prompt that is alone: a step for every `max_step_tokens` tokens, and at least one."""
+    return PrefillCost(cost.base_s, cost.per_token_s + cost.base_s / max_step_tokens, cost.per_token_context_s)
+
+
+def measured(engine: Engine) -> Measured | None:
+    """What the node knows of its own speed, by its self-measurement or its steps since; None when it knows nothing."""
+    cost = engine.pace.cost
+    if cost is None:
+        return None
+    per_decode_s = cost.per_decode_s + cost.per_decode_context_s * TYPICAL_CONTEXT
+    return Measured(prefill_cost(cost, engine.limits.max_step_tokens), cost.base_s + per_decode_s, per_decode_s)

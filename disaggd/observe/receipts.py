@@ -68,7 +68,7 @@ class Predicted(msgspec.Struct, frozen=True, kw_only=True):
 class Span(msgspec.Struct, frozen=True):
     """Who did what for a request, and when: milliseconds since it arrived, on the router's clock.
 
-    What a node measured on its own clock is laid into the time that the router saw pass, half of the rest on either side.
+    What a node measured on its own clock is counted back from the frame that reported it.
     """
 
     name: SpanName

@@ -1,7 +1,7 @@
 """A receipt of what the router's record says of a request. Runs on the router's loop; pure functions.
 
-The router's clock and the nodes' are never compared: what a node measured of a job is laid into the time between the frame
-that gave it the job and the frame that reported it, with the rest, the two hops, halved on either side.
+The router's clock and the nodes' are never compared: what a node measured of a job is counted back from the frame that
+reported it, as if that had taken no time. The way there is what may be long, for a node looks at its frames between two steps.
 """
 
 from collections.abc import Iterator
@@ -133,7 +133,9 @@ PlacedSpan = tuple[SpanName, NodeName | None, float, float | None]
 
 def _spans(times: Timeline, was_remote: bool, decode: NodeName | None, prefill: NodeName | None) -> Iterator[PlacedSpan]:
     """Those that began; what the end of the attempt cut short ends with it."""
-    if times.placed is not None:
+    if not was_remote and times.decided is not None and times.placed is not None:
+        yield from _spans_at_decode(times, times.placed, times.decided, decode)
+    elif times.placed is not None:
         yield "decide", decode, times.placed, _first(times.decided, times.ended)
     if times.queued is not None:
         yield "queue", None, times.queued, _first(times.granting, times.dispatched, times.ended)
@@ -141,8 +143,6 @@ def _spans(times: Timeline, was_remote: bool, decode: NodeName | None, prefill: 
         yield "grant", decode, times.granting, _first(times.dispatched, times.ended)
     if was_remote and times.dispatched is not None:
         yield from _spans_elsewhere(times, times.dispatched, prefill)
-    elif not was_remote and times.decided is not None and times.placed is not None:
-        yield from _spans_at_decode(times, times.placed, times.decided, decode)
     if times.resumed is not None:
         yield "decode", decode, times.resumed, times.ended
 
@@ -152,24 +152,24 @@ def _spans_elsewhere(times: Timeline, dispatched: float, node: NodeName | None) 
     if times.prefilled is None or times.first_token_reported_ms is None:
         yield "prefill", node, dispatched, _first(times.resumed, times.ended)
     else:
-        took = times.first_token_reported_ms / 1e3
-        came += max(0.0, times.prefilled - dispatched - took) / 2
-        began = came + took - times.prefill_ms / 1e3
-        yield "prefill_wait", node, came, began
-        yield "prefill", node, began, came + took
+        came = max(dispatched, times.prefilled - times.first_token_reported_ms / 1e3)
+        began = max(came, times.prefilled - times.prefill_ms / 1e3)
+        yield "prefill_wait", node, dispatched, began
+        yield "prefill", node, began, times.prefilled
     if times.first_post_ms is not None and times.last_done_ms is not None:
         yield "transfer", node, came + times.first_post_ms / 1e3, came + times.last_done_ms / 1e3
 
 
 def _spans_at_decode(times: Timeline, placed: float, decided: float, node: NodeName | None) -> Iterator[PlacedSpan]:
     if times.local_wait_ms is None or times.resumed is None:
+        yield "decide", node, placed, decided
         yield "prefill", node, decided, _first(times.resumed, times.ended)
         return
-    took = (times.local_wait_ms + times.prefill_ms) / 1e3
-    came = placed + max(0.0, times.resumed - placed - took) / 2
-    began = came + times.local_wait_ms / 1e3
+    began = max(placed, times.resumed - times.prefill_ms / 1e3)
+    came = max(placed, min(decided, began - times.local_wait_ms / 1e3))
+    yield "decide", node, placed, came
     yield "prefill_wait", node, came, began
-    yield "prefill", node, began, came + took
+    yield "prefill", node, began, times.resumed
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -154,7 +154,7 @@ def test_counters_and_node_events_are_of_their_process() -> None:
 
 @pytest.mark.parametrize("late_by_ms", [0.0, 0.0004, 3.0])
 def test_a_span_that_seems_to_begin_too_early_is_cut_and_the_rest_still_nests(late_by_ms: float) -> None:
-    """Anchored spans are known within half a round trip: decode may bring a token before prefill's end is told."""
+    """Decode may bring a token before the prefill node tells of the end of its prefill."""
     spans = (Span("prefill", "p0", 1.0, 50.0 + late_by_ms), Span("decode", "d0", 50.0, 60.0))
     attempt = remote_attempt(end_ms=60.0, spans=spans)
     receipt = remote_receipt("one", attempts=(attempt,), spans_ms=Spans(total=60.0))

@@ -1,7 +1,7 @@
 """The trace: what the trace event format asks of it, and what a reader finds in it."""
 
 import json
-from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +10,7 @@ from disaggd.observe.chrome_trace import PIECE_EVENTS, trace_events, trace_piece
 from disaggd.observe.receipts import Span, Spans
 from disaggd.observe.recorder import Event, FlownRequest, Recording, Sample
 from tests.support.receipts import local_receipt, remote_attempt, remote_receipt, retried_receipt, running_receipt
-
-PHASES = {"X": {"ts", "dur"}, "i": {"ts", "s"}, "C": {"ts", "args"}, "M": {"args"}}
-"""Of the trace event format: the phases used here, and what each must have besides name, ph, pid and tid."""
+from tests.support.trace_events import TraceEvents, check, names, slices
 
 
 def recording(*requests: FlownRequest, samples: tuple[Sample, ...] = (), events: tuple[Event, ...] = ()) -> Recording:
@@ -40,63 +38,29 @@ def decoded(taken: Recording) -> list[dict[str, Any]]:
     return list(trace["traceEvents"])
 
 
-def names(events: list[dict[str, Any]], kind: str) -> dict[tuple[int, ...], str]:
-    """What metadata events of that kind call a process, or a track."""
-    keys = ("pid",) if kind == "process_name" else ("pid", "tid")
-    return {tuple(event[key] for key in keys): event["args"]["name"] for event in events if event["name"] == kind}
+def test_a_trace_keeps_the_rules_of_its_format() -> None:
+    events = decoded(busy())
+    assert len(events) > 50
+    check(events)
 
 
-def slices(events: list[dict[str, Any]], process: str) -> dict[str, list[tuple[str, int, int]]]:
-    """(name, start, end) of a process's slices, by the names of its tracks."""
-    pids, tracks = names(events, "process_name"), names(events, "thread_name")
-    found = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X" and pids[event["pid"],] == process:
-            found[tracks[event["pid"], event["tid"]]].append((event["name"], event["ts"], event["ts"] + event["dur"]))
-    return found
+BROKEN: dict[str, Callable[[TraceEvents], object]] = {
+    "a slice without an end": lambda events: next(event for event in events if event["ph"] == "X").pop("dur"),
+    "a time before the beginning": lambda events: next(event for event in events if event["ph"] == "X").update(ts=-1),
+    "an event before its time": lambda events: events.append(dict(next(event for event in events if event["ph"] == "C"))),
+    "a process without a name": lambda events: events.remove(next(event for event in events if event["name"] == "process_name")),
+    "a track without a name": lambda events: events.remove(next(event for event in events if event["name"] == "thread_name")),
+    "a slice that leaves the one around it": lambda events: next(event for event in events if event["name"] == "queue").update(dur=10**8),
+    "a counter of words": lambda events: next(event for event in events if event["ph"] == "C").update(args={"free": "9"}),
+}
 
 
-def test_every_event_has_what_the_format_asks_of_its_phase() -> None:
-    for event in decoded(busy()):
-        assert event.keys() >= {"name", "ph", "pid", "tid"} | PHASES[event["ph"]]
-        assert all(isinstance(event[key], int) and event[key] >= 0 for key in ("pid", "tid", "ts"))
-        assert event.get("dur", 0) >= 0
-        assert event.get("s", "t") in ("g", "p", "t")
-        if event["ph"] == "C":
-            assert event["args"] and all(isinstance(value, int | float) for value in event["args"].values())
-
-
-def test_events_come_in_order_of_time() -> None:
-    times = [event["ts"] for event in decoded(busy()) if event["ph"] != "M"]
-    assert len(times) > 20
-    assert times == sorted(times)
-
-
-def test_every_process_and_track_has_one_name_before_it_is_used() -> None:
-    processes, tracks = set[int](), set[tuple[int, int]]()
-    for event in decoded(busy()):
-        if event["name"] == "process_name":
-            assert event["pid"] not in processes
-            processes.add(event["pid"])
-        elif event["name"] == "thread_name":
-            assert (event["pid"], event["tid"]) not in tracks
-            tracks.add((event["pid"], event["tid"]))
-        elif event["ph"] != "M":
-            assert event["pid"] in processes
-            assert (event["pid"], event["tid"]) in tracks
-
-
-def test_slices_of_a_track_nest() -> None:
-    """What overlaps without nesting, a viewer draws wrongly or drops."""
-    open_ends = defaultdict(list)
-    for event in decoded(busy()):
-        if event["ph"] != "X":
-            continue
-        ends, end = open_ends[event["pid"], event["tid"]], event["ts"] + event["dur"]
-        while ends and ends[-1] <= event["ts"]:
-            ends.pop()
-        assert not ends or end <= ends[-1], event
-        ends.append(end)
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN.keys())
+def test_the_rules_would_notice(damage: Callable[[TraceEvents], object]) -> None:
+    events = decoded(busy())
+    damage(events)
+    with pytest.raises(AssertionError):
+        check(events)
 
 
 def test_a_request_has_a_track_and_its_nodes_show_what_they_did_for_it() -> None:

@@ -140,6 +140,8 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
         yield "predicted", predicted
     if receipt.spans_ms.first_token is not None:
         yield "first token", f"after {duration(receipt.spans_ms.first_token)}{_verdict(receipt)}"
+    if receipt.attempts and (waited := receipt.attempts[-1]).queue_depth is not None:
+        yield "queued", f"{waited.jobs_ahead} of the {waited.queue_depth} jobs that waited were before it"
     cached = receipt.cached_tokens
     yield "prompt", f"{receipt.prompt_tokens:,} tokens, of them cached: {cached.decode:,} at decode, {cached.prefill:,} at prefill"
     yield "output", f"{receipt.output_tokens:,} tokens{_moved(receipt)}"

@@ -109,7 +109,7 @@ class Moves:
             return self._overflow(record, job)
         record.move(Phase.QUEUED)
         record.has_place = True
-        record.timeline.waits_again(len(self.queue))
+        record.timeline.waits_again(len(self.queue), self.queue.jobs_ahead(job, self._clock()))
         self.queue.push(job)
         return self.dispatch()
 

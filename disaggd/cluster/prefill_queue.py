@@ -99,6 +99,11 @@ class PrefillQueue:
         turn = self._turn(job, now)
         return sum(other.prefill_s for other in self._jobs.values() if self._turn(other, now) <= turn)
 
+    def jobs_ahead(self, job: Job, now: float) -> int:
+        """How many would go before `job`, were it here."""
+        turn = self._turn(job, now)
+        return sum(self._turn(other, now) <= turn for other in self._jobs.values())
+
     def oldest_age_s(self, now: float) -> float:
         """How long ago the oldest waiting request arrived; 0 when nobody waits."""
         return max((now - job.arrived for job in self._jobs.values()), default=0.0)

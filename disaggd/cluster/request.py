@@ -89,6 +89,8 @@ class Timeline:
     queued: float | None = None
     queue_depth: int | None = None
     """Jobs that waited when this one joined them."""
+    jobs_ahead: int | None = None
+    """Those of them whose turn was before its own."""
     granting: float | None = None
     """A prefill node had credit, and decode was asked for a grant."""
     dispatched: float | None = None
@@ -109,11 +111,11 @@ class Timeline:
     first_post_ms: float | None = None
     last_done_ms: float | None = None
 
-    def waits_again(self, queue_depth: int) -> None:
+    def waits_again(self, queue_depth: int, jobs_ahead: int) -> None:
         """In the prefill queue, where so many jobs are: for the first time, or since what was asked for it had no room."""
         self.granting = None
         if self.queue_depth is None:
-            self.queue_depth = queue_depth
+            self.queue_depth, self.jobs_ahead = queue_depth, jobs_ahead
 
     def tokens_came(self, now: float) -> None:
         """This attempt's first that the client did not have."""

@@ -92,6 +92,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """None while no decode node is up."""
     queue_depth: int | None = None
     """Jobs in the prefill queue when this one joined it; None if it did not have to."""
+    jobs_ahead: int | None = None
+    """Those of them whose turn was before its own."""
     start_ms: float
     end_ms: float | None = None
     failure: str | None = None

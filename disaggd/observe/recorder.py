@@ -55,7 +55,10 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlightRecorder:
-    """Remembers `minutes`, or less where that would be more than `max_*` entries. `clock` is monotonic seconds."""
+    """Remembers `minutes`, or less where that would be more than `max_*` entries; nothing if those are 0.
+
+    `clock` is monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class FlightRecorder:
 
     def request(self, seq: str, arrived: float, receipt: Receipt) -> None:
         """A request has ended; told once more, its receipt replaces the former."""
+        if not self._span_s:
+            return
         now = self._clock()
         self._requests[seq] = (now, FlownRequest(arrived, receipt))
         self._requests.move_to_end(seq)
@@ -87,7 +92,7 @@ class FlightRecorder:
     def sample(self, node: str, track: str, named: Iterable[tuple[str, float]]) -> None:
         """The track's values from now on; the same ones again are no sample."""
         values = dict(named)
-        if self._shown.get((node, track)) == values:
+        if not self._span_s or self._shown.get((node, track)) == values:
             return
         now = self._clock()
         self._shown[node, track] = values
@@ -97,7 +102,8 @@ class FlightRecorder:
 
     def event(self, node: str, name: str, **details: str) -> None:
         """Something happened to, or at, a node."""
-        self._events.append(Event(self._clock(), node, name, details))
+        if self._span_s:
+            self._events.append(Event(self._clock(), node, name, details))
 
     def recording(self, seconds: float | None = None, running: Iterable[FlownRequest] = ()) -> Recording:
         """The last `seconds`, or all that is remembered; `running` are the requests that have not ended.

@@ -120,6 +120,7 @@ def _attempt(of: PastAttempt | RoutedSequence, arrived: float, began: float, fai
         prefill_node=of.prefill if of.was_remote else None,
         decode_node=of.decode,
         queue_depth=times.queue_depth,
+        jobs_ahead=times.jobs_ahead,
         start_ms=_rounded_ms(began - arrived),
         end_ms=_ms(arrived, times.ended),
         failure=failure,

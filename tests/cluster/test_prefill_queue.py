@@ -159,6 +159,8 @@ def test_the_work_ahead_is_that_of_whoever_goes_first() -> None:
     assert queue.work_ahead_s(job(SeqId("new"), 2.0), now=2.0) == 0.75
     assert queue.work_ahead_s(replace(job(SeqId("new"), 2.0), priority=-50), now=2.0) == 0.0
     assert queue.work_ahead_s(job(SeqId("new"), 2.0), now=AGING_S) == 0.75
+    assert queue.jobs_ahead(job(SeqId("new"), 2.0), now=2.0) == 2
+    assert queue.jobs_ahead(replace(job(SeqId("new"), 2.0), priority=-50), now=2.0) == 0
 
 
 def test_the_oldest_age_is_that_of_the_first_to_arrive() -> None:

@@ -11,10 +11,11 @@ class Flight:
     """A recorder of one minute, and its clock."""
 
     now: float = 1000.0
+    minutes: float = 1.0
     limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.recorder = FlightRecorder(1.0, lambda: self.now, **self.limits)  # type: ignore[arg-type]
+        self.recorder = FlightRecorder(self.minutes, lambda: self.now, **self.limits)  # type: ignore[arg-type]
 
     def requests(self, seconds: float | None = None) -> list[str]:
         return [flown.receipt.id for flown in self.recorder.recording(seconds).requests]
@@ -88,3 +89,12 @@ def test_a_track_begins_with_what_it_showed_before() -> None:
     first, second, third = flight.samples(10)
     assert sorted((first, second)) == [(since, "d0", {"free": 9}), (since, "p0", {"free": 7})]
     assert third == (flight.now - 1, "p0", {"free": 6})
+
+
+def test_a_recorder_of_no_minutes_records_nothing_but_shows_what_runs() -> None:
+    flight = Flight(minutes=0.0)
+    flight.recorder.request("a", 990.0, local_receipt("a"))
+    flight.recorder.sample("d0", "blocks", [("free", 5)])
+    flight.recorder.event("d0", "link up")
+    recording = flight.recorder.recording(running=[FlownRequest(995.0, running_receipt("running"))])
+    assert ([flown.receipt.id for flown in recording.requests], recording.samples, recording.events) == (["running"], (), ())

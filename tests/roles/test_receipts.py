@@ -14,9 +14,9 @@ from tests.support.routing import D0, P0, P1, Client, Routing
 class Story:
     """A request told step by step, each so many milliseconds after its arrival."""
 
-    def __init__(self, routing: Routing | None = None) -> None:
+    def __init__(self, routing: Routing | None = None, priority: int = 0) -> None:
         self.routing = routing or Routing()
-        self.client: Client = self.routing.submit()
+        self.client: Client = self.routing.submit(priority=priority)
         self.record: RoutedSequence = self.routing.record(self.client)
         self.arrived = self.routing.now
 
@@ -153,10 +153,14 @@ def test_jobs_that_wait_are_counted_by_the_next_one() -> None:
     routing = Routing()
     routing.dispatcher.prefills[P0].credit_tokens = 0
     routing.queued()
-    routing.queued()
     story = Story(routing)
     routing.need_prefill(story.client)
-    assert story.receipt().attempts[0].queue_depth == 2
+    attempt = story.receipt().attempts[0]
+    assert (attempt.queue_depth, attempt.jobs_ahead) == (1, 1)
+    urgent = Story(routing, priority=-5)
+    routing.need_prefill(urgent.client)
+    attempt = urgent.receipt().attempts[0]
+    assert (attempt.queue_depth, attempt.jobs_ahead) == (2, 0)
 
 
 def test_an_aborted_request_ends_what_it_waited_for() -> None:

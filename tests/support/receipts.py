@@ -39,7 +39,8 @@ def remote_attempt(start_ms: float = 0.0, **fields: object) -> Attempt:
         "predicted": PREDICTED,
         "prefill_node": "p0",
         "decode_node": "d0",
-        "queue_depth": 2,
+        "queue_depth": 5,
+        "jobs_ahead": 2,
         "start_ms": at,
         "end_ms": at + 1200.0,
         "spans": (

@@ -46,7 +46,7 @@ class DecodeOrders(RuleBasedStateMachine):
         self.incarnation = 1
         self.expected: dict[GrantToken, AgentId] = {}
         """What the transfer thread expects to land."""
-        self.forgotten: set[GrantToken] = set()
+        self.forgotten: dict[GrantToken, None] = {}
         """What it was told to forget; an event may have been under way."""
         self.writable: dict[GrantToken, Grant] = {}
         """Grants whose prefill node has not said that it is done."""
@@ -61,7 +61,7 @@ class DecodeOrders(RuleBasedStateMachine):
                     self.expected[token] = agent_id
                 case transfer.Forget(token):
                     if self.expected.pop(token, None) is not None:
-                        self.forgotten.add(token)
+                        self.forgotten[token] = None
         fences = self.node.submitted(transfer.Fence)
         for _, frame in self.node.sent:
             if isinstance(frame, Granted | NeedPrefill) and frame.grant is not None:
@@ -142,7 +142,7 @@ class DecodeOrders(RuleBasedStateMachine):
     @precondition(lambda self: self.writable)
     @rule(data=st.data(), fails=st.booleans())
     def land(self, data: st.DataObject, fails: bool) -> None:
-        token = data.draw(st.sampled_from(sorted(self.writable)))
+        token = data.draw(st.sampled_from(list(self.writable)))
         if self.expected.pop(token, None) is None:
             return  # forgotten: the notifications are dropped
         if fails:
@@ -156,21 +156,21 @@ class DecodeOrders(RuleBasedStateMachine):
     @rule(data=st.data(), fails=st.booleans())
     def land_too_late(self, data: st.DataObject, fails: bool) -> None:
         """The event was under way when its grant was freed."""
-        token = data.draw(st.sampled_from(sorted(self.forgotten)))
-        self.forgotten.discard(token)
+        token = data.draw(st.sampled_from(list(self.forgotten)))
+        del self.forgotten[token]
         self.node.event(transfer.LandingFailed(token, "twice") if fails else transfer.Landed(token, FirstToken(5), 0))
         self.settle()
 
     @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def make_progress(self, data: st.DataObject) -> None:
-        self.node.say(Progress((data.draw(st.sampled_from(sorted(self.writable))),)), link=self.link)
+        self.node.say(Progress((data.draw(st.sampled_from(list(self.writable))),)), link=self.link)
         self.settle()
 
     @precondition(lambda self: self.writable)
     @rule(data=st.data(), clean=st.booleans(), wire=st.booleans())
     def quiesce(self, data: st.DataObject, clean: bool, wire: bool) -> None:
-        token = data.draw(st.sampled_from(sorted(self.writable)))
+        token = data.draw(st.sampled_from(list(self.writable)))
         record = self.node.role._grants.get(token)
         if not wire and (record is None or record.state.value != "quarantined"):
             return  # only an answer to a `Cancel` comes through a router

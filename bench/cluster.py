@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -23,18 +24,39 @@ class Running(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def running(config_path: Path, log: Path) -> Iterator[Running]:
     """The cluster of a config file, ready; ended afterwards. RuntimeError with the end of the log if it does not start."""
-    config = load_config(config_path)
-    url = f"http://{config.nodes_of('router')[0].listen}"
+    url = url_of(config_path)
     command = [sys.executable, "-m", "disaggd", "up", "--config", str(config_path)]
     with serving(command, f"{url}/ready", log) as pid:
-        yield Running(url, pid, config.model.served_name)
+        yield Running(url, pid, load_config(config_path).model.served_name)
+
+
+def url_of(config_path: Path) -> str:
+    """Where the cluster of this file answers."""
+    return f"http://{load_config(config_path).nodes_of('router')[0].listen}"
+
+
+Fields = Mapping[str, object]
+
+
+def config_text(nodes: Iterable[Fields], **tables: Fields) -> str:
+    """The TOML of a cluster on this host. A node that has no name gets its role's initial and a number, and every node a free port."""
+    nodes = list(nodes)
+    counts: Counter[object] = Counter()
+    parts = [_table(f"[{name}]", fields) for name, fields in tables.items()]
+    for fields, port in zip(nodes, free_ports(len(nodes)), strict=True):
+        role = fields["role"]
+        name = "router" if role == "router" else f"{str(role)[0]}{counts[role]}"
+        counts[role] += 1
+        parts.append(_table("[[node]]", {"name": name, "listen": f"127.0.0.1:{port}", **fields}))
+    return "\n".join(parts)
+
+
+def _table(header: str, fields: Fields) -> str:
+    """Numbers, strings, booleans and flat lists are written alike in JSON and in TOML."""
+    return "\n".join([header, *(f"{key} = {msgspec.json.encode(value).decode()}" for key, value in fields.items())]) + "\n"
 
 
 def small_config(model: str = "builtin:tiny", *, prefill: bool = True) -> str:
-    """A cluster of one router, one decode node and one prefill node or none, on free ports."""
+    """A cluster of one router, one decode node and one prefill node or none."""
     roles = ["router", "prefill", "decode"] if prefill else ["router", "decode"]
-    nodes = [
-        f'[[node]]\nname = "{role[0]}0"\nrole = "{role}"\nlisten = "127.0.0.1:{port}"'
-        for role, port in zip(roles, free_ports(len(roles)), strict=True)
-    ]
-    return "\n".join([f'[model]\npath = "{model}"', *nodes]) + "\n"
+    return config_text([{"role": role} for role in roles], model={"path": model})

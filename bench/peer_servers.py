@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from cluster import running
+from cluster import Fields, config_text, running
 from server_process import free_ports, serving
 
 MAX_MODEL_LEN = 4096
@@ -44,8 +44,8 @@ class Contender(msgspec.Struct, frozen=True):
 def contenders(model: str, vllm: Path | None, llama_server: Path | None, gguf: Path | None) -> dict[str, Contender]:
     """By name, in the order in which they take their turns. `vllm` is the interpreter that can import it."""
     found = {
-        "disaggd": Contender(partial(_disaggd, _CO_LOCATED, model), None),
-        "disaggd 1P1D": Contender(partial(_disaggd, _PAIR, model), None),
+        "disaggd": Contender(partial(_disaggd, _CO_LOCATED, "never", model), None),
+        "disaggd 1P1D": Contender(partial(_disaggd, _PAIR, "always", model), None),
     }
     if vllm is not None:
         found["vLLM"] = Contender(partial(_vllm, _Vllm(vllm, model)), "disaggd")
@@ -58,57 +58,15 @@ def contenders(model: str, vllm: Path | None, llama_server: Path | None, gguf: P
 
 # ── ours ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_CO_LOCATED = """
-[[node]]
-name = "router"
-role = "router"
-listen = "127.0.0.1:{ports[0]}"
-
-[[node]]
-name = "d0"
-role = "decode"
-listen = "127.0.0.1:{ports[1]}"
-threads = 2
-"""
-
-_PAIR = """
-[disaggregation]
-policy = "always"
-
-[[node]]
-name = "router"
-role = "router"
-listen = "127.0.0.1:{ports[0]}"
-
-[[node]]
-name = "p0"
-role = "prefill"
-listen = "127.0.0.1:{ports[1]}"
-threads = 1
-cpus = [0]
-
-[[node]]
-name = "d0"
-role = "decode"
-listen = "127.0.0.1:{ports[2]}"
-threads = 1
-cpus = [1]
-"""
-
-_MODEL = """
-[model]
-path = "{model}"
-name = "{name}"
-dtype = "bfloat16"
-max_model_len = {max_model_len}
-"""
+_CO_LOCATED: tuple[Fields, ...] = ({"role": "router"}, {"role": "decode", "threads": 2})
+_PAIR: tuple[Fields, ...] = ({"role": "router"}, {"role": "prefill", "cpus": (0,)}, {"role": "decode", "cpus": (1,)})
 
 
 @contextlib.contextmanager
-def _disaggd(nodes: str, model: str, directory: Path) -> Iterator[Served]:
+def _disaggd(nodes: tuple[Fields, ...], policy: str, model: str, directory: Path) -> Iterator[Served]:
     config = directory / "disaggd.toml"
-    text = _MODEL + nodes
-    config.write_text(text.format(model=model, name=_SERVED_NAME, max_model_len=MAX_MODEL_LEN, ports=free_ports(3)))
+    fields = {"path": model, "name": _SERVED_NAME, "dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN}
+    config.write_text(config_text(nodes, model=fields, disaggregation={"policy": policy}))
     with running(config, directory / "disaggd.log") as cluster:
         yield Served(cluster.url, cluster.model, (cluster.pid,))
 

@@ -22,13 +22,14 @@ import click
 import msgspec
 import uvloop
 from client import Outcome, Target, fetch
+from cluster import config_text, url_of
 from machine import Load, LoadMeter, Machine, describe_machine
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
 from samples import Spread, spread
 from served_engine import Setup, Steps
 from served_node import Turn, read_turns
-from server_process import answers, free_ports
+from server_process import answers
 from workload import fixed, plan
 
 from disaggd.model.directory import open_directory
@@ -195,10 +196,9 @@ def started(job: Job, root: Path, turns: Path) -> Iterator[Bench]:
     path = resolve(job.model)
     engine_cpus, other_cpus = _split(sorted(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, other_cpus)
-    router_port, node_port = free_ports(2)
     config = root / "config.toml"
-    config.write_text(_config(job, path, (router_port, node_port), engine_cpus, other_cpus))
-    url = f"http://127.0.0.1:{router_port}"
+    config.write_text(_config(job, path, engine_cpus, other_cpus))
+    url = url_of(config)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((root / "cluster.log").open("wb"))
         node = [str(_BENCH / "served_node.py"), str(turns), "--name", "d0"]
@@ -236,21 +236,14 @@ def _split(cpus: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (tuple(cpus), tuple(cpus)) if len(cpus) == 1 else (tuple(cpus[:-1]), (cpus[-1],))
 
 
-def _config(job: Job, path: str, ports: tuple[int, int], engine_cpus: tuple[int, ...], other_cpus: tuple[int, ...]) -> str:
+def _config(job: Job, path: str, engine_cpus: tuple[int, ...], other_cpus: tuple[int, ...]) -> str:
     layout = kv_spec(open_directory(path).spec("bfloat16"), BLOCK_SIZE)
     pool_bytes = layout.blocks_for(job.pool_tokens) * layout.bytes_per_block
-    most = max(job.streams)
-    node = {"kv_cache": pool_bytes, "block_size": BLOCK_SIZE, "threads": job.threads, "max_step_tokens": CHUNK, "max_sequences": most}
-    return "\n".join(
-        [
-            f'[model]\npath = "{path}"\nname = "served"\ndtype = "bfloat16"',
-            '[disaggregation]\npolicy = "never"',
-            f'[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:{ports[0]}"\ncpus = {list(other_cpus)}',
-            f'[[node]]\nname = "d0"\nrole = "decode"\nlisten = "127.0.0.1:{ports[1]}"\ncpus = {list(engine_cpus)}',
-            *(f"{key} = {value}" for key, value in node.items()),
-            "",
-        ]
-    )
+    limits = {"kv_cache": pool_bytes, "block_size": BLOCK_SIZE, "max_step_tokens": CHUNK, "max_sequences": max(job.streams)}
+    router = {"role": "router", "cpus": other_cpus}
+    decode = {"role": "decode", "cpus": engine_cpus, "threads": job.threads, **limits}
+    model = {"path": path, "name": "served", "dtype": "bfloat16"}
+    return config_text([router, decode], model=model, disaggregation={"policy": "never"})
 
 
 def _wait_ready(url: str, processes: list[subprocess.Popen[bytes]], log: Path) -> None:

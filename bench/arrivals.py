@@ -4,6 +4,7 @@ One thread, which looks once in a while at all sockets: waiting for each event i
 virtual machine costs as much as sending. How late it reads does not count.
 """
 
+import re
 import select
 import socket
 import struct
@@ -55,6 +56,13 @@ class Stream:
         self.event_s.extend([seconds + nanoseconds / 1e9] * num_events)
         self.read_s.extend([now_s] * num_events)
         self.head += data[: _HEAD_BYTES - len(self.head)]
+
+    @property
+    def request_id(self) -> str:
+        """RuntimeError for a reply that is none of ours."""
+        if (found := re.search(rb"^x-request-id: (\S+)\r$", self.head, re.IGNORECASE | re.MULTILINE)) is None:
+            raise RuntimeError(f"a reply without a request id: {self.head!r}")
+        return found[1].decode()
 
     def close(self) -> None:
         self.is_open = False

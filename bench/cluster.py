@@ -1,15 +1,20 @@
-"""`disaggd up` for the length of a measurement. Knows the command line and the config file, nothing behind them."""
+"""`disaggd up` for the length of a measurement. Knows the command line, the config file and what a router says of itself."""
 
 import contextlib
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
-from server_process import free_ports, serving
+from server_process import free_ports, get, serving
 
 from disaggd.config import load_config
+from disaggd.observe.receipts import Receipt
+from disaggd.supervisor import ClusterView
+
+_WHOLE_S = 60.0
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -20,14 +25,28 @@ class Running(msgspec.Struct, frozen=True):
     """Of `disaggd up`, whose children the nodes are."""
     model: str
 
+    def receipt(self, request_id: str) -> Receipt:
+        """What became of a request."""
+        return msgspec.json.decode(get(f"{self.url}/v1/requests/{request_id}"), type=Receipt)
+
 
 @contextlib.contextmanager
 def running(config_path: Path, log: Path) -> Iterator[Running]:
-    """The cluster of a config file, ready; ended afterwards. RuntimeError with the end of the log if it does not start."""
+    """The cluster of a config file, whole: every node linked, every KV path ready. RuntimeError with the end of the log if it is not."""
     url = url_of(config_path)
     command = [sys.executable, "-m", "disaggd", "up", "--config", str(config_path)]
     with serving(command, f"{url}/ready", log) as pid:
+        _wait_whole(url)
         yield Running(url, pid, load_config(config_path).model.served_name)
+
+
+def _wait_whole(url: str) -> None:
+    """A router is ready as soon as it can serve: co-located, until a prefill node's KV path is open."""
+    deadline = time.monotonic() + _WHOLE_S
+    while missing := msgspec.json.decode(get(f"{url}/v1/cluster"), type=ClusterView).missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the cluster still lacks {', '.join(missing)}")
+        time.sleep(0.1)
 
 
 def url_of(config_path: Path) -> str:

@@ -15,7 +15,7 @@ import click
 import msgspec
 from arrivals import Listener, Stream
 from client import Target
-from cluster import Fields, config_text, running
+from cluster import Fields, Running, config_text, running
 from machine import Load, LoadMeter, Machine, describe_machine, together
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
@@ -23,6 +23,7 @@ from samples import Spread, spread
 from timeline import Lane, draw
 
 from disaggd.model.directory import open_directory
+from disaggd.observe.receipts import Receipt
 
 MAX_SEQUENCES = 16
 _LOOK_S = 0.002
@@ -153,21 +154,21 @@ class Turn(msgspec.Struct, frozen=True):
             config.write_text(self._config())
             with running(config, Path(directory) / "cluster.log") as cluster, Listener(_LOOK_S) as listener:
                 client = _Client(listener, Target.of(cluster.url, "completions", None), cluster.model, random.Random(self.round))
-                return self._measure(client, cluster.pid)
+                return self._measure(client, cluster)
 
     def _config(self) -> str:
         nodes = [node if node["role"] == "router" else {**node, "kv_cache": "1GiB"} for node in self.setting.nodes]
         model = {"path": self.path, "name": "served", "dtype": self.job.dtype}
         return config_text(nodes, model=model, disaggregation={"policy": self.setting.policy})
 
-    def _measure(self, client: "_Client", cluster_pid: int) -> Window:
+    def _measure(self, client: "_Client", cluster: Running) -> Window:
         job = self.job
         client.listen_to_the_end([client.ask(job.prompt, job.output)])  # warms up
         most = open_directory(self.path).spec().max_position_embeddings - job.context
         streams = [client.ask(job.context, most) for _ in range(job.streams)]  # they end when their client leaves, not before
         client.listen(until=lambda: all(len(stream.event_s) >= _SETTLED or not stream.is_open for stream in streams))
         self._check(streams)
-        meter, began_s, longs = LoadMeter((cluster_pid,)), time.time(), []
+        meter, began_s, longs = LoadMeter((cluster.pid,)), time.time(), []
         for number in range(job.prompts):
             client.listen_until_s(began_s + number * job.every_s + _LEAD_S)
             longs.append(client.ask(job.prompt, job.output))
@@ -175,6 +176,7 @@ class Turn(msgspec.Struct, frozen=True):
         load = meter.read()
         client.listen_to_the_end(longs)
         self._check(streams)
+        self._check_places([cluster.receipt(long.request_id) for long in longs])
         return Window(
             setting=self.setting.name,
             round=self.round,
@@ -189,6 +191,13 @@ class Turn(msgspec.Struct, frozen=True):
         for stream in streams:
             if not stream.is_open:
                 raise RuntimeError(f"{self.setting.name}: a stream ended after {len(stream.event_s)} events: {stream.head!r}")
+
+    def _check_places(self, receipts: list[Receipt]) -> None:
+        """RuntimeError if a prompt was prefilled elsewhere than this setting says."""
+        expected = "remote" if self.setting.policy == "always" else "local"
+        for receipt in receipts:
+            if receipt.decision != expected:
+                raise RuntimeError(f"{self.setting.name}: a prompt was prefilled {receipt.decision}: {receipt.reason}")
 
 
 def _gaps(stream: Stream, began_s: float, seconds: float) -> Iterator[tuple[float, float]]:

@@ -42,6 +42,12 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+def get(url: str) -> bytes:
+    """The body of a 200; OSError for anything else."""
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return bytes(reply.read())
+
+
 def answers(url: str) -> bool:
     """Whether a GET of `url` is a 200."""
     try:

@@ -57,6 +57,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     output_tokens: int | None = None
     """As the server counts them; None if it does not say."""
     error: str | None = None
+    request_id: str | None = None
+    """What the reply's `x-request-id` says."""
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +155,10 @@ class _Stream(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(error or ConnectionError("the connection was closed before the end"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-request-id":
+            self._outcome.request_id = value.decode()
 
     def on_body(self, body: bytes) -> None:
         if b"\r" in body:

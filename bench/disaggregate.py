@@ -15,7 +15,7 @@ import click
 import msgspec
 from arrivals import Listener, Stream
 from client import Target
-from cluster import Fields, Running, config_text, running
+from cluster import Fields, Running, config_text, one_each, running, split
 from machine import Load, LoadMeter, Machine, describe_machine, together
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
@@ -108,21 +108,11 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def settings(job: Job, cpus: tuple[int, ...]) -> list[Setting]:
-    """1P1D first, then the co-located ones, prefill whole before prefill in chunks.
-
-    1P1D has as many processors as they: the last one decodes, and router and client share the others with the prefill node, whose work
-    can wait for a millisecond.
-    """
-    *others, last = cpus if len(cpus) > 1 else cpus * 2
-    prefill_cpus, decode_cpus = tuple(others), (last,)
+    """1P1D first, then the co-located ones, prefill whole before prefill in chunks; all on the same processors."""
     whole = job.prompt + 64
-    pair = (
-        {"role": "router", "cpus": prefill_cpus},
-        {"role": "prefill", "cpus": prefill_cpus, "threads": len(prefill_cpus), "max_step_tokens": whole, "max_sequences": MAX_SEQUENCES},
-        {"role": "decode", "cpus": decode_cpus, "threads": 1, "max_step_tokens": whole, "max_sequences": MAX_SEQUENCES},
-    )
+    pair = one_each(cpus, max_step_tokens=whole, max_sequences=MAX_SEQUENCES)
     return [
-        Setting("1P1D, a core each", "always", pair, prefill_cpus),
+        Setting("1P1D, a core each", "always", pair, split(cpus)[0]),
         _co_located("whole prompts", whole, cpus),
         *(_co_located(f"chunks of {size}", size + MAX_SEQUENCES, cpus) for size in (512, 128) if size < job.prompt),
     ]
@@ -168,7 +158,7 @@ class Turn(msgspec.Struct, frozen=True):
         streams = [client.ask(job.context, most) for _ in range(job.streams)]  # they end when their client leaves, not before
         client.listen(until=lambda: all(len(stream.event_s) >= _SETTLED or not stream.is_open for stream in streams))
         self._check(streams)
-        meter, began_s, longs = LoadMeter((cluster.pid,)), time.time(), []
+        meter, began_s, longs = LoadMeter(cluster.pids), time.time(), []
         for number in range(job.prompts):
             client.listen_until_s(began_s + number * job.every_s + _LEAD_S)
             longs.append(client.ask(job.prompt, job.output))

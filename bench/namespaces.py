@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -39,10 +39,45 @@ def linked(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
             _sh(*end.prefix, "ip", "address", "add", f"{end.address}/24", "dev", DEVICE)
             _sh(*end.prefix, "ip", "link", "set", DEVICE, "up")
             _sh(*end.prefix, "ip", "link", "set", "lo", "up")
-            _sh(*end.prefix, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", rate, "burst", _BURST, "latency", "50ms")
+            _shape(end, "add", rate)
         for end in ends:
             _wait_for_carrier(end)
         yield ends[0], ends[1]
+
+
+def limit(ends: Iterable[Namespace], rate: str) -> None:
+    """Set another rate, from now on."""
+    for end in ends:
+        _shape(end, "change", rate)
+
+
+class End(msgspec.Struct, frozen=True):
+    """A namespace that can be reached from here."""
+
+    namespace: Namespace
+    control: str
+    """Its address towards us, on a link of its own without a limit."""
+
+
+@contextlib.contextmanager
+def reachable(ends: Iterable[Namespace]) -> Iterator[tuple[End, ...]]:
+    found = []
+    with contextlib.ExitStack() as stack:
+        for number, end in enumerate(ends, start=1):
+            ours, theirs = f"10.79.{number}.1", f"10.79.{number}.2"
+            device = f"ctl{number}-{os.getpid()}"
+            _sh("ip", "link", "add", device, "type", "veth", "peer", "name", "ctl0", "netns", end.name)
+            stack.callback(_sh, "ip", "link", "del", device)
+            _sh("ip", "address", "add", f"{ours}/30", "dev", device)
+            _sh("ip", "link", "set", device, "up")
+            _sh(*end.prefix, "ip", "address", "add", f"{theirs}/30", "dev", "ctl0")
+            _sh(*end.prefix, "ip", "link", "set", "ctl0", "up")
+            found.append(End(end, theirs))
+        yield tuple(found)
+
+
+def _shape(end: Namespace, verb: str, rate: str) -> None:
+    _sh(*end.prefix, "tc", "qdisc", verb, "dev", DEVICE, "root", "tbf", "rate", rate, "burst", _BURST, "latency", "50ms")
 
 
 def _wait_for_carrier(end: Namespace) -> None:

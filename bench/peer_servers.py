@@ -68,7 +68,7 @@ def _disaggd(nodes: tuple[Fields, ...], policy: str, model: str, directory: Path
     fields = {"path": model, "name": _SERVED_NAME, "dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN}
     config.write_text(config_text(nodes, model=fields, disaggregation={"policy": policy}))
     with running(config, directory / "disaggd.log") as cluster:
-        yield Served(cluster.url, cluster.model, (cluster.pid,))
+        yield Served(cluster.url, cluster.model, cluster.pids)
 
 
 # ── vLLM ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -351,7 +351,7 @@ def _server(url: str | None, config: Path | None, model: str | None, quick: bool
         if config is None:
             raise click.UsageError("give --url of a server, or --config of a disaggd cluster to start")
         with running(config, Path(directory) / "cluster.log") as cluster:
-            yield cluster.url, model or cluster.model, (cluster.pid,)
+            yield cluster.url, model or cluster.model, cluster.pids
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import click
 import msgspec
 import uvloop
 from client import Outcome, Target, fetch
-from cluster import config_text, url_of
+from cluster import config_text, split, url_of
 from machine import Load, LoadMeter, Machine, describe_machine
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
@@ -194,7 +194,7 @@ def measure(job: Job) -> Report:
 def started(job: Job, root: Path, turns: Path) -> Iterator[Bench]:
     """All processes, ready; the node's notes are written when they have ended."""
     path = resolve(job.model)
-    engine_cpus, other_cpus = _split(sorted(os.sched_getaffinity(0)))
+    engine_cpus, other_cpus = split(sorted(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, other_cpus)
     config = root / "config.toml"
     config.write_text(_config(job, path, engine_cpus, other_cpus))
@@ -229,11 +229,6 @@ def _engine(job: Job, path: str, cpus: tuple[int, ...]) -> Iterator[Connection]:
         yield ours
     finally:
         _end(process)
-
-
-def _split(cpus: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The engine's processors, and everybody else's."""
-    return (tuple(cpus), tuple(cpus)) if len(cpus) == 1 else (tuple(cpus[:-1]), (cpus[-1],))
 
 
 def _config(job: Job, path: str, engine_cpus: tuple[int, ...], other_cpus: tuple[int, ...]) -> str:

@@ -15,9 +15,12 @@ _STOP_S = 20.0
 
 @contextlib.contextmanager
 def serving(
-    command: Sequence[str], ready_url: str, log: Path, *, environment: Mapping[str, str] | None = None, start_s: float = 120.0
+    command: Sequence[str], ready_url: str | None, log: Path, *, environment: Mapping[str, str] | None = None, start_s: float = 120.0
 ) -> Iterator[int]:
-    """The process's pid once `ready_url` is a 200. RuntimeError with the end of the log if it is not within `start_s`."""
+    """The process's pid once `ready_url` is a 200. RuntimeError with the end of the log if it is not within `start_s`.
+
+    None: at once, for a process whose readiness another one tells.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -28,7 +31,8 @@ def serving(
             start_new_session=True,  # so that what outlives it can be found
         )
     try:
-        _wait_ready(ready_url, process, log, start_s)
+        if ready_url is not None:
+            _wait_ready(ready_url, process, log, start_s)
         yield process.pid
     finally:
         _end(process)

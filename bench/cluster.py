@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from client import Outcome
 from namespaces import DEVICE, End
 from server_process import free_ports, get, serving
 
 from disaggd.config import load_config
-from disaggd.observe.receipts import Receipt, ReceiptList
+from disaggd.observe.receipts import Receipt
 from disaggd.supervisor import ClusterView
 
 Fields = Mapping[str, object]
@@ -34,9 +35,9 @@ class Running(msgspec.Struct, frozen=True):
         """What became of a request."""
         return msgspec.json.decode(get(f"{self.url}/v1/requests/{request_id}"), type=Receipt)
 
-    def latest(self, count: int) -> tuple[Receipt, ...]:
-        """What became of the last so many requests, in the order in which they came."""
-        return msgspec.json.decode(get(f"{self.url}/v1/requests?limit={count}"), type=ReceiptList).data[::-1]
+    def receipts(self, outcomes: Iterable[Outcome]) -> list[Receipt | None]:
+        """Of each request; None for one that was refused, and has none."""
+        return [None if one.request_id is None or one.error is not None else self.receipt(one.request_id) for one in outcomes]
 
 
 @contextlib.contextmanager

@@ -169,6 +169,7 @@ class Bench(msgspec.Struct, frozen=True):
             tables: dict[str, Fields] = {
                 "model": {"path": self.path, "name": "served", "dtype": self.job.dtype},
                 "disaggregation": {**policy.fields, **targets},
+                "router": {"receipts": 10_000},
             }
             if self.job.slow_rate is None:
                 config.write_text(config_text(nodes, **tables))
@@ -185,8 +186,7 @@ class Bench(msgspec.Struct, frozen=True):
         with self.cluster(POLICIES[0], {}) as (cluster, _):
             client = Client(cluster)
             client.closed(fixed(2, size, 2), 1, seed=-1)
-            client.closed(fixed(3, size, 2), 1, seed=-2)
-            prefill_s = median(_prefill_ms(receipt) for receipt in cluster.latest(3)) / 1e3
+            prefill_s = median(map(_prefill_ms, cluster.receipts(client.closed(fixed(3, size, 2), 1, seed=-2)))) / 1e3
             streams = client.closed(fixed(8, 32, 48), 8, seed=-3)
         step_ms = median(gap for one in streams for gap in one.gaps_s) * 1e3
         ttft_ms = slo[0] or _rounded(_TTFT_PREFILLS * prefill_s * 1e3)
@@ -207,8 +207,8 @@ class Bench(msgspec.Struct, frozen=True):
             meter = LoadMeter(cluster.pids)
             outcomes = client.open(rows, seed, None if set_rate is None else partial(self._slow_down, set_rate))
             load = meter.read()
-            receipts = {receipt.id: receipt for receipt in cluster.latest(len(rows))}
-        pairs = [(one, receipts.get(one.request_id or "")) for one in outcomes]
+            receipts = cluster.receipts(outcomes)
+        pairs = list(zip(outcomes, receipts, strict=True))
         middle_s = min(one.due_s for one in outcomes) + self.job.seconds / 2
         return Replay(
             policy=policy.name,
@@ -218,7 +218,7 @@ class Bench(msgspec.Struct, frozen=True):
             failed=[one.error for one in outcomes if one.error is not None],
             ttft_ms=[one.ttft_s * 1e3 for one in outcomes if one.error is None],
             itl_ms=[gap * 1e3 for one in outcomes if one.error is None for gap in one.gaps_s],
-            errors=[one.prediction_error for one in receipts.values() if one.prediction_error is not None],
+            errors=[one.prediction_error for one in receipts if one is not None and one.prediction_error is not None],
             load=load,
         )
 
@@ -234,8 +234,8 @@ def _part(pairs: Iterable[tuple[Outcome, Receipt | None]], slo: Slo) -> Part:
     return Part(requests=len(pairs), good=sum(slo.is_met(outcome) for outcome, _ in pairs), remote=remote)
 
 
-def _prefill_ms(receipt: Receipt) -> float:
-    assert receipt.spans_ms.prefill is not None, f"{receipt.id} was not prefilled: {receipt.reason}"
+def _prefill_ms(receipt: Receipt | None) -> float:
+    assert receipt is not None and receipt.spans_ms.prefill is not None, "a request that ended well was prefilled"
     return receipt.spans_ms.prefill
 
 
@@ -253,7 +253,8 @@ class Client:
 
     def closed(self, rows: Sequence[Lengths], concurrency: int, seed: int) -> list[Outcome]:
         """RuntimeError if one fails."""
-        outcomes: list[Outcome] = uvloop.run(closed_loop(self._target, self._bodies(rows, seed), concurrency, _TIMEOUT_S))
+        requests = [(self._target, body) for body in self._bodies(rows, seed)]
+        outcomes: list[Outcome] = uvloop.run(closed_loop(requests, concurrency, _TIMEOUT_S))
         if failed := [one.error for one in outcomes if one.error is not None]:
             raise RuntimeError(f"{len(failed)} of {len(outcomes)} requests failed: {failed[0]}")
         return outcomes

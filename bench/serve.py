@@ -87,12 +87,12 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def closed_loop(target: Target, bodies: Iterable[bytes], concurrency: int, timeout_s: float) -> list[Outcome]:
-    """So many at a time, the next as soon as one has ended."""
-    left, outcomes = iter(bodies), []
+async def closed_loop(requests: Iterable[tuple[Target, bytes]], concurrency: int, timeout_s: float) -> list[Outcome]:
+    """So many at a time, the next as soon as one has ended; in the order of their ends."""
+    left, outcomes = iter(requests), []
 
     async def worker() -> None:
-        for body in left:
+        for target, body in left:
             outcomes.append(await fetch(target, body, time.perf_counter(), timeout_s))
 
     async with asyncio.TaskGroup() as group:
@@ -314,7 +314,7 @@ class Job(msgspec.Struct, frozen=True):
     timeout_s: float
 
     def run(self, slo: Slo, server_pids: tuple[int, ...]) -> tuple[Summary, Load]:
-        uvloop.run(closed_loop(self.target, self.warmup, 1, self.timeout_s))
+        uvloop.run(closed_loop(self._to(self.warmup), 1, self.timeout_s))
         meter = LoadMeter(server_pids)
         server_cpu_s, client_cpu_s = trees_cpu_s(server_pids), time.process_time()
         outcomes = uvloop.run(self._outcomes())
@@ -325,9 +325,12 @@ class Job(msgspec.Struct, frozen=True):
 
     async def _outcomes(self) -> list[Outcome]:
         if self.concurrency is not None:
-            return await closed_loop(self.target, self.bodies, self.concurrency, self.timeout_s)
+            return await closed_loop(self._to(self.bodies), self.concurrency, self.timeout_s)
         arrivals = [(one.arrival_s, body) for one, body in zip(self.planned, self.bodies, strict=True)]
         return await open_loop(self.target, arrivals, self.timeout_s)
+
+    def _to(self, bodies: list[bytes]) -> Iterator[tuple[Target, bytes]]:
+        return ((self.target, body) for body in bodies)
 
 
 def warmup_of(planned: list[Planned], count: int, vocab_size: int) -> list[Planned]:

@@ -16,7 +16,9 @@ from machine import Load, LoadMeter, Machine, describe_machine, trees_cpu_s
 from report import Table, section, show, write_json
 from samples import Spread, spread
 from tokenizers import Tokenizer
-from workload import Planned, Scale, fixed, plan, poisson, read_trace
+from workload import Planned, fixed, plan, poisson
+
+from disaggd.simulator.traces import Scale, read_trace
 
 
 class Slo(msgspec.Struct, frozen=True):

@@ -24,6 +24,8 @@ from disaggd.trace import DEFAULT_URL, show
 
 _CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"
 
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
 
 def _config_option(command: Any) -> Any:
     return click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help=_CONFIG_HELP)(command)
@@ -143,6 +145,36 @@ def _checked_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise click.BadParameter(f"{url!r} is no address of a router, such as {DEFAULT_URL}")
     return url
+
+
+@cli.command()
+@click.option("--trace", type=click.Path(path_type=Path), required=True, help="An Azure LLM trace (.csv) or a Mooncake trace (.jsonl).")
+@_config_option
+@click.option("--nodes", metavar="xPyD", help="A cluster of model S, a core for each node, where there is no file.  [default: 1P1D]")
+@click.option("--policy", "policies", multiple=True, help="adaptive, threshold:TOKENS, always, never.  [default: the file's, and others]")
+@click.option("--requests", type=click.IntRange(min=1), help="The first so many.  [default: the whole trace]")
+@click.option("--rate-scale", type=_POSITIVE, default=1.0, show_default=True, help="Requests come so many times as often.")
+@click.option("--length-scale", type=_POSITIVE, default=1.0, show_default=True, help="Multiplies prompt and output lengths.")
+@click.option("--max-input", type=click.IntRange(min=1), help="Cuts longer prompts.")
+@click.option("--max-output", type=click.IntRange(min=1), help="Cuts longer outputs.")
+@click.option("--ttft-slo-ms", type=_POSITIVE, help="A good request has its first token within this.")
+@click.option("--itl-slo-ms", type=_POSITIVE, help="And every other one within this after the one before.")
+@click.option("--costs", type=click.Path(path_type=Path), help="TOML: what steps and links take.  [default: model S on one core]")
+@click.option("--kv-cache", metavar="SIZE", help='Of every node, such as "256MiB".')
+@click.option("--link-mbit", type=_POSITIVE, help="Rate of every KV link.  [default: that of the costs, 20,000]")
+@click.option("--slow-link-at", type=click.FloatRange(0, 1), help="After this part of the requests, every KV link slows down …")
+@click.option("--slow-link-mbit", type=_POSITIVE, help="… to this rate.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.pass_obj
+def simulate(outer_path: Path | None, /, config_path: Path | None, **options: Any) -> None:
+    """Replay a trace of requests on this cluster in virtual time, under several policies, and compare them.
+
+    The router's dispatcher, the nodes' roles, schedulers and pools are the real ones; computing and sending only take the time
+    that a table of costs says. The same input has the same outcome. See docs/simulator.md.
+    """
+    experiment = importlib.import_module("disaggd.simulator.experiment")
+    interrupts_raise()
+    experiment.run(experiment.Options(config=config_path or outer_path, **options))
 
 
 def _config_or_default(option: Path | None) -> Config:

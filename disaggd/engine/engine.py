@@ -7,10 +7,11 @@ that another machine computed is parked here and later resumed in blocks that th
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.prefix_cache import PrefixCache
@@ -21,8 +22,14 @@ from disaggd.errors import ContextTooLong
 from disaggd.ids import BlockId, SeqId
 from disaggd.sampling import SamplingParams, TokenLogprob
 
-if TYPE_CHECKING:  # the sampler imports torch, which the engine does without
-    from disaggd.engine.sampler import SampledToken
+
+class Sampled(Protocol):
+    """A drawn token, and its logprob if the request asked for logprobs."""
+
+    @property
+    def token(self) -> int: ...
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
 
 
 class Runner(Protocol):
@@ -31,7 +38,7 @@ class Runner(Protocol):
     lookahead: int
     """Steps to launch before the results of an earlier one are asked for: 0 where `execute` computes, 1 where a device does."""
 
-    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> "Callable[[], list[SampledToken]]":
+    def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> Callable[[], ReadOnlySequence[Sampled]]:
         """Write K and V of the plan's chunks into their blocks; what it returns gives one token for each of `plan.sampling`, in that order.
 
         `layers_done(range(a, b))` is called as soon as K and V of these layers are written, or launched to be; all layers once per step.
@@ -45,7 +52,7 @@ class _Step:
 
     sequences: list[Sequence]
     """Those that get a token, in the order of the results."""
-    results: "Callable[[], list[SampledToken]]"
+    results: Callable[[], ReadOnlySequence[Sampled]]
     written: list[BlockId]
     """Blocks that it writes, each with a reference of the step's own: whoever gets them next may not write before it has."""
     computed: list[tuple[Chunk, list[BlockId]]]

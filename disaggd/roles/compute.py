@@ -47,7 +47,7 @@ class Stop:
     """Leave the loop after this turn."""
 
 
-Message = LinkUp | LinkDown | FrameIn | TransferEvent | Stop
+Message = LinkUp | LinkDown | FrameIn | TransferEvent
 
 Batch = list[tuple[LinkId, ToRouter]]
 
@@ -95,6 +95,76 @@ class Role(Protocol):
     def gauges(self) -> Gauges: ...
 
 
+class Compute:
+    """What an engine node's compute thread does, a turn at a time: whoever drives it takes the inbox and knows what time it is."""
+
+    def __init__(self, engine: Engine, role: Role, outbox: Outbox, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._role = role
+        self._outbox = outbox
+        self._clock = clock
+        self._gauges: Gauges | None = None
+        self._gauges_due = 0.0
+        self._cache_reports: dict[LinkId, CacheReport] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would compute something though nothing came in."""
+        return self._engine.has_work
+
+    def next_deadline(self) -> float | None:
+        """When a turn has something to do, if nothing comes in before."""
+        due = [self._role.next_deadline(), self._gauges_due if self._role.gauges() != self._gauges else None]
+        return min((at for at in due if at is not None), default=None)
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case FrameIn(link, CacheSnapshot()):
+                self._send_snapshot(link)
+            case FrameIn(link, frame):
+                self._role.on_frame(link, frame)
+            case LinkUp(link):
+                self._outbox.links.add(link)
+                self._gauges = None  # a new router knows none yet
+                self._cache_reports[link] = CacheReport(self._engine.pool)
+                self._send_snapshot(link)
+                self._role.link_up(link)
+            case LinkDown(link):
+                self._outbox.links.discard(link)
+                del self._cache_reports[link]
+                self._role.link_down(link)
+            case TransferEvent():
+                self._role.on_event(message)
+
+    def turn(self) -> None:
+        """Do what is due, compute one step, hand its tokens out."""
+        self._role.tick()
+        self._outbox.flush()
+        outputs = self._engine.step(self._role.layers_done)
+        self._role.deliver(outputs)
+        self._report_cache()
+        self._report_gauges()
+        self._outbox.flush()
+
+    def _send_snapshot(self, link: LinkId) -> None:
+        if self._engine.pool.hasher is not None:
+            self._outbox.send(link, self._cache_reports[link].snapshot())
+
+    def _report_cache(self) -> None:
+        """What a step has left, and whose blocks were taken for it."""
+        changes = self._engine.pool.take_changes()
+        if changes.stored or changes.evicted:
+            for link, report in self._cache_reports.items():
+                self._outbox.send(link, report.changes(changes))
+
+    def _report_gauges(self) -> None:
+        gauges = self._role.gauges()
+        now = self._clock()
+        if gauges != self._gauges and now >= self._gauges_due:
+            self._gauges, self._gauges_due = gauges, now + GAUGES_PERIOD_S
+            self._outbox.broadcast(gauges)
+
+
 class ComputeThread:
     """Runs a role's engine until `stop`. An error in here ends the node: `fail` is called with it, on this thread.
 
@@ -110,17 +180,12 @@ class ComputeThread:
         fail: Callable[[BaseException], None],
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._engine = engine
-        self._role = role
-        self._outbox = outbox
+        self.inbox: queue.SimpleQueue[Message | Stop] = queue.SimpleQueue()
+        self._compute = Compute(engine, role, outbox, clock)
         self._clock = clock
         self._fail = fail
         self._on_start = on_start
         self._stopping = False
-        self._gauges: Gauges | None = None
-        self._gauges_due = 0.0
-        self._cache_reports: dict[LinkId, CacheReport] = {}
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
 
     def start(self) -> None:
@@ -143,18 +208,12 @@ class ComputeThread:
     def turn(self) -> None:
         """Take what came in, do what is due, compute one step, hand its tokens out."""
         self._take_inbox()
-        self._role.tick()
-        self._outbox.flush()
-        outputs = self._engine.step(self._role.layers_done)
-        self._role.deliver(outputs)
-        self._report_cache()
-        self._report_gauges()
-        self._outbox.flush()
+        self._compute.turn()
 
     def _take_inbox(self) -> None:
         """Handle every message there is; with nothing to compute, wait for one, or for the next deadline."""
         try:
-            message = self.inbox.get_nowait() if self._engine.has_work else self.inbox.get(timeout=self._idle_s())
+            message = self.inbox.get_nowait() if self._compute.has_work else self.inbox.get(timeout=self._idle_s())
             while True:
                 self._handle(message)
                 message = self.inbox.get_nowait()
@@ -162,45 +221,11 @@ class ComputeThread:
             return
 
     def _idle_s(self) -> float | None:
-        due = [self._role.next_deadline(), self._gauges_due if self._role.gauges() != self._gauges else None]
-        deadline = min((at for at in due if at is not None), default=None)
+        deadline = self._compute.next_deadline()
         return None if deadline is None else max(0.0, deadline - self._clock())
 
-    def _handle(self, message: Message) -> None:
-        match message:
-            case FrameIn(link, CacheSnapshot()):
-                self._send_snapshot(link)
-            case FrameIn(link, frame):
-                self._role.on_frame(link, frame)
-            case LinkUp(link):
-                self._outbox.links.add(link)
-                self._gauges = None  # a new router knows none yet
-                self._cache_reports[link] = CacheReport(self._engine.pool)
-                self._send_snapshot(link)
-                self._role.link_up(link)
-            case LinkDown(link):
-                self._outbox.links.discard(link)
-                del self._cache_reports[link]
-                self._role.link_down(link)
-            case Stop():
-                self._stopping = True
-            case _:
-                self._role.on_event(message)
-
-    def _send_snapshot(self, link: LinkId) -> None:
-        if self._engine.pool.hasher is not None:
-            self._outbox.send(link, self._cache_reports[link].snapshot())
-
-    def _report_cache(self) -> None:
-        """What a step has left, and whose blocks were taken for it."""
-        changes = self._engine.pool.take_changes()
-        if changes.stored or changes.evicted:
-            for link, report in self._cache_reports.items():
-                self._outbox.send(link, report.changes(changes))
-
-    def _report_gauges(self) -> None:
-        gauges = self._role.gauges()
-        now = self._clock()
-        if gauges != self._gauges and now >= self._gauges_due:
-            self._gauges, self._gauges_due = gauges, now + GAUGES_PERIOD_S
-            self._outbox.broadcast(gauges)
+    def _handle(self, message: Message | Stop) -> None:
+        if isinstance(message, Stop):
+            self._stopping = True
+        else:
+            self._compute.handle(message)

@@ -22,11 +22,9 @@ from starlette.types import ASGIApp
 import disaggd
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.link import RouterLink, dial, link_settings
-from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
-from disaggd.cluster.routing import RoutingWeights
 from disaggd.config import Config, NodeConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
 from disaggd.gateway.app import create_app
@@ -38,6 +36,7 @@ from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
+from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
@@ -102,7 +101,7 @@ class RouterBackend:
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
         self.dispatcher = Dispatcher(
             self.incarnation,
-            _rules(config),
+            dispatch_rules(config),
             time.monotonic,
             self._on_update,
         )
@@ -246,20 +245,6 @@ class RouterBackend:
 
     def _on_update(self, record: RoutedSequence) -> None:
         self._observer.ended(record, awaits_report=self.dispatcher.awaits_report(record))
-
-
-def _rules(config: Config) -> DispatchRules:
-    rules = config.disaggregation
-    return DispatchRules(
-        max_retries=rules.max_retries,
-        grant_patience_s=rules.grant_patience_s,
-        request_timeout_s=config.router.request_timeout_s,
-        max_prefill_queue=rules.max_prefill_queue,
-        max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
-        queue_aging_s=rules.queue_aging_s,
-        ttft_target_s=rules.ttft_target_ms / 1e3,
-        weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
-    )
 
 
 def _asked(request: GenerationRequest) -> Request:

@@ -1,0 +1,92 @@
+"""The router's rules and the engine nodes' roles, put together as the file says: around a real engine, or a simulated one.
+
+Imports no torch, and starts nothing: threads, links and processes are `node.py`'s and `router.py`'s.
+"""
+
+from collections.abc import Callable
+
+from disaggd.cluster.decision import DecisionRule
+from disaggd.cluster.moves import DispatchRules
+from disaggd.cluster.routing import RoutingWeights
+from disaggd.config import Config, NodeConfig
+from disaggd.engine.engine import Engine
+from disaggd.roles.compute import Outbox
+from disaggd.roles.decode_role import DecodeRole
+from disaggd.roles.granting import Granting
+from disaggd.roles.landing import LandingMemory
+from disaggd.roles.prefill_role import PrefillRole
+from disaggd.roles.pushing import Pushing
+from disaggd.transfer.messages import IsReady, TransferCommand
+
+Submit = Callable[[TransferCommand], None]
+Clock = Callable[[], float]
+
+
+def dispatch_rules(config: Config) -> DispatchRules:
+    rules = config.disaggregation
+    return DispatchRules(
+        max_retries=rules.max_retries,
+        grant_patience_s=rules.grant_patience_s,
+        request_timeout_s=config.router.request_timeout_s,
+        max_prefill_queue=rules.max_prefill_queue,
+        max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
+        queue_aging_s=rules.queue_aging_s,
+        ttft_target_s=rules.ttft_target_ms / 1e3,
+        weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
+    )
+
+
+def decision_rule(config: Config) -> DecisionRule:
+    rules = config.disaggregation
+    return DecisionRule(
+        policy=rules.policy, max_local_prefill_tokens=rules.max_local_prefill_tokens, max_prefill_queue=rules.max_prefill_queue
+    )
+
+
+def decode_role(
+    config: Config,
+    node: NodeConfig,
+    engine: Engine,
+    *,
+    bytes_per_block: int,
+    vocab_size: int,
+    outbox: Outbox,
+    submit: Submit,
+    clock: Clock,
+    staging: LandingMemory | None = None,
+) -> DecodeRole:
+    """`staging` is what peers write where they cannot write the engine's pool."""
+    granting = Granting(
+        node.name,
+        engine,
+        lease_s=config.transfer.lease_s,
+        quiesce_s=config.transfer.quiesce_s,
+        bytes_per_block=bytes_per_block,
+        submit=submit,
+        clock=clock,
+        staging=staging,
+    )
+    rule = decision_rule(config)
+    return DecodeRole(engine, rule, granting=granting, vocab_size=vocab_size, outbox=outbox, submit=submit, clock=clock)
+
+
+def prefill_role(
+    config: Config,
+    engine: Engine,
+    *,
+    vocab_size: int,
+    outbox: Outbox,
+    submit: Submit,
+    mark: Callable[[], IsReady],
+    clock: Clock,
+) -> PrefillRole:
+    pool, limits, transfer = engine.pool, engine.limits, config.transfer
+    return PrefillRole(
+        engine,
+        credit_tokens=min(pool.num_blocks * pool.block_size, 2 * limits.max_model_len),
+        pushing=Pushing(pool, lease_s=transfer.lease_s, quiesce_s=transfer.quiesce_s, outbox=outbox, submit=submit, clock=clock),
+        vocab_size=vocab_size,
+        outbox=outbox,
+        mark=mark,
+        clock=clock,
+    )

@@ -1,0 +1,122 @@
+"""What the machine takes: seconds of a step, of a frame, of a byte. Read from a TOML file, or the defaults below.
+
+The defaults are model S (88 M parameters, bfloat16) on one core of an AMD EPYC with AVX512-BF16, as `bench/engine.py` and
+`bench/served.py` measured it, and loopback TCP.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from disaggd.config import NodeConfig
+from disaggd.engine.scheduler import StepPlan
+from disaggd.errors import ConfigError
+
+Time = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One node's: a step takes the sum of what is in it."""
+
+    base_ms: Annotated[float, msgspec.Meta(gt=0)] = 4.0
+    """Reading the weights; with it alone a step would take time, so that virtual time always moves on."""
+    per_sequence_ms: Time = 0.25
+    """Of each sequence that decodes."""
+    per_context_token_us: Time = 0.62
+    """Of each token of KV that a decoding sequence reads."""
+    per_prefill_token_us: Time = 345.0
+    """Of each prompt token."""
+    per_prefill_token_context_ns: Time = 76.0
+    """Of each pair of a prompt token and a token that it attends to."""
+    per_sent_mb_ms: Time = 0.4
+    """Processor time that pushing a megabyte takes from the steps beside it; 0 where something else moves the bytes."""
+    per_received_mb_ms: Time = 0.4
+    """The same of a megabyte that lands."""
+
+    def step_s(self, work: "Work") -> float:
+        """Seconds to compute it."""
+        return (
+            self.base_ms * 1e-3
+            + self.per_sequence_ms * 1e-3 * work.num_decodes
+            + self.per_context_token_us * 1e-6 * work.num_context
+            + self.per_prefill_token_us * 1e-6 * work.num_prefilled
+            + self.per_prefill_token_context_ns * 1e-9 * work.num_pairs
+        )
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What is in a step."""
+
+    num_decodes: int
+    num_context: int
+    """Tokens that these attend to."""
+    num_prefilled: int
+    num_pairs: float
+    """Of a prompt token and one that it attends to."""
+
+
+def work_of(plan: StepPlan) -> Work:
+    num_decodes, num_context, num_prefilled, num_pairs = 0, 0, 0, 0.0
+    for chunk in plan.chunks:
+        count = chunk.end - chunk.start
+        if count == 1:
+            num_decodes += 1
+            num_context += chunk.end
+        else:
+            num_prefilled += count
+            num_pairs += count * (chunk.start + count / 2)
+    return Work(num_decodes, num_context, num_prefilled, num_pairs)
+
+
+class LinkCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Between nodes."""
+
+    frame_ms: Time = 0.5
+    """From a node's sending a control frame to the router's acting on it, and the other way."""
+    kv_mbit_per_s: Annotated[float, msgspec.Meta(gt=0)] = 20_000.0
+    """KV, from each prefill node to each decode node."""
+    kv_latency_ms: Time = 0.3
+    """Of KV, its notifications and the thread that waits for them."""
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole table."""
+
+    link: LinkCosts = LinkCosts()
+    every: Mapping[str, float] = {}
+    by_role: Mapping[str, Mapping[str, float]] = {}
+    by_node: Mapping[str, Mapping[str, float]] = {}
+
+    def of(self, node: NodeConfig) -> StepCosts:
+        """What its name says, else its role, else every node."""
+        return msgspec.convert({**self.every, **self.by_role.get(node.role, {}), **self.by_node.get(node.name, {})}, StepCosts)
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[link]`, `[step]`, `[prefill]`, `[decode]`, `[node.NAME]`: a later table overrides single keys of those before."""
+
+    link: LinkCosts = LinkCosts()
+    step: dict[str, float] = {}
+    prefill: dict[str, float] = {}
+    decode: dict[str, float] = {}
+    node: dict[str, dict[str, float]] = {}
+
+
+def load_costs(path: Path) -> Costs:
+    """Reads and checks the file at `path`. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        file = msgspec.convert(raw, _File)
+        tables: dict[str, Mapping[str, Any]] = {"step": file.step, "prefill": file.prefill, "decode": file.decode}
+        for table in (*tables.values(), *file.node.values()):
+            msgspec.convert(table, StepCosts)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return Costs(link=file.link, every=file.step, by_role={"prefill": file.prefill, "decode": file.decode}, by_node=file.node)

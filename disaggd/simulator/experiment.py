@@ -1,0 +1,142 @@
+"""`disaggd simulate`: one trace under several policies, each on a cluster of its own, and what came of it as a table or JSON."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from disaggd.config import Config, load_config
+from disaggd.errors import ConfigError
+from disaggd.model.directory import open_directory
+from disaggd.simulator.cluster import START_S, Setup, SimulatedCluster
+from disaggd.simulator.costs import Costs, load_costs
+from disaggd.simulator.defaults import MODEL_S, default_cluster
+from disaggd.simulator.policies import COMPARED, name_of, with_policy
+from disaggd.simulator.summary import Outcome, Slo, Summary, outcome_of, summarize
+from disaggd.simulator.table import show
+from disaggd.simulator.traces import Lengths, Scale, read_trace
+from disaggd.simulator.wire import Rate
+from disaggd.units import Size
+
+DEFAULT_KV_CACHE = Size(256 * 2**20)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line says."""
+
+    trace: Path
+    policies: tuple[str, ...] = ()
+    """None: the cluster's own, and `COMPARED`."""
+    config: Path | None = None
+    nodes: str | None = None
+    kv_cache: str | None = None
+    costs: Path | None = None
+    requests: int | None = None
+    rate_scale: float = 1.0
+    length_scale: float = 1.0
+    max_input: int | None = None
+    max_output: int | None = None
+    ttft_slo_ms: float | None = None
+    itl_slo_ms: float | None = None
+    link_mbit: float | None = None
+    slow_link_at: float | None = None
+    slow_link_mbit: float | None = None
+    as_json: bool = False
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy's. The halves are those of the requests that came before and after the link slowed down."""
+
+    whole: Summary
+    before: Summary | None = None
+    after: Summary | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    trace: str
+    nodes: str
+    slo: Slo
+    results: tuple[Result, ...]
+
+
+def run(options: Options) -> None:
+    """Prints the comparison. Raises ConfigError or ModelError."""
+    report = compare(options)
+    if options.as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+    else:
+        show(report.trace, report.nodes, report.slo, [part for result in report.results for part in _parts(result)])
+
+
+def compare(options: Options) -> Report:
+    """Replays the trace under each policy."""
+    rows, setup = plan(options)
+    slo = Slo(ttft_ms=options.ttft_slo_ms, itl_ms=options.itl_slo_ms)
+    words = options.policies or (name_of(setup.config), *(word for word in COMPARED if word != name_of(setup.config)))
+    setups = [msgspec.structs.replace(setup, config=with_policy(setup.config, word)) for word in words]
+    results = tuple(_result(name_of(one.config), replay(one, rows), slo, one.rate_changes) for one in setups)
+    return Report(trace=options.trace.name, nodes=_shape(setup.config), slo=slo, results=results)
+
+
+def plan(options: Options) -> tuple[list[Lengths], Setup]:
+    """The requests, and the cluster that is to serve them."""
+    scale = Scale(time=1 / options.rate_scale, length=options.length_scale, max_input=options.max_input, max_output=options.max_output)
+    rows = read_trace(options.trace, options.requests, scale)
+    if options.config is None:
+        kv_cache = DEFAULT_KV_CACHE if options.kv_cache is None else _size(options.kv_cache)
+        config, spec = default_cluster(options.nodes or "1P1D", kv_cache), MODEL_S
+    else:
+        if options.nodes is not None:
+            raise ConfigError("--nodes makes a cluster, and --config names one: give one of them")
+        config = load_config(options.config)
+        if options.kv_cache is not None:
+            size = _size(options.kv_cache)
+            config = msgspec.structs.replace(config, nodes=tuple(msgspec.structs.replace(node, kv_cache=size) for node in config.nodes))
+        spec = open_directory(config.model.path).spec(config.model.dtype)
+    costs = Costs() if options.costs is None else load_costs(options.costs)
+    if options.link_mbit is not None:
+        costs = msgspec.structs.replace(costs, link=msgspec.structs.replace(costs.link, kv_mbit_per_s=options.link_mbit))
+    return rows, Setup(config=config, spec=spec, costs=costs, block=scale.block, rate_changes=_slow_link(options, rows))
+
+
+def replay(setup: Setup, rows: Sequence[Lengths]) -> list[Outcome]:
+    """What became of each request, in the order of their arrival."""
+    return [outcome_of(client, START_S) for client in SimulatedCluster(setup).replay(rows)]
+
+
+def _slow_link(options: Options, rows: Sequence[Lengths]) -> tuple[Rate, ...]:
+    if (options.slow_link_at is None) != (options.slow_link_mbit is None):
+        raise ConfigError("--slow-link-at and --slow-link-mbit go together: when, and how slow")
+    if options.slow_link_at is None or options.slow_link_mbit is None:
+        return ()
+    first_late = rows[min(len(rows) - 1, int(len(rows) * options.slow_link_at))]
+    return (Rate(first_late.arrival_s, options.slow_link_mbit * 1e6 / 8),)
+
+
+def _result(policy: str, outcomes: list[Outcome], slo: Slo, changes: Sequence[Rate]) -> Result:
+    whole = summarize(policy, outcomes, slo)
+    if not changes:
+        return Result(whole=whole)
+    before = [one for one in outcomes if one.arrived_s < changes[0].since_s]
+    after = [one for one in outcomes if one.arrived_s >= changes[0].since_s]
+    return Result(
+        whole=whole,
+        before=summarize(f"{policy}, before", before, slo) if before else None,
+        after=summarize(f"{policy}, after", after, slo) if after else None,
+    )
+
+
+def _parts(result: Result) -> list[Summary]:
+    return [part for part in (result.whole, result.before, result.after) if part is not None]
+
+
+def _size(word: str) -> Size:
+    try:
+        return Size.parse(word)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache: {error}") from error
+
+
+def _shape(config: Config) -> str:
+    return f"{len(config.nodes_of('prefill'))}P{len(config.nodes_of('decode'))}D"

@@ -176,7 +176,7 @@ class Dispatcher:
         record = self._moves.current(frame)
         if record is None or record.phase is not Phase.GRANTING:
             return self._moves.drop(frame)  # its sequence was aborted there: decode cancels the grant, and we answer for it
-        peer.earmarks.discard(record.seq)
+        peer.earmarks.pop(record.seq, None)
         prefill = self.prefills.get(frame.grant.prefill)
         return self._moves.arbitrate(record) if prefill is None else self._moves.forward(record, prefill, frame.grant)
 

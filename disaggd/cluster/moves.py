@@ -148,7 +148,7 @@ class Moves:
         if not reachable:
             self._cut_off(record)
             return set()
-        has_nothing = decode.has_nothing_for(record.seq)
+        has_nothing = decode.has_nothing_for(record.seq, self.queue)
         if has_nothing and not self._may_ask(record, job, decode):
             return set()
         cached = self.caches.cached_tokens(record)
@@ -162,7 +162,7 @@ class Moves:
             record.move(Phase.GRANTING)
             record.timeline.granting = self._clock()
             if has_nothing:
-                decode.earmarks.add(record.seq)
+                decode.earmarks[record.seq] = None
             decode.send(protocol.RequestGrant(record.seq, record.attempt, prefill.name, earmark=has_nothing))
         else:  # the prefill node samples the only token: nothing is to be pushed
             self.forward(record, prefill, None)
@@ -314,7 +314,7 @@ class Moves:
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         if decode is not None:
             decode.load_tokens -= record.placed_tokens
-            decode.earmarks.discard(record.seq)
+            decode.earmarks.pop(record.seq, None)
             decode.send(protocol.Abort(record.seq, record.attempt))  # harmless if it ended there by itself
         if record.phase in (Phase.PLACED, Phase.QUEUED, Phase.GRANTING):
             self.credits.give_back(record)

@@ -3,9 +3,11 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from disaggd.cluster.costs import PrefillFit, TransferFit
 from disaggd.cluster.offer import PrefillCost
+from disaggd.cluster.prefill_queue import PrefillQueue
 from disaggd.cluster.protocol import Gauges, NodeHello, PairAgent, ToNode
 from disaggd.ids import AgentId, NodeName, SeqId
 
@@ -110,12 +112,17 @@ class DecodePeer:
     """It answered `NoRoom`, and no `Room` since."""
     load_tokens: int = 0
     """Context tokens of the sequences placed there."""
-    earmarks: set[SeqId] = field(default_factory=set)
-    """Sequences that wait for a grant, and for which it keeps what comes free."""
+    earmarks: dict[SeqId, None] = field(default_factory=dict)
+    """Sequences that wait for a grant, and for which it keeps what comes free: for the first of them first."""
 
-    def has_nothing_for(self, seq: SeqId) -> bool:
-        """Whether a grant to the sequence would be refused: there is no room, or what there is is kept for others."""
-        return self.is_full or (bool(self.earmarks) and seq not in self.earmarks)
+    def has_nothing_for(self, seq: SeqId, waiting: PrefillQueue) -> bool:
+        """Whether a grant to the sequence would be refused: there is no room, or what there is is kept for others.
+
+        `waiting`: who has not asked since there is room.
+        """
+        if self.is_full or not self.earmarks:
+            return self.is_full
+        return seq not in self.earmarks or any(other in waiting for other in takewhile(lambda other: other != seq, self.earmarks))
 
     def lacks_room(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens had to wait for blocks there: it did a moment ago, or would by the gauges."""

@@ -96,8 +96,10 @@ class DecodeRole:
         self._submit = submit
         self._clock = clock
         self._placed: dict[SeqId, Placed] = {}
-        self._refused: list[tuple[Placed, NodeName]] = []
-        """Grants that were answered `NoRoom`, to whoever has not been told `Room` since."""
+        self._refused: dict[SeqId, tuple[Placed, NodeName]] = {}
+        """Grants that were answered `NoRoom`, the last time that they were asked for."""
+        self._thought_full: set[LinkId] = set()
+        """Routers that were answered `NoRoom`, and not told `Room` since."""
         self._prefilling: dict[Sequence, LocalSpan] = {}
         self._turn_began = 0.0
         """A step begins right after the tick."""
@@ -113,6 +115,7 @@ class DecodeRole:
         """The router is gone, and with it everyone who waits for its sequences."""
         for placed in [p for p in self._placed.values() if p.link == link]:
             self._forget(placed, "its router is lost")
+        self._thought_full.discard(link)
 
     # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -162,10 +165,12 @@ class DecodeRole:
         if not self._granting.can_land(placed):
             return self._release(placed, "the prefix that was cached here is gone, and the whole is more than can be received")
         if (grant := self._granting.grant(placed, frame.prefill)) is not None:
+            self._refused.pop(placed.seq, None)
             return self._outbox.send(link, Granted(frame.seq, frame.attempt, grant))
         if frame.earmark:
             self._granting.earmark(placed)
-        self._refused.append((placed, frame.prefill))
+        self._refused[placed.seq] = (placed, frame.prefill)
+        self._thought_full.add(link)
         return self._outbox.send(link, NoRoom(frame.seq, frame.attempt))
 
     @_on_frame.register
@@ -288,7 +293,7 @@ class DecodeRole:
             log.warning("%s did not quiesce: fencing its agent", peer)
             self._submit(transfer.Fence(peer, agent_id))
         for link in self._links_with_room():
-            self._refused = [(placed, prefill) for placed, prefill in self._refused if placed.link != link]
+            self._thought_full.discard(link)
             self._outbox.send(link, Room())
 
     def next_deadline(self) -> float | None:
@@ -311,10 +316,11 @@ class DecodeRole:
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _links_with_room(self) -> set[LinkId]:
-        """Routers of which a refused grant could be given now."""
-        self._refused = [(placed, prefill) for placed, prefill in self._refused if self._placed.get(placed.seq) is placed]
-        granting = self._granting
-        return {placed.link for placed, prefill in self._refused if granting.has_room(placed, prefill) or not granting.can_land(placed)}
+        """Routers that think this node full, and of which a refused grant could be given now: not always the one they asked for last."""
+        if not self._thought_full:
+            return set()
+        refused, granting = [one for one in self._refused.values() if one[0].link in self._thought_full], self._granting
+        return {placed.link for placed, prefill in refused if granting.has_room(placed, prefill) or not granting.can_land(placed)}
 
     def _resume(self, placed: Placed, blocks: list[BlockId], first: FirstToken) -> None:
         """Its KV is in what was cached and in `blocks`, which become the sequence's: it runs."""
@@ -333,6 +339,7 @@ class DecodeRole:
         """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
         del self._placed[placed.seq]
         self._prefilling.pop(placed.sequence, None)
+        self._refused.pop(placed.seq, None)
         self._engine.abort(placed.sequence)
         if (record := self._granting.give_up(placed, reason)) is not None:
             self._outbox.send(placed.link, Cancel(record.token, record.peer, self._granting.name))

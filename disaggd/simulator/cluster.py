@@ -17,9 +17,12 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine
 from disaggd.engine.scheduler import Limits
+from disaggd.engine.self_measurement import measure_steps
+from disaggd.engine.step_cost import StepPace
 from disaggd.errors import ConfigError, RequestError
 from disaggd.ids import Incarnation, NodeName
 from disaggd.model.spec import ModelSpec
+from disaggd.prefix import PrefixHasher
 from disaggd.roles.assembly import decode_role, dispatch_rules, prefill_role
 from disaggd.roles.compute import Batch, FrameIn, LinkUp, Outbox, Role
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
@@ -37,6 +40,8 @@ TICK_S = 0.1
 
 VOCAB_SIZE = 2**31
 """Prompts are made of numbers that name what they have in common, and no model looks at them."""
+
+MODEL_ID = "simulated"
 
 START_S = 10.0
 """The first request comes when every node is linked and paired, and long after."""
@@ -154,7 +159,7 @@ class SimulatedCluster:
 
     def _make_node(self, node: NodeConfig, make: MakeRole) -> SimulatedNode:
         kv, costs, clock = kv_spec(self._setup.spec, node.block_size), self._setup.costs.of(node), NodeClock(self.loop)
-        engine = self._engine(node, kv, SimulatedRunner(costs, self._layer_groups, clock))
+        engine = self._engine(node, kv, SimulatedRunner(costs, self._layer_groups, clock), clock)
         transfer = SimulatedTransfer(
             name=node.name,
             fabric=self.fabric,
@@ -176,14 +181,20 @@ class SimulatedCluster:
     def _layer_groups(self) -> list[range]:
         return layer_groups(self._setup.spec.num_layers, self._config.transfer.layer_group)
 
-    def _engine(self, node: NodeConfig, kv: KVSpec, runner: SimulatedRunner) -> Engine:
+    def _engine(self, node: NodeConfig, kv: KVSpec, runner: SimulatedRunner, clock: NodeClock) -> Engine:
         if node.kv_cache_bytes is None:
             raise ConfigError(f"node {node.name!r}: only its GPU knows how much memory is free: set kv_cache")
         if not (num_blocks := node.kv_cache_bytes // kv.bytes_per_block):
             raise ConfigError(f"node {node.name!r}: kv_cache is less than one block of {kv.bytes_per_block:,} bytes")
         limit = self._setup.spec.max_position_embeddings
         limits = Limits(node.max_step_tokens, node.max_sequences, min(self._config.model.max_model_len or limit, limit))
-        return Engine(runner, BlockPool(num_blocks, node.block_size), limits)
+        hasher = PrefixHasher(MODEL_ID, kv.dtype, node.block_size) if node.prefix_cache else None
+        itl_target_ms = self._config.disaggregation.itl_target_ms
+        pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
+        engine = Engine(runner, BlockPool(num_blocks, node.block_size, hasher), limits, pace=pace)
+        if self._config.disaggregation.self_measurement:
+            measure_steps(engine, clock)
+        return engine
 
     def _prefill_role(self, node: NodeConfig, engine: Engine, outbox: Outbox, transfer: SimulatedTransfer) -> Role:
         return prefill_role(
@@ -222,9 +233,7 @@ class SimulatedCluster:
     def _hello(self, node: NodeConfig, role: Literal["prefill", "decode"]) -> NodeHello:
         engine, kv = self.nodes[node.name].engine, kv_spec(self._setup.spec, node.block_size)
         incarnation = Incarnation(node.name)
-        return NodeHello(
-            PROTOCOL_VERSION, node.name, role, incarnation, "simulated", kv, engine.pool.num_blocks, engine.limits.max_model_len
-        )
+        return NodeHello(PROTOCOL_VERSION, node.name, role, incarnation, MODEL_ID, kv, engine.pool.num_blocks, engine.limits.max_model_len)
 
     def _heed(self, name: NodeName, batch: Batch) -> None:
         """What a node has sent in one go."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 
 from disaggd.config import NodeConfig
-from disaggd.engine.scheduler import StepPlan
+from disaggd.engine.step_cost import StepLoad
 from disaggd.errors import ConfigError
 
 Time = Annotated[float, msgspec.Meta(ge=0)]
@@ -36,39 +36,15 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     per_received_mb_ms: Time = 0.4
     """The same of a megabyte that lands."""
 
-    def step_s(self, work: "Work") -> float:
+    def step_s(self, load: StepLoad) -> float:
         """Seconds to compute it."""
         return (
             self.base_ms * 1e-3
-            + self.per_sequence_ms * 1e-3 * work.num_decodes
-            + self.per_context_token_us * 1e-6 * work.num_context
-            + self.per_prefill_token_us * 1e-6 * work.num_prefilled
-            + self.per_prefill_token_context_ns * 1e-9 * work.num_pairs
+            + self.per_sequence_ms * 1e-3 * load.decodes
+            + self.per_context_token_us * 1e-6 * load.decode_context
+            + self.per_prefill_token_us * 1e-6 * load.prefill_tokens
+            + self.per_prefill_token_context_ns * 1e-9 * load.prefill_context
         )
-
-
-class Work(msgspec.Struct, frozen=True):
-    """What is in a step."""
-
-    num_decodes: int
-    num_context: int
-    """Tokens that these attend to."""
-    num_prefilled: int
-    num_pairs: float
-    """Of a prompt token and one that it attends to."""
-
-
-def work_of(plan: StepPlan) -> Work:
-    num_decodes, num_context, num_prefilled, num_pairs = 0, 0, 0, 0.0
-    for chunk in plan.chunks:
-        count = chunk.end - chunk.start
-        if count == 1:
-            num_decodes += 1
-            num_context += chunk.end
-        else:
-            num_prefilled += count
-            num_pairs += count * (chunk.start + count / 2)
-    return Work(num_decodes, num_context, num_prefilled, num_pairs)
 
 
 class LinkCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

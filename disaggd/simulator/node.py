@@ -10,8 +10,9 @@ from collections.abc import Sequence as ReadOnlySequence
 
 from disaggd.engine.engine import Engine, Sampled
 from disaggd.engine.scheduler import StepPlan
+from disaggd.engine.step_cost import load_of
 from disaggd.roles.compute import Compute, LinkId, Message, Outbox, Role
-from disaggd.simulator.costs import StepCosts, work_of
+from disaggd.simulator.costs import StepCosts
 from disaggd.simulator.events import EventLoop
 from disaggd.transfer.notification import FirstToken
 
@@ -59,9 +60,9 @@ class SimulatedRunner:
 
     def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None) -> Callable[[], ReadOnlySequence[Sampled]]:
         """See `engine.Runner`."""
-        work = work_of(plan)
-        step_s = self._costs.step_s(work) + self._clock.pay()
-        groups = self._groups if work.num_prefilled else self._all_layers  # nothing of a decode step is pushed
+        load = load_of(plan)
+        step_s = self._costs.step_s(load) + self._clock.pay()
+        groups = self._groups if load.prefill_tokens else self._all_layers  # nothing of a decode step is pushed
         for layers in groups:
             self._clock.advance(step_s * len(layers) / groups[-1].stop)
             if layers_done is not None:

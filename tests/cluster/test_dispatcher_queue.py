@@ -141,6 +141,26 @@ def test_one_that_lost_patience_second_is_kept_for_as_well() -> None:
     assert asked(routing, D0) == [first.seq, second.seq]
 
 
+def test_of_two_that_blocks_are_kept_for_the_first_asks_first() -> None:
+    """The other would be refused, whatever its priority, and have the only credit meanwhile."""
+    routing = Routing(ttft_target_s=60.0, credit=60)
+    first = routing.queued(50)
+    no_room(routing, first)
+    routing.now += GRANT_PATIENCE_S + 0.1
+    routing.dispatcher.tick()
+    no_room(routing, first)
+    urgent = routing.queued(50, priority=-100)
+    routing.dispatcher.tick()
+    routing.now += GRANT_PATIENCE_S + 0.1
+    routing.dispatcher.tick()
+    no_room(routing, urgent)
+    assert asked(routing, D0) == [first.seq, first.seq, urgent.seq]
+    assert routing.waiting() == [urgent.seq, first.seq]
+    routing.clear()
+    routing.say(D0, Room())
+    assert asked(routing, D0) == [first.seq]
+
+
 def test_nothing_is_kept_for_a_client_that_has_gone() -> None:
     routing = Routing(ttft_target_s=60.0)
     gone, waiting = routing.queued(50), routing.submit(50)

@@ -236,6 +236,24 @@ def test_what_comes_free_is_kept_for_a_grant_that_has_waited_long() -> None:
     assert len(delivered(node, local)) == 1
 
 
+def test_a_router_that_was_refused_another_grant_meanwhile_is_told_of_room_again() -> None:
+    """It thinks the node full since, and asks nobody; the one that blocks are kept for would wait for ever."""
+    node = make_decode_node(num_blocks=16)
+    out = granted(node, SeqId("out"), 36)
+    node.say(generate(prompt(48)), RequestGrant(S, 0, P0, earmark=True))
+    landed(node, out, 36)
+    node.say(Abort(SeqId("out"), 0))
+    node.after(0.1)
+    assert node.frames(Room) == [Room()]
+    other = SeqId("other")
+    node.say(generate(prompt(48), other), RequestGrant(other, 0, P0, earmark=True))
+    assert node.last(NoRoom) == NoRoom(other, 0)
+    node.after(0.1)
+    assert node.frames(Room) == [Room(), Room()]
+    node.after(0.1)
+    assert len(node.frames(Room)) == 2, "it knows"
+
+
 def test_nothing_is_kept_for_a_sequence_that_is_gone() -> None:
     node = make_decode_node(num_blocks=16)
     granted(node, SeqId("out"), 36)

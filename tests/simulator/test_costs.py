@@ -3,25 +3,14 @@ from pathlib import Path
 import pytest
 
 from disaggd.config import NodeConfig
-from disaggd.engine.scheduler import Chunk, StepPlan
-from disaggd.engine.sequence import Sequence
+from disaggd.engine.step_cost import StepLoad
 from disaggd.errors import ConfigError
-from disaggd.ids import NodeName, SeqId
-from disaggd.sampling import SamplingParams
-from disaggd.simulator.costs import Costs, StepCosts, Work, load_costs, work_of
+from disaggd.ids import NodeName
+from disaggd.simulator.costs import Costs, StepCosts, load_costs
 from disaggd.units import Address
 
 P0 = NodeConfig(name=NodeName("p0"), role="prefill", listen=Address("127.0.0.1:1"))
 D0 = NodeConfig(name=NodeName("d0"), role="decode", listen=Address("127.0.0.1:2"))
-
-
-def chunk(start: int, end: int) -> Chunk:
-    return Chunk(Sequence(SeqId("s"), [1] * end, SamplingParams(), end), start, end, samples=True)
-
-
-def test_the_work_of_a_step_is_its_decodes_and_its_prompt_tokens() -> None:
-    """Of 20 tokens behind 100, the first attends to 100 and the last to 120: 110 each."""
-    assert work_of(StepPlan((chunk(49, 50), chunk(9, 10), chunk(100, 120)))) == Work(2, 60, 20, 20 * 110)
 
 
 def test_a_step_takes_the_sum_of_what_is_in_it() -> None:
@@ -32,7 +21,7 @@ def test_a_step_takes_the_sum_of_what_is_in_it() -> None:
         per_prefill_token_us=100,
         per_prefill_token_context_ns=1000,
     )
-    assert costs.step_s(Work(2, 60, 20, 2200.0)) == pytest.approx((1 + 1 + 0.6 + 2 + 2.2) / 1e3)
+    assert costs.step_s(StepLoad(2, 60, 20, 2200.0)) == pytest.approx((1 + 1 + 0.6 + 2 + 2.2) / 1e3)
 
 
 def test_a_nodes_own_table_comes_before_its_roles_and_that_before_everybodys(tmp_path: Path) -> None:
@@ -59,9 +48,9 @@ per_prefill_token_us = 3
 def test_without_a_file_every_node_is_the_machine_that_was_measured() -> None:
     """Within a tenth of bench/results/2026-11-26-cpu.md: 2,048 tokens in four chunks, and a decode step of eight."""
     costs = Costs().of(P0)
-    prefill_s = sum(costs.step_s(Work(0, 0, 512, 512 * (start + 256))) for start in range(0, 2048, 512))
+    prefill_s = sum(costs.step_s(StepLoad(0, 0, 512, 512 * (start + 256))) for start in range(0, 2048, 512))
     assert prefill_s == pytest.approx(0.874, rel=0.1)
-    assert costs.step_s(Work(8, 8 * 1035, 0, 0)) == pytest.approx(11.52e-3, rel=0.1)
+    assert costs.step_s(StepLoad(8, 8 * 1035, 0, 0)) == pytest.approx(11.52e-3, rel=0.1)
 
 
 @pytest.mark.parametrize(

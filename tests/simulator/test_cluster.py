@@ -82,7 +82,7 @@ def at_rest(cluster: SimulatedCluster) -> bool:
     nobody = all(not node.engine.sequences for node in cluster.nodes.values()) and not cluster.dispatcher.sequences
     return (
         nobody
-        and all(pool.num_free == pool.num_blocks for pool in pools)
+        and all(pool.num_available == pool.num_blocks for pool in pools)
         and all(not peer.jobs for peer in cluster.dispatcher.prefills.values())
     )
 

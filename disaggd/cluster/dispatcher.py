@@ -115,7 +115,7 @@ class Dispatcher:
             for record in self.credits.prefill_down(prefill):
                 self._on_update(record)
         if decode is not None:
-            self.grants.decode_down(name)
+            self.grants.target_down(name)
         self._moves.dispatch()
 
     def on_frame(self, name: NodeName, frame: ToRouter) -> None:
@@ -150,7 +150,7 @@ class Dispatcher:
         record.was_remote, record.reason, record.cached_at_decode = True, frame.reason, frame.num_cached
         record.predicted = frame.predicted
         record.timeline.decided = record.timeline.queued = self._clock()
-        if frame.grant is not None and (prefill := self.prefills.get(frame.grant.prefill)) is not None:
+        if frame.grant is not None and (prefill := self.prefills.get(frame.grant.writer)) is not None:
             return self._moves.forward(record, prefill, frame.grant)
         self.credits.give_back(record)
         return self._moves.enqueue(record)
@@ -177,7 +177,7 @@ class Dispatcher:
         if record is None or record.phase is not Phase.GRANTING:
             return self._moves.drop(frame)  # its sequence was aborted there: decode cancels the grant, and we answer for it
         peer.earmarks.pop(record.seq, None)
-        prefill = self.prefills.get(frame.grant.prefill)
+        prefill = self.prefills.get(frame.grant.writer)
         return self._moves.arbitrate(record) if prefill is None else self._moves.forward(record, prefill, frame.grant)
 
     @_from_decode.register
@@ -194,7 +194,7 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: protocol.Landed, peer: DecodePeer) -> None:
-        self.grants.over((frame.seq, frame.attempt))  # though nobody may wait for the sequence any more
+        self.grants.over((frame.seq, frame.attempt), peer.name)  # though nobody may wait for the sequence any more
         record = self._moves.current(frame)
         if record is None or record.phase not in (Phase.PREFILLING, Phase.ARBITRATION):
             return self._moves.drop(frame)
@@ -205,7 +205,7 @@ class Dispatcher:
         record = self._moves.current(frame)
         if record is None:
             return self._moves.drop(frame)
-        self.grants.over(record.job)  # unless a `Cancel` ended it already
+        self.grants.over(record.job, peer.name)  # unless a `Cancel` ended it already
         log.warning("%s: prefill on %s came to nothing: %s", record.request.id, record.prefill, frame.reason)
         failure = f"prefill on {record.prefill} came to nothing: {frame.reason}"
         return self._moves.again(record, failure) if frame.is_fenced else self._moves.retry(record, failure)

@@ -1,13 +1,15 @@
-"""How each prefill node's agent meets each decode node's. Runs on the router's loop; carries metadata, reads none of it.
+"""How the agent of each node that writes meets that of its target. Runs on the router's loop; carries metadata, reads none of it.
 
-decode makes an agent for the pair → prefill connects to it and sends it its own id → decode reports that it received it.
+target makes an agent for the pair → writer connects to it and sends it its own id → target reports that it received it.
 Until then nothing is granted for the pair: late metadata must never reach an agent that was rebuilt on the same port.
+
+Prefill nodes write to decode nodes; and decode nodes to prefill nodes, what these lack of a prefix, where both share prefixes.
 """
 
 import logging
 from collections.abc import Iterator
 
-from disaggd.cluster.peers import DecodePeer, Pair, PairState, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Pair, PairState, Peer, PrefillPeer
 from disaggd.cluster.protocol import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.ids import NodeName
 
@@ -24,12 +26,13 @@ class PairBook:
         self._prefills = prefills
         self._decodes = decodes
         self._pairs: dict[tuple[NodeName, NodeName], Pair] = {}
+        """By writer and target."""
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._pairs.values())
 
-    def is_ready(self, prefill: NodeName, decode: NodeName) -> bool:
-        pair = self._pairs.get((prefill, decode))
+    def is_ready(self, writer: NodeName, target: NodeName) -> bool:
+        pair = self._pairs.get((writer, target))
         return pair is not None and pair.state is PairState.READY
 
     def of(self, prefill: NodeName, decode: NodeName) -> Pair | None:
@@ -42,44 +45,44 @@ class PairBook:
 
     def prefill_up(self, peer: PrefillPeer, now: float) -> None:
         for decode in self._decodes.values():
-            self._open(peer, decode, now)
+            self._meet(peer, decode, now)
 
     def decode_up(self, peer: DecodePeer, now: float) -> None:
         for prefill in self._prefills.values():
-            self._open(prefill, peer, now)
+            self._meet(prefill, peer, now)
 
     def node_down(self, name: NodeName) -> None:
         """Forget its pairs: a new link opens them anew."""
         self._pairs = {key: pair for key, pair in self._pairs.items() if name not in key}
 
-    def on_agent(self, decode: DecodePeer, frame: PairAgent, now: float) -> None:
-        """Decode has an agent for `frame.peer`: its first one, or one rebuilt after a fence."""
-        prefill = self._prefills.get(frame.peer)
-        pair = self._pairs.get((frame.peer, decode.name))
-        if prefill is None or pair is None or frame.peer_incarnation != prefill.hello.incarnation:
-            return  # the prefill node left or came back meanwhile: its own link event opens the pair
+    def on_agent(self, target: Peer, frame: PairAgent, now: float) -> None:
+        """`target` has an agent for `frame.peer`: its first one, or one rebuilt after a fence."""
+        writer = self._peer(frame.peer)
+        pair = self._pairs.get((frame.peer, target.name))
+        if writer is None or pair is None or frame.peer_incarnation != writer.hello.incarnation:
+            return  # the writer left or came back meanwhile: its own link event opens the pair
         pair.agent = frame
-        self._probe(pair, prefill, decode, now)
+        self._probe(pair, writer, target, now)
 
-    def on_ready(self, decode: DecodePeer, frame: PairReady) -> bool:
+    def on_ready(self, target: Peer, frame: PairReady) -> bool:
         """That very agent received its own id. Returns whether the pair came up."""
-        prefill = self._prefills.get(frame.peer)
-        pair = self._pairs.get((frame.peer, decode.name))
-        if prefill is None or pair is None or not pair.is_current(frame.agent_id):
+        writer = self._peer(frame.peer)
+        pair = self._pairs.get((frame.peer, target.name))
+        if writer is None or pair is None or not pair.is_current(frame.agent_id):
             return False
         if pair.state is PairState.LOST:
-            return False  # it was received before prefill lost the agent: only the next probe can tell
+            return False  # it was received before the writer lost the agent: only the next probe can tell
         pair.state = PairState.READY
-        prefill.send(PairReady(decode.name, frame.agent_id))
-        log.info("%s → %s: KV path is ready", pair.prefill, pair.decode)
+        writer.send(PairReady(target.name, frame.agent_id))
+        log.info("%s → %s: KV path is ready", pair.writer, pair.target)
         return True
 
-    def on_lost(self, prefill: PrefillPeer, frame: PairLost, now: float) -> None:
-        """Prefill cannot reach the agent any more: probe it again after a pause."""
-        pair = self._pairs.get((prefill.name, frame.peer))
+    def on_lost(self, writer: Peer, frame: PairLost, now: float) -> None:
+        """The writer cannot reach the agent any more: probe it again after a pause."""
+        pair = self._pairs.get((writer.name, frame.peer))
         if pair is None or not pair.is_current(frame.agent_id):
             return
-        log.warning("%s → %s: KV path is lost: %s", pair.prefill, pair.decode, frame.reason)
+        log.warning("%s → %s: KV path is lost: %s", pair.writer, pair.target, frame.reason)
         pair.state = PairState.LOST
         pair.retry_at = now + RETRY_S
 
@@ -88,24 +91,33 @@ class PairBook:
         for pair in self._pairs.values():
             if pair.state is PairState.READY or now < pair.retry_at:
                 continue
-            prefill, decode = self._prefills[pair.prefill], self._decodes[pair.decode]
+            writer, target = self._peer(pair.writer), self._peer(pair.target)
+            assert writer is not None and target is not None, "a pair of a node that left is forgotten"
             if pair.agent is None:
-                self._ask(pair, prefill, decode, now)
+                self._ask(pair, writer, target, now)
             else:
-                self._probe(pair, prefill, decode, now)
+                self._probe(pair, writer, target, now)
 
-    def _open(self, prefill: PrefillPeer, decode: DecodePeer, now: float) -> None:
-        pair = Pair(prefill.name, decode.name)
-        self._pairs[prefill.name, decode.name] = pair
-        self._ask(pair, prefill, decode, now)
+    def _meet(self, prefill: PrefillPeer, decode: DecodePeer, now: float) -> None:
+        self._open(prefill, decode, now)
+        if prefill.hello.shares_prefixes and decode.hello.shares_prefixes:
+            self._open(decode, prefill, now)
 
-    def _ask(self, pair: Pair, prefill: PrefillPeer, decode: DecodePeer, now: float) -> None:
+    def _open(self, writer: Peer, target: Peer, now: float) -> None:
+        pair = Pair(writer.name, target.name)
+        self._pairs[writer.name, target.name] = pair
+        self._ask(pair, writer, target, now)
+
+    def _ask(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         pair.retry_at = now + 5 * RETRY_S
-        decode.send(OpenPair(prefill.name, prefill.hello.incarnation))
+        target.send(OpenPair(writer.name, writer.hello.incarnation))
 
-    def _probe(self, pair: Pair, prefill: PrefillPeer, decode: DecodePeer, now: float) -> None:
+    def _probe(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         assert pair.agent is not None
         pair.state = PairState.PROBING
         pair.retry_at = now + 5 * RETRY_S
         agent = pair.agent
-        prefill.send(ConnectPair(decode.name, decode.hello.incarnation, agent.agent_id, agent.metadata, agent.place))
+        writer.send(ConnectPair(target.name, target.hello.incarnation, agent.agent_id, agent.metadata, agent.place))
+
+    def _peer(self, name: NodeName) -> Peer | None:
+        return self._prefills.get(name) or self._decodes.get(name)

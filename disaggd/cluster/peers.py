@@ -15,27 +15,27 @@ Send = Callable[[ToNode], None]
 
 
 class PairState(enum.Enum):
-    """A prefill node's way to a decode node."""
+    """A node's way to another that it writes to."""
 
     OPENING = "opening"
-    """Decode was asked for an agent."""
+    """The target was asked for an agent."""
     PROBING = "probing"
-    """Prefill was given the agent and probes it."""
+    """The writer was given the agent and probes it."""
     READY = "ready"
-    """Decode received its own agent's id: grants may be given."""
+    """The target received its own agent's id: grants may be given."""
     LOST = "lost"
-    """Prefill cannot reach the agent: probed again after a pause."""
+    """The writer cannot reach the agent: probed again after a pause."""
 
 
 @dataclass(slots=True)
 class Pair:
-    """One prefill node → one decode node, over one decode-side agent."""
+    """One node → another that it writes to, over one agent of the target."""
 
-    prefill: NodeName
-    decode: NodeName
+    writer: NodeName
+    target: NodeName
     state: PairState = PairState.OPENING
     agent: PairAgent | None = None
-    """The decode node's latest agent for this pair."""
+    """The target's latest agent for this pair."""
     retry_at: float = 0.0
     """When LOST: the time of the next probe."""
     transfers: TransferFit = field(default_factory=TransferFit)
@@ -129,3 +129,5 @@ class DecodePeer:
         if self.is_full or self.gauges is None:
             return self.is_full
         return self.gauges.blocks_free + self.gauges.blocks_cached < num_tokens // self.hello.kv.block_size + 1
+
+Peer = PrefillPeer | DecodePeer

@@ -8,10 +8,12 @@ router ──► decode                         decode ──► router
   Generate                                  Decided, NeedPrefill(+grant), Refused, LocalPrefill
   RequestGrant                              Granted, NoRoom
   PrefillLost                               Landed, Released
-  Progress, Quiesced (forwarded from P)     Cancel (forwarded to P), Tokens, Room
+  Abort                                     Tokens, Room
 router ──► prefill                        prefill ──► router
-  Prefill, Abort, Cancel                    Prefilled, JobEnded, Progress, Quiesced, Credit
-both ways: Ping; pairing: OpenPair, PairAgent, ConnectPair, PairReady, PairLost
+  Prefill, Abort                            Prefilled, JobEnded, Credit
+both ways: Ping
+between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
+pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
 engine nodes also send Gauges, Measured and CacheEvents, which a router may ask for with CacheSnapshot
 ```
 """
@@ -76,6 +78,8 @@ class NodeHello(Frame, frozen=True):
     kv: KVSpec
     num_blocks: int
     max_model_len: int
+    shares_prefixes: bool = False
+    """It keeps a prefix cache, and pushes what is in it to other nodes, or takes such pushes."""
 
 
 class HelloRejected(Frame, frozen=True):
@@ -90,11 +94,11 @@ class Ping(Frame, frozen=True):
     """A heartbeat: sent every second by both ends; three missed close the link."""
 
 
-# ── pairing: a prefill node's agent meets a decode node's ────────────────────────────────────────────────────────────
+# ── pairing: the agent of a node that writes meets that of its target ────────────────────────────────────────────────
 
 
 class OpenPair(Frame, frozen=True):
-    """Router → decode: have an agent for prefill node `peer`; answer `PairAgent`.
+    """Router → target: have an agent that `peer` may write to; answer `PairAgent`.
 
     Idempotent for the same peer incarnation. A new incarnation fences the agent that served the old one.
     """
@@ -104,7 +108,7 @@ class OpenPair(Frame, frozen=True):
 
 
 class PairAgent(Frame, frozen=True):
-    """Decode → router → prefill (as `ConnectPair`): the decode node's agent for `peer`, and where its pool lies.
+    """Target → router → writer (as `ConnectPair`): the target's agent for `peer`, and where its pool lies.
 
     Also sent unasked when the agent was rebuilt after a fence.
     """
@@ -118,7 +122,7 @@ class PairAgent(Frame, frozen=True):
 
 
 class ConnectPair(Frame, frozen=True):
-    """Router → prefill: connect to decode node `peer`'s agent, and probe it with a notification of its own id."""
+    """Router → writer: connect to the agent of `peer`, and probe it with a notification of its own id."""
 
     peer: NodeName
     peer_incarnation: Incarnation
@@ -128,9 +132,9 @@ class ConnectPair(Frame, frozen=True):
 
 
 class PairReady(Frame, frozen=True):
-    """Decode → router → prefill: that very agent received its own id; writes may begin.
+    """Target → router → writer: that very agent received its own id; writes may begin.
 
-    Decode names the prefill node as `peer`; towards prefill the router names the decode node.
+    The target names the writer as `peer`; towards the writer the router names the target.
     """
 
     peer: NodeName
@@ -138,7 +142,7 @@ class PairReady(Frame, frozen=True):
 
 
 class PairLost(Frame, frozen=True):
-    """Prefill → router: the agent of decode node `peer` is out of reach; nothing is pushed there until a `ConnectPair`."""
+    """Writer → router: the agent of `peer` is out of reach; nothing is pushed there until a `ConnectPair`."""
 
     peer: NodeName
     agent_id: AgentId
@@ -149,15 +153,15 @@ class PairLost(Frame, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks of a decode node that one prefill may write, until the lease runs out."""
+    """Blocks of one node that another may write, until the lease runs out."""
 
     token: GrantToken
-    decode: NodeName
-    prefill: NodeName
+    target: NodeName
+    writer: NodeName
     agent_id: AgentId
-    """The decode node's agent for this pair: a push to any other is refused."""
+    """The target's agent for this pair: a push to any other is refused."""
     first_token_index: int
-    """Tokens before this one are cached at decode and left out."""
+    """Tokens before this one are cached at the target and left out."""
     block_ids: tuple[BlockId, ...]
     lease_s: float
 
@@ -296,7 +300,7 @@ class JobEnded(Frame, frozen=True):
 
 
 class Progress(Frame, frozen=True):
-    """Prefill → router → decode: the jobs of these grants are alive; renews their leases."""
+    """Writer → router → target: the pushes into these grants are alive; renews their leases."""
 
     tokens: tuple[GrantToken, ...]
 
@@ -309,18 +313,18 @@ class Abort(Frame, frozen=True):
 
 
 class Cancel(Frame, frozen=True):
-    """Decode → router → prefill: stop pushing into this grant, poll out, answer `Quiesced`."""
+    """Target → router → writer: stop pushing into this grant, poll out, answer `Quiesced`."""
 
     token: GrantToken
-    prefill: NodeName
-    decode: NodeName
+    writer: NodeName
+    target: NodeName
 
 
 class Quiesced(Frame, frozen=True):
-    """Prefill → router → decode: nothing more will be written for this grant. `clean`: every handle ended DONE."""
+    """Writer → router → target: nothing more will be written for this grant. `clean`: every handle ended DONE."""
 
     token: GrantToken
-    decode: NodeName
+    target: NodeName
     clean: bool
 
 

@@ -101,14 +101,14 @@ class Pushing:
         start, count = grant.first_token_index, len(grant.block_ids)
         if start < 0 or start % self._pool.block_size or self._pool.blocks_for(num_tokens - start) > count:
             raise InvalidRequest(f"a grant of {count} blocks from token {start} does not hold {num_tokens} tokens")
-        if self._ready.get(grant.decode) != grant.agent_id:
+        if self._ready.get(grant.target) != grant.agent_id:
             # The router believes in a pair that is gone, perhaps since another router told us to connect elsewhere.
-            self._outbox.broadcast(PairLost(grant.decode, grant.agent_id, "not connected"))
-            raise InvalidRequest(f"no KV path to that agent of {grant.decode}")
+            self._outbox.broadcast(PairLost(grant.target, grant.agent_id, "not connected"))
+            raise InvalidRequest(f"no KV path to that agent of {grant.target}")
 
     def begin(self, grant: Grant, link: LinkId) -> None:
         self._pushes[grant.token] = Push(grant, link)
-        self._submit(transfer.BeginPush(grant.token, grant.decode, grant.agent_id, grant.lease_s))
+        self._submit(transfer.BeginPush(grant.token, grant.target, grant.agent_id, grant.lease_s))
 
     def write(self, grant: Grant, layers: range, first: int, blocks: Iterable[BlockId], is_ready: transfer.IsReady) -> None:
         """Push these layers of `blocks`, the first of which is the sequence's `first`-th: one handle.
@@ -144,8 +144,8 @@ class Pushing:
             return True
         stone = self._tombstones.get(frame.token)
         if stone is None:
-            stone = self._bury(frame.token, Tombstone(link, frame.decode, clean=True, finished=False))
-        self._outbox.send(link, Quiesced(frame.token, frame.decode, stone.clean))
+            stone = self._bury(frame.token, Tombstone(link, frame.target, clean=True, finished=False))
+        self._outbox.send(link, Quiesced(frame.token, frame.target, stone.clean))
         return False
 
     def handle_done(self, event: transfer.HandleDone) -> None:
@@ -155,11 +155,11 @@ class Pushing:
     def ended(self, event: transfer.PushEnded) -> None:
         """Nothing is in flight for this grant any more, and nothing will be: whoever asked is told."""
         push = self._pushes.pop(event.token)
-        self._bury(event.token, Tombstone(push.link, push.grant.decode, event.clean, event.finished))
+        self._bury(event.token, Tombstone(push.link, push.grant.target, event.clean, event.finished))
         for link in push.cancels:
-            self._outbox.send(link, Quiesced(event.token, push.grant.decode, event.clean))
+            self._outbox.send(link, Quiesced(event.token, push.grant.target, event.clean))
         if not event.finished:  # the target may have no router that could ask for it
-            self._submit(transfer.QuiesceByWire(event.token, push.grant.decode, event.clean))
+            self._submit(transfer.QuiesceByWire(event.token, push.grant.target, event.clean))
 
     def link_down(self, link: LinkId) -> None:
         """Grants of this router that ended are quiesced without it: its `Quiesced` may have been lost with it."""
@@ -174,7 +174,7 @@ class Pushing:
         self.renew_leases()
         overdue = self._clock() - self._quiesce_s
         stopped = [push for push in self._pushes.values() if push.stopped_at is not None and push.stopped_at <= overdue]
-        for peer in {push.grant.decode for push in stopped}:
+        for peer in {push.grant.target for push in stopped}:
             self._close_pair(peer)
 
     def next_deadline(self) -> float | None:

@@ -198,7 +198,16 @@ class RouterBackend:
                 }
                 for node in self._config.nodes_of("prefill", "decode")
             ],
-            "pairs": [{"prefill": pair.prefill, "decode": pair.decode, "state": pair.state.value} for pair in dispatcher.pairs],
+            "pairs": [
+                {"prefill": pair.writer, "decode": pair.target, "state": pair.state.value}
+                for pair in dispatcher.pairs
+                if pair.target in dispatcher.decodes
+            ],
+            "prefix_pairs": [
+                {"decode": pair.writer, "prefill": pair.target, "state": pair.state.value}
+                for pair in dispatcher.pairs
+                if pair.target in dispatcher.prefills
+            ],
             "prefill_queue": len(dispatcher.queue),
             "requests": len(dispatcher.sequences),
         }

@@ -80,11 +80,11 @@ def test_a_cancelled_grant_is_renewed_no_more() -> None:
 def test_a_grant_is_forgotten_when_it_has_landed_or_its_decode_node_is_lost() -> None:
     relay = Relay()
     relay.forward(b"a", D0, "one"), relay.forward(b"b", D0, "two"), relay.forward(b"c", D1, "three")
-    relay.relay.over((SeqId("one"), 0))
+    relay.relay.over((SeqId("one"), 0), D0)
     assert len(relay.relay) == 2
-    relay.relay.over((SeqId("two"), 1))
+    relay.relay.over((SeqId("two"), 1), D0)
     assert len(relay.relay) == 2, "another attempt's"
-    relay.relay.decode_down(D0)
+    relay.relay.target_down(D0)
     assert len(relay.relay) == 1
 
 

@@ -93,7 +93,7 @@ def test_every_node_is_paired_with_every_node_of_the_other_kind() -> None:
         pairing.prefill_up(name)
     for name in (D0, D1):
         pairing.decode_up(name)
-    assert {(pair.prefill, pair.decode) for pair in pairing.book} == {(P0, D0), (P0, D1), (P1, D0), (P1, D1)}
+    assert {(pair.writer, pair.target) for pair in pairing.book} == {(P0, D0), (P0, D1), (P1, D0), (P1, D1)}
 
 
 def test_only_ready_pairs_are_reachable() -> None:

@@ -118,7 +118,7 @@ def test_a_grant_holds_the_prompt_and_the_first_generated_token(length: int, nee
     node = make_decode_node()
     grant = granted(node, length=length)
     assert len(set(grant.block_ids)) == need
-    assert (grant.prefill, grant.decode, grant.agent_id, grant.first_token_index, grant.lease_s) == (P0, "d0", AGENT, 0, LEASE_S)
+    assert (grant.writer, grant.target, grant.agent_id, grant.first_token_index, grant.lease_s) == (P0, "d0", AGENT, 0, LEASE_S)
     assert len(grant.token) == 16
     assert node.role.gauges().blocks_granted == need
     assert node.pool.num_free == node.pool.num_blocks - need

@@ -17,7 +17,7 @@ from functools import singledispatchmethod
 from disaggd.cluster import protocol
 from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
-from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Peer, PrefillPeer
 from disaggd.cluster.protocol import ToRouter
 from disaggd.cluster.request import Phase, Request, RoutedSequence, Sink, Timeline
 from disaggd.errors import InvalidRequest, RequestError, Unavailable
@@ -114,8 +114,7 @@ class Dispatcher:
         if prefill is not None:
             for record in self.credits.prefill_down(prefill):
                 self._on_update(record)
-        if decode is not None:
-            self.grants.target_down(name)
+        self.grants.target_down(name)
         self._moves.dispatch()
 
     def on_frame(self, name: NodeName, frame: ToRouter) -> None:
@@ -129,7 +128,7 @@ class Dispatcher:
 
     @singledispatchmethod
     def _from_decode(self, frame: object, peer: DecodePeer) -> None:
-        self._moves.drop(frame)
+        self._from_either(frame, peer)
 
     @_from_decode.register
     def _(self, frame: protocol.Decided, peer: DecodePeer) -> None:
@@ -216,35 +215,14 @@ class Dispatcher:
             self._moves.run(run)
 
     @_from_decode.register
-    def _(self, frame: protocol.Cancel, peer: DecodePeer) -> None:
-        self.grants.on_cancel(peer, frame)
-
-    @_from_decode.register
-    def _(self, frame: protocol.Gauges, peer: DecodePeer) -> None:
-        peer.gauges = frame
-
-    @_from_decode.register
-    def _(self, frame: protocol.CacheEvents, peer: DecodePeer) -> None:
-        self._note_cache(peer, frame)
-
-    @_from_decode.register
     def _(self, frame: protocol.Measured, peer: DecodePeer) -> None:
         """A decode node knows itself; what it would take is in its decisions."""
-
-    @_from_decode.register
-    def _(self, frame: protocol.PairAgent, peer: DecodePeer) -> None:
-        self.pairs.on_agent(peer, frame, self._clock())
-
-    @_from_decode.register
-    def _(self, frame: protocol.PairReady, peer: DecodePeer) -> None:
-        if self.pairs.on_ready(peer, frame):
-            self._moves.dispatch()
 
     # ── frames of prefill nodes ──────────────────────────────────────────────────────────────────────────────────────
 
     @singledispatchmethod
     def _from_prefill(self, frame: object, peer: PrefillPeer) -> None:
-        self._moves.drop(frame)
+        self._from_either(frame, peer)
 
     @_from_prefill.register
     def _(self, frame: protocol.Prefilled, peer: PrefillPeer) -> None:
@@ -278,29 +256,9 @@ class Dispatcher:
         self._moves.dispatch()
 
     @_from_prefill.register
-    def _(self, frame: protocol.Progress, peer: PrefillPeer) -> None:
-        self.grants.on_progress(frame)
-
-    @_from_prefill.register
-    def _(self, frame: protocol.Quiesced, peer: PrefillPeer) -> None:
-        self.grants.on_quiesced(frame)
-
-    @_from_prefill.register
-    def _(self, frame: protocol.PairLost, peer: PrefillPeer) -> None:
-        self.pairs.on_lost(peer, frame, self._clock())
-
-    @_from_prefill.register
     def _(self, frame: protocol.Credit, peer: PrefillPeer) -> None:
         peer.credit_tokens = frame.limit_tokens
         self._moves.dispatch()
-
-    @_from_prefill.register
-    def _(self, frame: protocol.Gauges, peer: PrefillPeer) -> None:
-        peer.gauges = frame
-
-    @_from_prefill.register
-    def _(self, frame: protocol.CacheEvents, peer: PrefillPeer) -> None:
-        self._note_cache(peer, frame)
 
     @_from_prefill.register
     def _(self, frame: protocol.Measured, peer: PrefillPeer) -> None:
@@ -308,7 +266,41 @@ class Dispatcher:
 
     # ── frames of either ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _note_cache(self, peer: PrefillPeer | DecodePeer, frame: protocol.CacheEvents) -> None:
+    @singledispatchmethod
+    def _from_either(self, frame: object, peer: Peer) -> None:
+        self._moves.drop(frame)
+
+    @_from_either.register
+    def _(self, frame: protocol.Gauges, peer: Peer) -> None:
+        peer.gauges = frame
+
+    @_from_either.register
+    def _(self, frame: protocol.CacheEvents, peer: Peer) -> None:
         if self.caches.on_events(peer.name, frame):
             log.warning("%s: news of its cache went missing before number %d: asking for all of it", peer.name, frame.number)
             peer.send(protocol.CacheSnapshot())
+
+    @_from_either.register
+    def _(self, frame: protocol.PairAgent, peer: Peer) -> None:
+        self.pairs.on_agent(peer, frame, self._clock())
+
+    @_from_either.register
+    def _(self, frame: protocol.PairReady, peer: Peer) -> None:
+        if self.pairs.on_ready(peer, frame):
+            self._moves.dispatch()
+
+    @_from_either.register
+    def _(self, frame: protocol.PairLost, peer: Peer) -> None:
+        self.pairs.on_lost(peer, frame, self._clock())
+
+    @_from_either.register
+    def _(self, frame: protocol.Progress, peer: Peer) -> None:
+        self.grants.on_progress(frame)
+
+    @_from_either.register
+    def _(self, frame: protocol.Cancel, peer: Peer) -> None:
+        self.grants.on_cancel(peer, frame)
+
+    @_from_either.register
+    def _(self, frame: protocol.Quiesced, peer: Peer) -> None:
+        self.grants.on_quiesced(frame)

@@ -130,4 +130,5 @@ class DecodePeer:
             return self.is_full
         return self.gauges.blocks_free + self.gauges.blocks_cached < num_tokens // self.hello.kv.block_size + 1
 
+
 Peer = PrefillPeer | DecodePeer

@@ -8,9 +8,9 @@ router ──► decode                         decode ──► router
   Generate                                  Decided, NeedPrefill(+grant), Refused, LocalPrefill
   RequestGrant                              Granted, NoRoom
   PrefillLost                               Landed, Released
-  Abort                                     Tokens, Room
+  Abort, PushPrefix                         Tokens, Room
 router ──► prefill                        prefill ──► router
-  Prefill, Abort                            Prefilled, JobEnded, Credit
+  Prefill, Abort                            Prefilled, JobEnded, Credit, PrefixGrant, PrefixEnded
 both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
@@ -253,6 +253,13 @@ class NoRoom(Frame, frozen=True):
     attempt: int
 
 
+class PrefixSource(msgspec.Struct, frozen=True, array_like=True):
+    """A decode node that holds the beginning of a prompt, and may push what a prefill node lacks of it."""
+
+    node: NodeName
+    num_tokens: int
+
+
 class Prefill(Frame, frozen=True):
     """Router → prefill: compute `tokens`, sample one more, push the KV into `grant` (None: nothing is to be pushed)."""
 
@@ -263,6 +270,44 @@ class Prefill(Frame, frozen=True):
     sampling: SamplingParams
     cache_salt: str
     grant: Grant | None
+    prefix: PrefixSource | None = None
+    """Have the beginning pushed from there before the rest is computed; answered `PrefixEnded`, perhaps after `PrefixGrant`."""
+
+
+class PrefixGrant(Frame, frozen=True):
+    """Prefill → router → decode (as `PushPrefix`): blocks for what the prefill node lacks of the prompt's beginning."""
+
+    seq: SeqId
+    attempt: int
+    grant: Grant
+
+
+class PushPrefix(Frame, frozen=True):
+    """Router → decode: push what you hold cached of this sequence into `grant`; `Quiesced` if you do not, or stop."""
+
+    seq: SeqId
+    attempt: int
+    grant: Grant
+
+
+PrefixOutcome = Literal["landed", "cached", "no_room", "unreachable", "failed", "stopped"]
+"""`landed`; or nothing was asked for: the prefill node has it `cached` by now, has `no_room`, or cannot be reached by decode; or the
+push `failed`; or the job was `stopped` before it landed. In all cases but the last the rest of the prompt is computed."""
+
+
+class PrefixEnded(Frame, frozen=True):
+    """Prefill → router, once per `Prefill` with a `prefix`, before its `JobEnded`: nothing is awaited of decode any more."""
+
+    seq: SeqId
+    attempt: int
+    outcome: PrefixOutcome
+    reason: str
+    """Why it did not land; else empty."""
+    num_tokens: int
+    """That landed."""
+    kv_bytes: int
+    took_ms: float
+    """From the job's arrival until the prefix had landed, or was given up."""
 
 
 class Prefilled(Frame, frozen=True):
@@ -438,6 +483,7 @@ ToNode = (
     | PairReady
     | Generate
     | RequestGrant
+    | PushPrefix
     | Prefill
     | Progress
     | Abort
@@ -461,6 +507,8 @@ ToRouter = (
     | Refused
     | Granted
     | NoRoom
+    | PrefixGrant
+    | PrefixEnded
     | Prefilled
     | JobEnded
     | Progress

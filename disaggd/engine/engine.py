@@ -133,9 +133,15 @@ class Engine:
         self._scheduler.wait(sequence)
 
     def park(self, sequence: Sequence) -> None:
-        """Take a sequence on that another node computes: QUEUED, with no blocks, until `resume`. Raises ContextTooLong."""
+        """Take a sequence on whose KV another node sends: QUEUED, without blocks, until `resume` or `unpark`. Raises ContextTooLong."""
         self._register(sequence)
         sequence.move(SequenceState.QUEUED)
+
+    def unpark(self, sequence: Sequence) -> None:
+        """QUEUED → WAITING: what is not cached by now is computed here. It is in line as if it had never been parked."""
+        self._stalled_at = None
+        sequence.move(SequenceState.WAITING)
+        self._scheduler.wait(sequence)
 
     def earmark(self, sequence: Sequence, num_blocks: int) -> None:
         """Keep so many blocks, as they come free, for a grant to a parked sequence, until `end_earmark` or the sequence's end.

@@ -2,7 +2,8 @@
 
 ```
 WAITING ─► RUNNING ─► FINISHED           WAITING ─► QUEUED ─► RUNNING    computed elsewhere, then resumed here
-   ▲          │                          RUNNING ─► PAUSED ─► FINISHED   handed over to another node
+   ▲          │                                     QUEUED ─► WAITING    its beginning at most: the rest is computed here
+   │          │                          RUNNING ─► PAUSED ─► FINISHED   handed over to another node
    └──────────┘ preempted                           PAUSED ─► RUNNING    the other node failed
 ```
 
@@ -27,7 +28,7 @@ class SequenceState(Enum):
     WAITING = "waiting"
     """For blocks and a place in a step. Holds no blocks."""
     QUEUED = "queued"
-    """For another node to compute its KV. Holds no blocks of its own."""
+    """For KV that another node has, or computes. Holds no blocks of its own."""
     RUNNING = "running"
     """Has blocks, and tokens that the next steps compute."""
     PAUSED = "paused"
@@ -37,7 +38,7 @@ class SequenceState(Enum):
 
 LEGAL_MOVES: dict[SequenceState, frozenset[SequenceState]] = {
     SequenceState.WAITING: frozenset({SequenceState.QUEUED, SequenceState.RUNNING, SequenceState.FINISHED}),
-    SequenceState.QUEUED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.QUEUED: frozenset({SequenceState.RUNNING, SequenceState.WAITING, SequenceState.FINISHED}),
     SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.PAUSED, SequenceState.FINISHED}),
     SequenceState.PAUSED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
     SequenceState.FINISHED: frozenset(),

@@ -219,6 +219,7 @@ class DecodeRole:
         record = self._grants.landed(event.token)
         if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
             return self._granting.free(self._grants.quiesced(event.token, clean=True))
+        assert event.first is not None, "every grant for a prefill expects one"
         placed = self._placed[record.seq_id]
         blocks = self._granting.land(placed, record, event.first)
         return None if blocks is None else self._resume(placed, blocks, event.first)

@@ -124,8 +124,8 @@ class Pushing:
         self._count_reads(source, +1)
         self._submit(transfer.PushBlocks(grant.token, layers, source, grant.block_ids[start : start + len(source)], is_ready))
 
-    def finish(self, token: GrantToken, first: FirstToken) -> None:
-        """All blocks are submitted."""
+    def finish(self, token: GrantToken, first: FirstToken | None) -> None:
+        """All blocks are submitted. `first` None: the target expects no token with them."""
         self._submit(transfer.FinishPush(token, first))
 
     def stop(self, token: GrantToken) -> None:
@@ -133,6 +133,11 @@ class Pushing:
         if (push := self._pushes.get(token)) is not None:
             push.stopped_at = push.stopped_at or self._clock()
             self._submit(transfer.CancelPush(token))
+
+    def stop_all(self, link: LinkId) -> None:
+        """Stop every push into a grant that this router forwarded."""
+        for token in [token for token, push in self._pushes.items() if push.link == link]:
+            self.stop(token)
 
     def cancel(self, frame: Cancel, link: LinkId) -> bool:
         """Whether the grant is being pushed: then it is to be stopped, and `Quiesced` said when nothing is in flight.
@@ -142,11 +147,15 @@ class Pushing:
         if (push := self._pushes.get(frame.token)) is not None:
             push.cancels.append(link)
             return True
-        stone = self._tombstones.get(frame.token)
-        if stone is None:
-            stone = self._bury(frame.token, Tombstone(link, frame.target, clean=True, finished=False))
-        self._outbox.send(link, Quiesced(frame.token, frame.target, stone.clean))
+        self.decline(frame.token, frame.target, link)
         return False
+
+    def decline(self, token: GrantToken, target: NodeName, link: LinkId) -> None:
+        """Say of a grant that is not being pushed that it will not be either: a later job for it is refused."""
+        stone = self._tombstones.get(token)
+        if stone is None:
+            stone = self._bury(token, Tombstone(link, target, clean=True, finished=False))
+        self._outbox.send(link, Quiesced(token, target, stone.clean))
 
     def handle_done(self, event: transfer.HandleDone) -> None:
         self._pool.release(event.source)

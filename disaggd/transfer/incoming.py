@@ -83,7 +83,7 @@ class Incoming:
         self._announce(pair)
 
     def expect(self, command: Expect) -> None:
-        self._landings[command.token] = _Landing(command.agent_id, LandingSet(command.kv_bytes, command.num_ranks))
+        self._landings[command.token] = _Landing(command.agent_id, LandingSet(command.kv_bytes, command.num_ranks, command.brings_token))
 
     def forget(self, token: GrantToken) -> None:
         self._landings.pop(token, None)
@@ -166,7 +166,6 @@ class Incoming:
         return True
 
     def _land_whole(self, token: GrantToken, pieces: LandingSet) -> None:
-        assert pieces.first is not None
         self.landed_bytes += pieces.kv_bytes
         self._post(Landed(token, pieces.first, pieces.kv_bytes))
 

@@ -8,11 +8,15 @@ class Inconsistent(Exception):
 
 
 class LandingSet:
-    """A grant has landed when {0 … total−1} is in from every rank and the bytes sum to the grant's: exactly, or it fails."""
+    """A grant has landed when {0 … total−1} is in from every rank and the bytes sum to the grant's: exactly, or it fails.
 
-    def __init__(self, kv_bytes: int, num_ranks: int = 1) -> None:
+    So it does without a first token, if it `brings_token`.
+    """
+
+    def __init__(self, kv_bytes: int, num_ranks: int = 1, brings_token: bool = True) -> None:
         self.kv_bytes = kv_bytes
         self.first: FirstToken | None = None
+        self._brings_token = brings_token
         self._seqs: list[set[int]] = [set() for _ in range(num_ranks)]
         self._totals: list[int | None] = [None] * num_ranks
         self._landed_bytes = 0
@@ -61,6 +65,6 @@ class LandingSet:
             return False
         if self._landed_bytes != self.kv_bytes:
             raise Inconsistent(f"all pieces are in with {self._landed_bytes} bytes, the grant holds {self.kv_bytes}")
-        if self.first is None:
+        if self.first is None and self._brings_token:
             raise Inconsistent("all pieces are in, but none brought the first token")
         return True

@@ -45,6 +45,8 @@ class Expect(TransferCommand, frozen=True):
     agent_id: AgentId
     kv_bytes: int
     num_ranks: int = 1
+    brings_token: bool = True
+    """The first token is one of its pieces; it fails without."""
 
 
 class Forget(TransferCommand, frozen=True):
@@ -84,7 +86,8 @@ class Landed(TransferEvent, frozen=True):
     """The whole grant is in: notifications {0 … total−1} of every rank, and the bytes add up."""
 
     token: GrantToken
-    first: FirstToken
+    first: FirstToken | None
+    """None only where none was expected."""
     kv_bytes: int
 
 
@@ -161,10 +164,13 @@ class PushBlocks(TransferCommand, frozen=True):
 
 
 class FinishPush(TransferCommand, frozen=True):
-    """All blocks are submitted; the first token goes out as soon as they are posted, as the push's last piece."""
+    """All blocks are submitted; as soon as they are posted the push's last piece goes out, which says so.
+
+    It carries the first token; None where the target expects none.
+    """
 
     token: GrantToken
-    first: FirstToken
+    first: FirstToken | None
 
 
 class RenewLease(TransferCommand, frozen=True):
@@ -185,6 +191,15 @@ class QuiesceByWire(TransferCommand, frozen=True):
     token: GrantToken
     peer: NodeName
     clean: bool
+
+
+class ClosePair(TransferCommand, frozen=True):
+    """Nothing more is written to `peer`: destroy our agent for that and free its port. Posts what that ends.
+
+    What `peer` may write here has an agent of its own, which is fenced, never closed.
+    """
+
+    peer: NodeName
 
 
 class PairConnected(TransferEvent, frozen=True):
@@ -217,7 +232,7 @@ class PushEnded(TransferEvent, frozen=True):
     clean: bool
     """Every posted handle ended DONE; so also when none was posted."""
     finished: bool
-    """The first token went out before the push was cancelled, its lease ran out, or its pair was lost: if clean too, it lands."""
+    """The last piece went out before the push was cancelled, its lease ran out, or its pair was lost: if clean too, it lands."""
     kv_bytes: int
     """Sum of the descriptor lengths of the handles that ended DONE."""
     first_post_at: float | None
@@ -225,12 +240,6 @@ class PushEnded(TransferEvent, frozen=True):
 
 
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ClosePair(TransferCommand, frozen=True):
-    """`peer` has left: destroy its agents of both directions and free their ports. Posts what that ends, then `Fenced`."""
-
-    peer: NodeName
 
 
 class TransferFailed(TransferEvent, frozen=True):

@@ -225,7 +225,7 @@ class Outgoing:
             push.expire(self._clock())
             if push.may_post:
                 push.waiting.popleft()
-                self._send_first(push, command)
+                self._send_last(push, command)
         self._settle(push)
 
     def _load(self, push: Push) -> None:
@@ -238,7 +238,7 @@ class Outgoing:
             push.waiting.popleft()
             push.loaded.append(Loaded(command, load))
 
-    def _send_first(self, push: Push, command: FinishPush) -> None:
+    def _send_last(self, push: Push, command: FinishPush) -> None:
         seq = push.finish()
         piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
         self._notify(self._pairs[push.peer], encode(piece))

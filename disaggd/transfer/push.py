@@ -44,7 +44,7 @@ class Push(msgspec.Struct, kw_only=True):
     lease_until: float
     state: PushState = PushState.ACTIVE
     num_pieces: int = 0
-    """Pieces numbered so far: posted handles, and the first token's once finished."""
+    """Pieces numbered so far: posted handles, and the last one that is no write, once finished."""
     num_in_flight: int = 0
     finished: bool = False
     clean: bool = True
@@ -92,7 +92,7 @@ class Push(msgspec.Struct, kw_only=True):
         self.last_done_at = now
 
     def finish(self) -> int:
-        """The first token's piece is about to be sent: its number. Nothing is posted after it."""
+        """The last piece is about to be sent: its number. Nothing is posted after it."""
         assert self.may_post
         self.finished = True
         self.num_pieces += 1

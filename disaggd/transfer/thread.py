@@ -177,7 +177,6 @@ class TransferThread:
                 self._outgoing.quiesce_by_wire(command)
             case m.ClosePair(peer):
                 self._outgoing.close(peer)
-                self._incoming.close(peer)
             case _:
                 raise TypeError(f"not a transfer command: {command!r}")
 

@@ -245,8 +245,8 @@ def main(
 ) -> None:
     """Replay a trace of conversations over one prefill and two decode nodes, each with a pool for 30 % of what the trace names.
 
-    Requests that share leading blocks in the trace share them here. Routing by cost, which knows who has what, takes turns with round robin,
-    which knows nothing. So many requests are under way at once; the next is sent when one has ended.
+    Requests that share leading blocks in the trace share them here. Routing by cost, which knows who has what, takes turns with round
+    robin, which knows nothing. So many requests are under way at once; the next is sent when one has ended.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster of the moment is ended too
     if quick:

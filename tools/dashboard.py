@@ -252,7 +252,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "KV paths",
             "1: the prefill node may push to the decode node.",
             "short",
-            (Query("max by (prefill, decode) (disaggd_kv_path_up)", "{{prefill}} → {{decode}}"),),
+            (Query("max by (writer, target) (disaggd_kv_path_up)", "{{writer}} → {{target}}"),),
             most=1,
         ),
     ),

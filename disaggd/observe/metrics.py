@@ -82,7 +82,7 @@ class Metrics:
 
     def _declare_nodes(self, registry: CollectorRegistry) -> None:
         self._node_up = Gauge("disaggd_node_up", "Whether the node's link is up", ["node", "role"], registry=registry)
-        self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["prefill", "decode"], registry=registry)
+        self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["writer", "target"], registry=registry)
         self._blocks = _per_node("kv_blocks", "KV blocks", registry, "state")
         self._usage = _per_node("kv_cache_usage_perc", "Share of the KV blocks that no new sequence could have: 1 is all", registry)
         self._sequences: dict[SequenceState, Gauge] = {
@@ -186,13 +186,13 @@ class Metrics:
             for gauge in (self._blocks, self._usage, self._backlog, self._indexed, *self._sequences.values()):
                 gauge.remove_by_labels({"node": node})
 
-    def set_pair(self, prefill: str, decode: str, is_ready: bool) -> None:
-        """Whether the prefill node may push to the decode node."""
-        self._kv_path_up.labels(prefill, decode).set(is_ready)
+    def set_pair(self, writer: str, target: str, is_ready: bool) -> None:
+        """Whether the one node may push KV to the other."""
+        self._kv_path_up.labels(writer, target).set(is_ready)
 
-    def forget_pair(self, prefill: str, decode: str) -> None:
+    def forget_pair(self, writer: str, target: str) -> None:
         """One of the two is gone."""
-        self._kv_path_up.remove(prefill, decode)
+        self._kv_path_up.remove(writer, target)
 
     def set_blocks(self, node: str, counts: Mapping[BlockState, int], num_blocks: int) -> None:
         """Of a pool of `num_blocks`."""

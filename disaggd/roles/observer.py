@@ -75,15 +75,15 @@ class Observer:
         for frame, count in dispatcher.dropped_frames.items():
             self._metrics.count_dropped_frames(frame, count)
         dispatcher.dropped_frames.clear()
-        self._show_pairs({(pair.prefill, pair.decode): pair.state for pair in dispatcher.pairs})
+        self._show_pairs({(pair.writer, pair.target): pair.state for pair in dispatcher.pairs})
 
     def _show_pairs(self, pairs: dict[tuple[NodeName, NodeName], PairState]) -> None:
         for pair in self._pairs.keys() - pairs.keys():
             self._metrics.forget_pair(*pair)
-        for (prefill, decode), state in pairs.items():
-            if self._pairs.get((prefill, decode)) is not state:
-                self._metrics.set_pair(prefill, decode, state is PairState.READY)
-                self._recorder.event(prefill, f"KV path {state.value}", to=decode)
+        for (writer, target), state in pairs.items():
+            if self._pairs.get((writer, target)) is not state:
+                self._metrics.set_pair(writer, target, state is PairState.READY)
+                self._recorder.event(writer, f"KV path {state.value}", to=target)
         self._pairs = pairs
 
     # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────────

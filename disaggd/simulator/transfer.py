@@ -87,8 +87,8 @@ class SimulatedTransfer:
             case m.RenewLease(token):
                 if push := self._pushes.get(token):
                     push.renew(self._now)
-            case m.Expect(token, _, agent_id, kv_bytes, num_ranks):
-                self._landings[token] = (agent_id, LandingSet(kv_bytes, num_ranks))
+            case m.Expect():
+                self._landings[command.token] = (command.agent_id, LandingSet(command.kv_bytes, command.num_ranks, command.brings_token))
             case m.Forget(token):
                 self._landings.pop(token, None)
             case m.BeginPush():
@@ -109,7 +109,6 @@ class SimulatedTransfer:
                 self._fence(command)
             case m.ClosePair(peer):
                 self._outlets.pop(peer, None)
-                self._close_inlet(peer)
             case _:
                 raise TypeError(f"not a transfer command: {command!r}")
 
@@ -233,7 +232,7 @@ class SimulatedTransfer:
         self.post(m.HandleDone(push.token, source, piece.kv_bytes if is_done else 0))
         self._settle(push)
 
-    def _finish(self, token: GrantToken, first: FirstToken) -> None:
+    def _finish(self, token: GrantToken, first: FirstToken | None) -> None:
         live = self._live(token)
         if live is None:
             return
@@ -271,7 +270,5 @@ class SimulatedTransfer:
         if landing is None or landing[0] != agent_id or not landing[1].add(piece):
             return
         del self._landings[piece.token]
-        first = landing[1].first
-        assert first is not None
         self.landed_bytes += landing[1].kv_bytes
-        self.post(m.Landed(piece.token, first, landing[1].kv_bytes))
+        self.post(m.Landed(piece.token, landing[1].first, landing[1].kv_bytes))

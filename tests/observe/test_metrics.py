@@ -95,7 +95,7 @@ def test_an_undecided_request_counts_no_decision(metrics: Metrics) -> None:
 
 
 def test_a_kv_path_is_told_until_one_of_its_ends_is_gone(metrics: Metrics, registry: Any) -> None:
-    pair = {"prefill": "p0", "decode": "d0"}
+    pair = {"writer": "p0", "target": "d0"}
     for is_ready in (False, True):
         metrics.set_pair("p0", "d0", is_ready)
         assert registry.get_sample_value("disaggd_kv_path_up", pair) == is_ready

@@ -58,7 +58,7 @@ class Decider:
     def _local(self, num_cached: int) -> LocalSide | None:
         """What a prompt would meet here that begins behind `num_cached` tokens; None until steps have been measured."""
         cost, pace = self._engine.pace.cost, self._engine.pace
-        if cost is None:
+        if cost is None or not cost.prefill_s(GRAIN, num_cached):  # steps so far had no prompt in them, or told nothing of it
             return None
         load, limit = self._engine.load(), self._engine.limits.max_step_tokens
         step_s, least_s = cost.decode_step_s(load.decodes, load.decode_context), cost.prefill_s(GRAIN, num_cached)

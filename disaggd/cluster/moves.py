@@ -209,6 +209,7 @@ class Moves:
         record.move(Phase.PREFILLING)
         record.timeline.dispatched = self._clock()
         if grant is not None:
+            record.cached_at_decode = grant.first_token_index
             self.grants.forwarded(record.job, grant, prefill)
         self._take_credit(record, prefill, self.caches.cached_tokens(record))
         record.grant, record.has_place = grant, True

@@ -1,5 +1,6 @@
 """The dispatcher, request by request: placement, grants, tokens, endings. Losses and the queue have files of their own."""
 
+import msgspec
 import pytest
 
 from disaggd.cluster.protocol import (
@@ -127,6 +128,16 @@ def test_a_job_goes_to_its_prefill_node_only_with_its_grant() -> None:
     assert not routing.frames(P0, Prefill)
     grant = routing.granted(client)
     assert routing.last(P0, Prefill).grant == grant
+
+
+def test_what_decode_had_cached_is_what_its_grant_leaves_out() -> None:
+    """Not what it had at its decision: while the job waited, blocks were evicted, or came."""
+    routing = Routing()
+    client = routing.submit()
+    routing.say(D0, NeedPrefill(client.seq, 0, "long: enough", 16, None))
+    assert routing.record(client).cached_at_decode == 16
+    routing.say(D0, Granted(client.seq, 0, msgspec.structs.replace(make_grant(client), first_token_index=32)))
+    assert routing.record(client).cached_at_decode == 32
 
 
 def test_one_output_token_needs_no_grant() -> None:

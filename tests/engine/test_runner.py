@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from disaggd import kernels
 from disaggd.engine.batch import build_batch
@@ -43,6 +47,7 @@ SPEC = ModelSpec(
     dtype="float32",
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+GREEDY_OF = {n: SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 4, 12)}
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, seed=2**63 + 5, max_tokens=24, repetition_penalty=1.1, ignore_eos=True)
 PROMPTS = [
     [(7 * number + 13 * i * i) % SPEC.vocab_size for i in range(length)]
@@ -66,13 +71,17 @@ def transformer() -> Transformer:
 
 
 def make_node(
-    transformer: Transformer, num_blocks: int = 200, max_step_tokens: int = 48, max_sequences: int = 8, lookahead: int = 0
+    transformer: Transformer,
+    num_blocks: int = 200,
+    max_step_tokens: int = 48,
+    max_sequences: int = 8,
+    lookahead: int = 0,
+    hasher: PrefixHasher | None = None,
 ) -> Node:
+    """Without a `hasher` nothing is cached."""
     kv = allocate_kv(kv_spec(SPEC, BLOCK), num_blocks, CPU)
-    engine = Engine(
-        ModelRunner(transformer, kv, max_step_tokens), BlockPool(num_blocks, BLOCK), Limits(max_step_tokens, max_sequences, 256)
-    )
-    return Node(engine, kv)
+    pool, limits = BlockPool(num_blocks, BLOCK, hasher), Limits(max_step_tokens, max_sequences, 256)
+    return Node(Engine(ModelRunner(transformer, kv, max_step_tokens), pool, limits), kv)
 
 
 def make_sequence(number: int, tokens: list[int], sampling: SamplingParams, limit: int | None = None) -> Sequence:
@@ -223,3 +232,62 @@ def test_chunks_that_end_inside_blocks_change_no_token_and_may_be_found_again(tr
         assert by_sequence(outputs) == expected
     assert any(end % block for end in ends)
     assert engine.cache.hit_tokens > 0
+
+
+# ── with a prefix cache ──
+
+
+class Turn(NamedTuple):
+    """One sequence: so many tokens of one of `PROMPTS`, then its own."""
+
+    conversation: int
+    shared: int
+    own: int
+    max_tokens: int
+    arrival: int
+    aborted_at: int | None
+
+
+turns = st.builds(
+    Turn,
+    conversation=st.sampled_from([6, 9]),
+    shared=st.integers(0, 40),
+    own=st.integers(1, 9),
+    max_tokens=st.sampled_from([1, 4, 12]),
+    arrival=st.integers(0, 12),
+    aborted_at=st.none() | st.none() | st.none() | st.integers(0, 12),
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(work=st.lists(turns, min_size=2, max_size=8), num_blocks=st.integers(10, 16), max_step_tokens=st.sampled_from([8, 24, 48]))
+def test_whatever_was_cached_shared_evicted_or_aborted_outputs_are_the_oracles(
+    transformer: Transformer, work: list[Turn], num_blocks: int, max_step_tokens: int
+) -> None:
+    """In float32, token for token, over a pool so small that running sequences are preempted and cached blocks evicted."""
+    hasher = PrefixHasher("tiny", "float32", BLOCK)
+    engine = make_node(transformer, num_blocks, max_step_tokens, max_sequences=4, hasher=hasher).engine
+    pool = engine.pool
+    sequences = [
+        make_sequence(
+            number, PROMPTS[turn.conversation][: turn.shared] + PROMPTS[1][number : number + turn.own], GREEDY_OF[turn.max_tokens]
+        )
+        for number, turn in enumerate(work)
+    ]
+    for clock in count():
+        for turn, sequence in zip(work, sequences, strict=True):
+            if clock == turn.arrival:
+                engine.add(sequence)
+            if turn.aborted_at is not None and clock == turn.arrival + turn.aborted_at:
+                engine.abort(sequence)
+        engine.step()
+        held = [block for block in range(num_blocks) if pool.references(BlockId(block))]
+        assert pool.num_free + pool.num_cached + len(held) == num_blocks
+        assert not set(held) & {*pool._free, *pool._cached}
+        if clock > 12 and not engine.sequences:
+            break
+    assert pool.num_available == num_blocks
+    for sequence in sequences:
+        given, came = sequence.tokens[: sequence.num_given], sequence.tokens[sequence.num_given :]
+        wanted = oracle(transformer, given, sequence.sampling)
+        assert came == (wanted[: len(came)] if sequence.finish_reason == "abort" else wanted)

@@ -1,15 +1,16 @@
 """The operations a transformer is made of, as one frozen record per kind of device. Knows tensors, nothing of models or batches."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal, Protocol
 
 from torch import Tensor, cuda, device
 
-from disaggd.kernels import int8, native, native_int8, onednn, reference, reference_sampling
+from disaggd.kernels import int8, native, native_int8, native_layers, onednn, reference, reference_sampling
 from disaggd.kernels.draws import Draws
+from disaggd.kernels.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,28 @@ class MakePagedAttention(Protocol):
     ) -> PagedAttention: ...
 
 
+class FusedLayers(Protocol):
+    """All layers over one new token of each of some sequences, in one call. Its bits are those of the operations one after another."""
+
+    max_rows: int
+    """Beyond so many the operations are as fast one by one."""
+
+    def __call__(
+        self,
+        residual: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv: Tensor,
+        slot_mapping: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+    ) -> Tensor:
+        """Adds to `residual` [n, hidden] what the layers add, but for what the last one's MLP adds: that it returns, [n, hidden].
+
+        `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] is read and written as by `PagedAttention`.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """What an operation returns is a new tensor or an input that it changed; where it changes another, it says so."""
@@ -65,6 +88,8 @@ class Ops:
     """`x`, residual [n, dim], weight [dim], eps → adds `x` to the residual in place, and `rms_norm` of the sum."""
     linear_silu_mul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """`[gate, up]` [n, 2·f], as `linear` gives it → `silu(gate) · up` [n, f]."""
+    fuse: Callable[[Sequence[LayerWeights], int | None], FusedLayers | None]
+    """Packed layers and the window they attend to → all of them as one operation for decode; None where it has none for their shapes."""
     greedy: Callable[[Tensor], Tensor]
     """Logits float32 [rows, vocab_size] → int64 [rows]: each row's best entry, of equals the lowest."""
     sample: Callable[[Tensor, Draws], Tensor]
@@ -80,6 +105,7 @@ REFERENCE = Ops(
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     linear_silu_mul=reference.linear_silu_mul,
+    fuse=reference.fuse,
     greedy=reference_sampling.greedy,
     sample=reference_sampling.sample,
     top_logprobs=reference_sampling.top_logprobs,
@@ -144,6 +170,7 @@ def native_ops(kernels: native.Native) -> Ops:
         rms_norm=kernels.rms_norm,
         add_rms_norm=kernels.add_rms_norm,
         linear_silu_mul=kernels.linear_silu_mul,
+        fuse=native_layers.Fusing(kernels),
         greedy=kernels.greedy,
         sample=kernels.sample,
     )

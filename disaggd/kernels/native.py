@@ -25,6 +25,9 @@ PANEL = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As the library counts them."""
 
+_STEPS = {torch.float32: 1, torch.bfloat16: 2}
+"""Inputs that lie side by side in a packed weight."""
+
 
 class Isa(IntEnum):
     """Instruction sets the kernels are compiled for, each with all before it."""
@@ -41,8 +44,9 @@ _SIGNATURES = {
     "disaggd_rotate_and_store": [c_int, c_int, *[c_void_p] * 7, *[c_int64] * 5, c_float],
     "disaggd_silu_mul": [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64],
     "disaggd_attend": [c_int, c_int, *[c_void_p] * 6, *[c_int64] * 7, c_float],
-    "disaggd_linear": [c_int, *[c_void_p] * 4, *[c_int64] * 3],
+    "disaggd_linear": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 3],
     "disaggd_linear_int8": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 3],
+    "disaggd_decode": [c_int, c_int, c_void_p],
     "disaggd_sample": [c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 6],
     "disaggd_noise": [c_int, *[c_void_p] * 3, c_int64],
 }
@@ -105,11 +109,12 @@ class Native:
         return out
 
     def pack(self, weight: Tensor) -> Tensor:
-        """`weight` [out, in] as [out / PANEL, in / 2, PANEL, 2]; oneDNN's layout where our product does not apply."""
+        """`weight` [out, in] as [out / PANEL, in / step, PANEL, step], 4 bytes a step; where our product does not apply, oneDNN's."""
         outputs, inputs = weight.shape
-        if self.isa < Isa.AVX512_BF16 or weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 2:
+        step = _STEPS.get(weight.dtype)
+        if step is None or outputs % PANEL or inputs % step:
             return onednn.pack(weight)
-        return weight.view(outputs // PANEL, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+        return weight.view(outputs // PANEL, PANEL, inputs // step, step).transpose(1, 2).contiguous()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight.is_mkldnn or weight.dim() == 2:
@@ -120,6 +125,7 @@ class Native:
         out = x.new_empty(rows, outputs)
         self.library.disaggd_linear(
             self.isa,
+            DTYPES[x.dtype],
             x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),

@@ -8,13 +8,15 @@ padded tensor and packs the query heads of a KV head into rows of one matrix: 2.
 Scores are masked by −inf. `softmax` computes in float32 inside and rounds once, whatever the dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from disaggd.kernels.layer_weights import LayerWeights
 
 QUERY_BLOCK = 256
 """Tokens whose scores are held at once while prefilling: [group · 256, context] stays near the L2 cache."""
@@ -54,6 +56,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return silu_mul(linear(x, weight, bias))
+
+
+def fuse(_layers: Sequence[LayerWeights], _window: int | None) -> None:
+    """There is no such operation of torch's: what it would compute is what the others do, one after another."""
 
 
 @dataclass(frozen=True, slots=True)

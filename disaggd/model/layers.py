@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from disaggd.kernels import Ops, PagedAttention
+from disaggd.kernels.layer_weights import LayerWeights, Projection
 from disaggd.model.spec import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
@@ -30,6 +31,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,21 @@ class Layer:
     def __call__(self, x: Tensor | None, residual: Tensor, rotation: Rotation, attention: PagedAttention, kv: Tensor) -> Tensor:
         x = self.attention(self.attention_norm(x, residual), rotation, attention, kv)
         return self.mlp(self.mlp_norm(x, residual))
+
+    @property
+    def weights(self) -> LayerWeights:
+        """For kernels that compute whole layers."""
+        head_norm = self.attention.head_norm
+        return LayerWeights(
+            attention_norm=self.attention_norm.weight,
+            qkv=self.attention.qkv.projection,
+            head_norm=None if head_norm is None else head_norm.weight,
+            out=self.attention.out.projection,
+            mlp_norm=self.mlp_norm.weight,
+            gate_up=self.mlp.gate_up.projection,
+            down=self.mlp.down.projection,
+            eps=self.attention_norm.eps,
+        )
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

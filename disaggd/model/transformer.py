@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, device
 
-from disaggd.kernels import Ops
+from disaggd.kernels import FusedLayers, Ops
 from disaggd.model.batch import Batch
-from disaggd.model.layers import MLP, Attention, HeadNorm, Layer, Linear, RMSNorm, inverse_frequencies, rotation_of
+from disaggd.model.layers import MLP, Attention, HeadNorm, Layer, Linear, RMSNorm, Rotation, inverse_frequencies, rotation_of
 from disaggd.model.spec import ModelSpec
 
 LayersDone = Callable[[range], None]
@@ -33,6 +33,7 @@ class Transformer:
         self.layers = tuple(self._layer() for _ in range(spec.num_layers))
         self.norm = self._norm()
         self.head = Linear(ops, self.embedding if spec.tie_word_embeddings else self._empty(spec.vocab_size, spec.hidden_size), None)
+        self._fused: FusedLayers | None = None
         self._frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling).to(where)
 
     def pack(self) -> None:
@@ -41,16 +42,32 @@ class Transformer:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
                 linear.pack()
         self.head.pack()
+        self._fused = self.ops.fuse([layer.weights for layer in self.layers], self.spec.sliding_window)
 
     def forward(self, batch: Batch, kv: Tensor, layers_done: LayersDone | None = None) -> Tensor:
         """Logits float32 [len(batch.logit_rows), vocab_size]; the keys and values of all tokens of `batch` are written into `kv`.
 
         `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] holds those of the tokens before. `layers_done(range(a, b))` is
-        called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`.
+        called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`; of one new
+        token each, maybe for all layers at once.
         Call under `torch.inference_mode()`.
         """
-        x, residual = None, F.embedding(batch.tokens, self.embedding)
+        residual = F.embedding(batch.tokens, self.embedding)
         rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
+        x = self._layers_of(batch, residual, rotation, kv, layers_done)
+        return self.head(self.norm(x[batch.logit_rows], residual[batch.logit_rows])).float()
+
+    def _layers_of(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
+        """`residual` goes through the layers in place; returns what the last one adds to it."""
+        if self._fused is not None and len(batch.tokens) == len(batch.context_lens) <= self._fused.max_rows:
+            tables = batch.query_start, batch.context_lens, batch.block_tables
+            x = self._fused(residual, rotation, kv, batch.slot_mapping, *tables)
+            if layers_done is not None:
+                layers_done(range(len(self.layers)))
+            return x
+        return self._one_by_one(batch, residual, rotation, kv, layers_done)
+
+    def _one_by_one(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
         attention = self.ops.paged_attention(
             batch.slot_mapping,
             batch.query_start,
@@ -60,13 +77,14 @@ class Transformer:
             block_size=kv.shape[4],
             window=self.spec.sliding_window,
         )
+        x = None
         for group in self._layer_groups():
             for index in group:
                 x = self.layers[index](x, residual, rotation, attention, kv[index])
             if layers_done is not None:
                 layers_done(group)
         assert x is not None, "a model without layers"
-        return self.head(self.norm(x[batch.logit_rows], residual[batch.logit_rows])).float()
+        return x
 
     def _layer_groups(self) -> list[range]:
         count = len(self.layers)

@@ -375,6 +375,8 @@ struct AttendJob {
     int64_t sequence, kv_head;
     int64_t begin, end;  // a decode's keys, or a chunk's tokens
     float* partial;      // [group][head_dim + 2]; null for a chunk
+    AttendJob* first;    // of those of the same sequence and KV head, and of that one:
+    int64_t splits, left;  // how many they are, and how many are still to be done
 };
 
 template <class T> INLINE bool decodes(const Attend& a, int64_t sequence) {
@@ -396,40 +398,51 @@ template <class T, class Add> INLINE void cut(const Attend& a, int64_t sequence,
     for (int64_t end = context.num_new(); end > 0; end -= tokens) add(end > tokens ? end - tokens : 0, end);  // the longest first
 }
 
+// The work of one step, which is the same in every layer: cut once, in the calling thread's scratch.
+template <class T> struct AttendJobs {
+    int64_t count = 0, part;
+    AttendJob* jobs;
+    float* partials;
+
+    explicit AttendJobs(const Attend& a) : part(a.heads / a.kv_heads * partial_floats(a.head_dim)) {
+        int64_t room = 0;
+        for (int64_t sequence = 0; sequence < a.sequences; sequence++) cut<T>(a, sequence, [&](int64_t, int64_t) { room += a.kv_heads; });
+        jobs = (AttendJob*)scratch(JOBS, room * (sizeof(AttendJob) + part * sizeof(float)));
+        partials = (float*)(jobs + room);
+        for (int64_t sequence = 0; sequence < a.sequences; sequence++)
+            for (int64_t head = 0; head < a.kv_heads; head++) {
+                AttendJob* const first = jobs + count;
+                cut<T>(a, sequence, [&](int64_t begin, int64_t end) {
+                    jobs[count] = {sequence, head, begin, end, decodes<T>(a, sequence) ? partials + count * part : nullptr, first, 0, 0};
+                    count++;
+                });
+                first->splits = first->left = jobs + count - first;
+            }
+    }
+
+    // Whoever does the last split of a head puts them together.
+    INLINE_MEMBER void run(const Attend& a, int64_t item) const {
+        const AttendJob& job = jobs[item];
+        if (!job.partial) return Tile<T>(a, job.sequence, job.kv_head, job.begin, job.end - job.begin).run();
+        decode_split<T>(a, job.sequence, job.kv_head, job.begin, job.end, job.partial);
+        if (__atomic_sub_fetch(&job.first->left, 1, __ATOMIC_ACQ_REL)) return;
+        job.first->left = job.first->splits;  // for the next layer
+        Context<T> context{a, job.sequence};
+        for (int64_t group = a.heads / a.kv_heads, head = 0; head < group; head++)
+            join_splits(job.first->partial + head * partial_floats(a.head_dim), job.first->splits, part, a.head_dim,
+                        context.result(context.first_row(), job.kv_head * group + head));
+    }
+};
+
 template <class T> void attend(const Attend& a) {
-    const int64_t group = a.heads / a.kv_heads, part = group * partial_floats(a.head_dim);
-    int64_t num_jobs = 0;
-    for (int64_t sequence = 0; sequence < a.sequences; sequence++) cut<T>(a, sequence, [&](int64_t, int64_t) { num_jobs += a.kv_heads; });
-    const int64_t job_bytes = num_jobs * sizeof(AttendJob);
-    AttendJob* jobs = (AttendJob*)scratch(PARTIALS, job_bytes + num_jobs * part * sizeof(float));
-    float* partials = (float*)(jobs + num_jobs);
-    int64_t count = 0;
-    for (int64_t sequence = 0; sequence < a.sequences; sequence++)
-        for (int64_t head = 0; head < a.kv_heads; head++)
-            cut<T>(a, sequence, [&](int64_t begin, int64_t end) {
-                jobs[count] = {sequence, head, begin, end, decodes<T>(a, sequence) ? partials + count * part : nullptr};
-                count++;
-            });
     struct Shared {
         const Attend& a;
-        const AttendJob* jobs;
-    } shared{a, jobs};
-    parallel(count, [](const void* context, int64_t item) {
-        const Attend& a = ((const Shared*)context)->a;
-        const AttendJob& job = ((const Shared*)context)->jobs[item];
-        if (job.partial)
-            decode_split<T>(a, job.sequence, job.kv_head, job.begin, job.end, job.partial);
-        else
-            Tile<T>(a, job.sequence, job.kv_head, job.begin, job.end - job.begin).run();
+        AttendJobs<T> jobs;
+    } shared{a, AttendJobs<T>(a)};
+    parallel(shared.jobs.count, [](const void* context, int64_t item) {
+        const Shared& s = *(const Shared*)context;
+        s.jobs.run(s.a, item);
     }, &shared);
-    for (int64_t first = 0, end; first < count; first = end) {
-        for (end = first + 1; end < count && jobs[end].sequence == jobs[first].sequence && jobs[end].kv_head == jobs[first].kv_head;) end++;
-        if (!jobs[first].partial) continue;
-        Context<T> context{a, jobs[first].sequence};
-        for (int64_t head = 0; head < group; head++)
-            join_splits(jobs[first].partial + head * partial_floats(a.head_dim), end - first, part, a.head_dim,
-                        context.result(context.first_row(), jobs[first].kv_head * group + head));
-    }
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct Attend {
     float scale;  // of scores, for powers of 2
 };
 
-// x [rows, inputs] · weightᵀ + bias (or null) → out [rows, outputs]; the weight as `pack` left it. bfloat16 only.
+// x [rows, inputs] · weightᵀ + bias (or null) → out [rows, outputs]; the weight as `pack` left it.
 struct Linear {
     const void *x, *packed, *bias;
     void* out;
@@ -78,13 +78,38 @@ struct Noise {
     int64_t count;
 };
 
+// A projection of a decoder's layer; bias may be null.
+struct Projection {
+    const void *packed, *bias;
+    int64_t inputs, outputs;
+};
+
+struct DecoderLayer {
+    const void *attention_norm, *head_norm, *mlp_norm;  // head_norm: null, or as RotateAndStore has it
+    Projection qkv, out, gate_up, down;
+};
+
+// All layers over one new token of each of `rows` sequences: residual [rows, hidden] in place, what the last layer adds to it → x. The
+// pool's layers lie `layer_bytes` apart; the rest is as in RotateAndStore and Attend. intermediate: a multiple of 64.
+struct Decode {
+    const DecoderLayer* layers;
+    void *residual, *x;
+    const void *cos, *signed_sin;
+    const int64_t* slots;
+    void* pool;
+    const int32_t *query_start, *context_lens, *block_tables;
+    int64_t num_layers, layer_bytes, int8_weights, rows, table_stride, heads, kv_heads, head_dim, block_size, window;
+    float scale, eps;
+};
+
 struct Kernels {
     void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
     void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
     void (*silu_mul[NUM_DTYPES])(const SiluMul&);
     void (*attend[NUM_DTYPES])(const Attend&);
-    void (*linear)(const Linear&);  // null where the set has no product of bfloat16 pairs
-    void (*linear_int8[NUM_DTYPES])(const LinearInt8&);  // bfloat16 is null where `linear` is; float16 always
+    void (*linear[NUM_DTYPES])(const Linear&);  // float16 is null
+    void (*linear_int8[NUM_DTYPES])(const LinearInt8&);  // bfloat16 is null where the set does not multiply it in pairs; float16 always
+    void (*decode[NUM_DTYPES])(const Decode&);  // null where `linear` is
     void (*sample)(const Sample&);
     void (*noise)(const Noise&);
 };
@@ -96,6 +121,24 @@ extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx
 typedef void (*Job)(const void* context, int64_t item);
 void parallel(int64_t count, Job job, const void* context);
 
+// The threads of one parallel region, which all call `each` alike, one stretch of work after another: to meet costs them a fraction of
+// what a region of OpenMP's costs.
+struct Team {
+    // Runs job(context, 0 … count − 1), each once; returns when all are done. As for `parallel`, but each thread passes its own context.
+    void each(int64_t count, Job job, const void* context);
+
+    void meet();
+
+    int size;
+    alignas(64) int64_t next;
+    alignas(64) int arrived;
+    alignas(64) int turn;  // how often all have met
+    int sleepers;
+};
+
+// Runs work(team, context) on all the threads of a new team, this one among them.
+void together(void (*work)(Team&, const void* context), const void* context);
+
 // At least so many bytes, aligned to 64, of the calling thread; what they hold is lost at the thread's next call for the same use.
-enum ScratchUse { PARTIALS, TILE, CANDIDATES, NUM_SCRATCH_USES };
+enum ScratchUse { JOBS, TILE, MULTIPLIED, ACTIVATIONS, CANDIDATES, NUM_SCRATCH_USES };
 void* scratch(ScratchUse use, int64_t bytes);

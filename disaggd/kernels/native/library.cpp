@@ -2,13 +2,21 @@
 //
 // Threads are torch's own: GOMP_parallel of the OpenMP runtime that torch has loaded, so that one team of threads does all the
 // work. Two runtimes would each keep threads spinning on the same cores.
+#include <immintrin.h>
+#include <sched.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
 extern "C" {
 void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
 int omp_get_max_threads() __attribute__((weak));
+int omp_get_num_threads() __attribute__((weak));
 int omp_in_parallel() __attribute__((weak));
 }
 
@@ -32,6 +40,40 @@ struct Buffer {
     ~Buffer() { free(start); }
 };
 
+struct Meeting {
+    void (*work)(Team&, const void*);
+    const void* context;
+    Team team;
+};
+
+void take_part(void* data) {
+    Meeting* meeting = (Meeting*)data;
+    __atomic_store_n(&meeting->team.size, omp_get_num_threads ? omp_get_num_threads() : 1, __ATOMIC_RELAXED);  // all store the same
+    meeting->work(meeting->team, meeting->context);
+}
+
+bool has_threads() { return GOMP_parallel && omp_get_max_threads && omp_get_max_threads() > 1 && !omp_in_parallel(); }
+
+// Looks so often before it sleeps: some 20 µs, longer than one item of work, and short beside a thread that was put off its processor.
+constexpr int LOOKS = 1000;
+
+void sleep_while(int* word, int value) {
+#if defined(__linux__)
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+    (void)word, (void)value;
+    sched_yield();
+#endif
+}
+
+void wake_all(int* word) {
+#if defined(__linux__)
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, __INT_MAX__, nullptr, nullptr, 0);
+#else
+    (void)word;
+#endif
+}
+
 thread_local Buffer buffers[NUM_SCRATCH_USES];
 
 const Kernels* const TABLES[] = {&kernels_baseline, &kernels_avx2, &kernels_avx512, &kernels_avx512_bf16};
@@ -40,10 +82,41 @@ const Kernels* const TABLES[] = {&kernels_baseline, &kernels_avx2, &kernels_avx5
 
 void parallel(int64_t count, Job job, const void* context) {
     Shared shared{count, job, context, 0};
-    if (count > 1 && GOMP_parallel && omp_get_max_threads && omp_get_max_threads() > 1 && !omp_in_parallel())
+    if (count > 1 && has_threads())
         GOMP_parallel(take_turns, &shared, 0, 0);
     else
         take_turns(&shared);
+}
+
+void together(void (*work)(Team&, const void*), const void* context) {
+    Meeting meeting{work, context, {1, 0, 0, 0, 0}};
+    if (has_threads())
+        GOMP_parallel(take_part, &meeting, 0, 0);
+    else
+        work(meeting.team, context);
+}
+
+void Team::each(int64_t count, Job job, const void* context) {
+    for (int64_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) job(context, item);
+    meet();
+}
+
+void Team::meet() {
+    const int now = __atomic_load_n(&turn, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
+        arrived = 0;
+        next = 0;
+        __atomic_store_n(&turn, now + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) wake_all(&turn);
+        return;
+    }
+    for (int look = 0; look < LOOKS; look++) {
+        if (__atomic_load_n(&turn, __ATOMIC_ACQUIRE) != now) return;
+        _mm_pause();
+    }
+    __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&turn, __ATOMIC_SEQ_CST) == now) sleep_while(&turn, now);
+    __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
 }
 
 void* scratch(ScratchUse use, int64_t bytes) {
@@ -92,13 +165,20 @@ void disaggd_attend(int isa, int dtype, const void* queries, const void* pool, v
                                 head_dim, block_size, window, scale * 1.44269504f});
 }
 
-void disaggd_linear(int isa, const void* x, const void* packed, const void* bias, void* out, int64_t rows, int64_t inputs, int64_t outputs) {
-    TABLES[isa]->linear({x, packed, bias, out, rows, inputs, outputs});
+void disaggd_linear(int isa, int dtype, const void* x, const void* packed, const void* bias, void* out, int64_t rows, int64_t inputs,
+                    int64_t outputs) {
+    TABLES[isa]->linear[dtype]({x, packed, bias, out, rows, inputs, outputs});
 }
 
 void disaggd_linear_int8(int isa, int dtype, const void* x, const void* packed, const void* bias, void* out, int64_t rows, int64_t inputs,
                          int64_t outputs) {
     TABLES[isa]->linear_int8[dtype]({x, packed, bias, out, rows, inputs, outputs});
+}
+
+void disaggd_decode(int isa, int dtype, const Decode* decode) {
+    Decode scaled = *decode;
+    scaled.scale *= 1.44269504f;
+    TABLES[isa]->decode[dtype](scaled);
 }
 
 void disaggd_sample(int isa, const float* logits, int64_t* tokens, int64_t rows, int64_t vocab_size, int64_t stride,

@@ -2,18 +2,19 @@
 #pragma once
 
 #include "attention.h"
+#include "decoder.h"
 #include "linear.h"
 #include "linear_int8.h"
 #include "rows.h"
 #include "sampling.h"
 
 #define EACH_DTYPE(f) {f<float>, f<bf16>, f<f16>}
+#define LINEAR {linear<float>, linear<bf16>, nullptr}
+#define DECODE {decode<float>, decode<bf16>, nullptr}
 #if BF16_PAIRS
-#define LINEAR linear
 #define LINEAR_INT8 {linear_int8<float>, linear_int8<bf16>, nullptr}
 #else
-#define LINEAR nullptr
 #define LINEAR_INT8 {linear_int8<float>, nullptr, nullptr}
 #endif
 #define TABLE \
-    {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, sample, noise}
+    {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, DECODE, sample, noise}

@@ -207,9 +207,9 @@ def verdicts(replays: list[Replay]) -> list[str]:
 
 
 def made_up(count: int) -> list[Lengths]:
-    """For those who have no trace at hand: four conversations in turn, each a little longer every time."""
+    """For those who have no trace at hand: three conversations in turn, each a little longer every time."""
     return [
-        Lengths(num_input=(2 + i // 4) * 16, num_output=2, blocks=tuple(1000 * (i % 4) + n for n in range(2 + i // 4)))
+        Lengths(num_input=(2 + i // 3) * 16, num_output=2, blocks=tuple(1000 * (i % 3) + n for n in range(2 + i // 3)))
         for i in range(count)
     ]
 
@@ -255,9 +255,7 @@ def main(
         raise click.UsageError("name the trace with --trace")
     scale = Scale(length=block_size / MOONCAKE_BLOCK, max_input=max_input, max_output=max_output)
     rows = made_up(num_requests) if trace is None else read_trace(trace, num_requests, scale)
-    rows = [
-        msgspec.structs.replace(row, num_output=max(2, row.num_output), blocks=row.blocks[: row.num_input // block_size]) for row in rows
-    ]
+    rows = [_fitted(row, block_size) for row in rows]
     job = Job(model=model, dtype=dtype, policy=policy, block_size=block_size, concurrency=concurrency, rounds=rounds)
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, split(cpus)[0])
@@ -272,6 +270,11 @@ def main(
     pools = f"{working_set(rows):,} distinct blocks of {block_size} tokens; pools of {bench.pool_blocks:,}"
     lines = [f"{size}; {pools}; policy {policy}, {dtype}", *verdicts(replays)]
     show(section("Routing by cache", describe_machine(), together([one.load for one in replays]), [table(replays)], lines), markdown)
+
+
+def _fitted(row: Lengths, block_size: int) -> Lengths:
+    """Without blocks that the prompt was cut before; two tokens of output at least, since one needs no decode node."""
+    return msgspec.structs.replace(row, num_output=max(2, row.num_output), blocks=row.blocks[: row.num_input // block_size])
 
 
 if __name__ == "__main__":

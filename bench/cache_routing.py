@@ -207,9 +207,9 @@ def verdicts(replays: list[Replay]) -> list[str]:
 
 
 def made_up(count: int) -> list[Lengths]:
-    """For those who have no trace at hand: three conversations in turn, each a little longer every time."""
+    """For those who have no trace at hand: five conversations in turn, each a little longer every time."""
     return [
-        Lengths(num_input=(2 + i // 3) * 16, num_output=2, blocks=tuple(1000 * (i % 3) + n for n in range(2 + i // 3)))
+        Lengths(num_input=(2 + i // 5) * 16, num_output=2, blocks=tuple(1000 * (i % 5) + n for n in range(2 + i // 5)))
         for i in range(count)
     ]
 
@@ -260,6 +260,10 @@ def main(
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, split(cpus)[0])
     bench = Bench(job, resolve(model), rows, cpus)
+    if (longest := max(row.num_input + row.num_output for row in rows)) >= bench.pool_blocks * block_size:
+        raise click.UsageError(
+            f"a request of {longest} tokens does not fit into {bench.pool_blocks} blocks: more --requests, or a smaller --max-input"
+        )
     replays: list[Replay] = []
     for number in range(1, rounds + 1):
         for routing in ROUTINGS:

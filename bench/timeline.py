@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 import msgspec
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from samples import percentile, spread
@@ -15,7 +16,7 @@ _INK, _FAINT, _GRID = "#22272e", "#6b7280", "#e5e7eb"
 _STYLE = {"font.family": "DejaVu Sans", "text.color": _INK, "axes.edgecolor": _GRID, "xtick.color": _FAINT, "ytick.color": _FAINT}
 _HEAD, _LANE, _FOOT = 0.95, 1.75, 0.48
 """Inches."""
-_LEGEND = "dot: the gap between two tokens of a stream, ms, log scale · line: a long prompt arrives · shaded: until its first token"
+_LEGEND = "each gap between two tokens of a stream, as long as it lasted; ms, log scale  ·  line, shade: a long prompt, until its first token"
 _TICKS_MS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 
 
@@ -51,9 +52,10 @@ def draw(lanes: Sequence[Lane], title: str, path: Path) -> None:
 
 def _draw_lane(axes: Axes, lane: Lane, colour: str) -> None:
     for sent_s, first_s in zip(lane.sent_s, lane.first_s, strict=True):
-        axes.axvspan(sent_s, first_s, color="#f3f4f6", linewidth=0, zorder=0)
+        axes.axvspan(sent_s, first_s, color="#eef1f5", linewidth=0, zorder=0)
         axes.axvline(sent_s, color="#9ca3af", linewidth=0.9, zorder=1)
-    axes.scatter([at for at, _ in lane.gaps], [gap for _, gap in lane.gaps], s=5, color=colour, alpha=0.5, linewidths=0, zorder=3)
+    spans = [[(at - gap / 1e3, gap), (at, gap)] for at, gap in lane.gaps]
+    axes.add_collection(LineCollection(spans, colors=colour, linewidths=2.2, alpha=0.55, capstyle="round", zorder=3))
     found = spread(gap for _, gap in lane.gaps)
     assert found is not None, f"{lane.name}: nothing to draw"
     axes.axhline(found.max, color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=2)

@@ -19,10 +19,11 @@ from models import BUILTIN, resolve
 from report import Table, section, show, write_json
 from samples import percentile
 from serve import Prompts, closed_loop
-from workload import MOONCAKE_BLOCK, Lengths, Scale, plan, read_trace
+from workload import plan
 
 from disaggd.model.directory import open_directory
 from disaggd.observe.receipts import Receipt
+from disaggd.simulator.traces import MOONCAKE_BLOCK, Lengths, Scale, read_trace
 from disaggd.transfer.layout import kv_spec
 
 POOL_SHARE = 0.3

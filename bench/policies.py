@@ -23,9 +23,10 @@ from namespaces import limit, linked, reachable
 from report import Table, section, show, write_json
 from samples import percentile, spread
 from serve import Prompts, Slo, closed_loop, open_loop
-from workload import Lengths, Scale, fixed, plan, read_trace
+from workload import fixed, plan
 
 from disaggd.observe.receipts import Receipt
+from disaggd.simulator.traces import Lengths, Scale, read_trace
 
 MAX_STEP_TOKENS = 2048
 MAX_SEQUENCES = 32

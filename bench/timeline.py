@@ -16,7 +16,7 @@ _INK, _FAINT, _GRID = "#22272e", "#6b7280", "#e5e7eb"
 _STYLE = {"font.family": "DejaVu Sans", "text.color": _INK, "axes.edgecolor": _GRID, "xtick.color": _FAINT, "ytick.color": _FAINT}
 _HEAD, _LANE, _FOOT = 0.95, 1.75, 0.48
 """Inches."""
-_LEGEND = "each gap between two tokens of a stream, as long as it lasted; ms, log scale  ·  line, shade: a long prompt, until its first token"
+_LEGEND = "each gap between two tokens of a stream, as long as it lasted; ms, log scale  ·  line, shade: a prompt, until its first token"
 _TICKS_MS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 
 

@@ -17,7 +17,9 @@ _STOP_S = 20.0
 def serving(
     command: Sequence[str], ready_url: str | None, log: Path, *, environment: Mapping[str, str] | None = None, start_s: float = 120.0
 ) -> Iterator[int]:
-    """The process's pid once `ready_url` is a 200. RuntimeError with the end of the log if it is not within `start_s`.
+    """The process's pid once `ready_url` is a 200. RuntimeError if it is not within `start_s`.
+
+    An exception in the body is noted the end of the log.
 
     None: at once, for a process whose readiness another one tells.
     """
@@ -32,8 +34,11 @@ def serving(
         )
     try:
         if ready_url is not None:
-            _wait_ready(ready_url, process, log, start_s)
+            _wait_ready(ready_url, process, start_s)
         yield process.pid
+    except Exception as error:
+        error.add_note(f"{log.name} ends with:\n{log.read_text(errors='replace')[-2000:]}")
+        raise
     finally:
         _end(process)
 
@@ -61,11 +66,11 @@ def answers(url: str) -> bool:
         return False
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, start_s: float) -> None:
+def _wait_ready(url: str, process: subprocess.Popen[bytes], start_s: float) -> None:
     deadline = time.monotonic() + start_s
     while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            raise RuntimeError(f"{process.args!r} did not start")
         time.sleep(0.1)
 
 

@@ -40,6 +40,7 @@ def full(directory: Path, oracle: Oracle) -> Iterator[tuple[Cluster, list[socket
             cluster.kill("p0", signal.SIGCONT)
             for client in clients:
                 client.close()
+        cluster.wait_idle(30.0)
 
 
 def begin(cluster: Cluster, request_id: str, prompt: list[int]) -> socket.socket:

@@ -15,7 +15,7 @@ class CacheReport:
         self._number = 0
 
     def snapshot(self) -> CacheEvents:
-        """All that can be found; changes that nobody has taken yet may come once more behind it, and change nothing."""
+        """All that can be found. Nobody may have left changes of before in the pool, to be taken later."""
         return self._numbered(snapshot=True, stored=b"".join(self._pool.hashes()), evicted=b"")
 
     def changes(self, changes: CacheChanges) -> CacheEvents:

@@ -120,12 +120,14 @@ class Compute:
     def handle(self, message: Message) -> None:
         match message:
             case FrameIn(link, CacheSnapshot()):
+                self._report_cache()
                 self._send_snapshot(link)
             case FrameIn(link, frame):
                 self._role.on_frame(link, frame)
             case LinkUp(link):
                 self._outbox.links.add(link)
                 self._gauges = None  # a new router knows none yet
+                self._report_cache()
                 self._cache_reports[link] = CacheReport(self._engine.pool)
                 self._send_snapshot(link)
                 self._role.link_up(link)
@@ -147,6 +149,7 @@ class Compute:
         self._outbox.flush()
 
     def _send_snapshot(self, link: LinkId) -> None:
+        """Once all changes up to now are reported: one that is undone later would be in the snapshot and in no change."""
         if self._engine.pool.hasher is not None:
             self._outbox.send(link, self._cache_reports[link].snapshot())
 

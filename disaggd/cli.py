@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 import disaggd
-from disaggd.config import CONFIG_VARIABLE, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, naming, single_node
+from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, naming, single_node
 from disaggd.describe import describe
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
@@ -161,6 +161,8 @@ def _checked_url(url: str) -> str:
 @click.option("--itl-slo-ms", type=_POSITIVE, help="And every other one within this after the one before.")
 @click.option("--costs", type=click.Path(path_type=Path), help="TOML: what steps and links take.  [default: model S on one core]")
 @click.option("--kv-cache", metavar="SIZE", help='Of every node, such as "256MiB".')
+@click.option("--kv-share", type=_POSITIVE, help="Instead: such a part of the distinct prompt tokens of the trace.")
+@click.option("--routing", type=click.Choice(DECODE_ORDERS), multiple=True, help="How decode nodes are chosen.  [default: the file's]")
 @click.option("--link-mbit", type=_POSITIVE, help="Rate of every KV link.  [default: that of the costs, 20,000]")
 @click.option("--slow-link-at", type=click.FloatRange(0, 1), help="After this part of the requests, every KV link slows down …")
 @click.option("--slow-link-mbit", type=_POSITIVE, help="… to this rate.")

@@ -22,8 +22,10 @@ from disaggd.ids import NodeName
 from disaggd.units import Address, PortRange, Size
 
 Role = Literal["router", "prefill", "decode"]
+DecodeOrder = Literal["cost", "round_robin"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
+DECODE_ORDERS: tuple[DecodeOrder, ...] = get_args(DecodeOrder)
 CONFIG_VARIABLE = "DISAGGD_CONFIG"
 DEFAULT_PATH = Path("config.toml")
 
@@ -99,6 +101,8 @@ class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[routing]`: which decode node takes a request. The cheapest, in units of a block's prefill."""
 
+    decode: DecodeOrder = "cost"
+    """round_robin: each in its turn, whatever it has cached: a baseline to compare with."""
     prefill_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """Of each block of the prompt that the node does not have cached."""
     load_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0

@@ -21,7 +21,7 @@ from disaggd.cluster.placement import Cached, Placement, prefill_s
 from disaggd.cluster.prefill_queue import Job, PrefillQueue
 from disaggd.cluster.protocol import Grant, TokenRun, pack_tokens
 from disaggd.cluster.request import Addressed, Phase, RoutedSequence
-from disaggd.cluster.routing import RoutingWeights
+from disaggd.cluster.routing import RoundRobin, RoutingWeights
 from disaggd.errors import Overloaded, RequestError, RequestFailed
 from disaggd.ids import NodeName, SeqId
 from disaggd.sampling import FinishReason, TokenLogprob
@@ -49,6 +49,8 @@ class DispatchRules:
     """A job that arrived so long ago goes before every later one."""
     ttft_target_s: float = 2.0
     weights: RoutingWeights = field(default_factory=RoutingWeights)
+    round_robin: bool = False
+    """Decode nodes take turns, whatever they would cost."""
 
 
 class Moves:
@@ -69,7 +71,8 @@ class Moves:
         """All that are not over."""
         self.dropped_frames: Counter[str] = Counter()
         self.learning = Learning(self.pairs)
-        self._placement = Placement(self.prefills, self.decodes, self.pairs, self.queue, rules.weights, self.learning)
+        turns = RoundRobin() if rules.round_robin else None
+        self._placement = Placement(self.prefills, self.decodes, self.pairs, self.queue, rules.weights, self.learning, turns)
         self._rules = rules
         self._clock = clock
         self._on_update = on_update

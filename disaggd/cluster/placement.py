@@ -14,6 +14,7 @@ from disaggd.cluster.request import RoutedSequence
 from disaggd.cluster.routing import (
     DecodeCandidate,
     PrefillCandidate,
+    RoundRobin,
     RoutingWeights,
     SessionTable,
     choose_decode,
@@ -39,19 +40,24 @@ class Placement:
         queue: PrefillQueue,
         weights: RoutingWeights,
         learning: Learning,
+        turns: RoundRobin | None = None,
     ) -> None:
+        """`turns`: which decode node is next, in place of which is cheapest."""
         self._prefills = prefills
         self._decodes = decodes
         self._pairs = pairs
         self._queue = queue
         self._weights = weights
         self._learning = learning
+        self._turns = turns
         self._sessions = SessionTable(MAX_SESSIONS)
 
     def decode_for(self, record: RoutedSequence, cached: Cached) -> DecodePeer:
         """The cheapest decode node, or the conversation's own. One must be up."""
         session = record.request.session
         candidates = [_decode_candidate(peer, record, cached[name]) for name, peer in self._decodes.items()]
+        if self._turns is not None:
+            return self._decodes[self._turns.choose(candidates)]
         name = choose_decode(candidates, self._weights, self._sessions.node_of(session))
         self._sessions.remember(session, name)
         return self._decodes[name]

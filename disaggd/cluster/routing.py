@@ -56,6 +56,20 @@ def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights
     return best.name
 
 
+class RoundRobin:
+    """Each node in its turn, by name, those that are full left out if not all are: what cost is compared with."""
+
+    def __init__(self) -> None:
+        self._last: NodeName | None = None
+
+    def choose(self, candidates: Iterable[DecodeCandidate]) -> NodeName:
+        """At least one candidate."""
+        nodes = list(candidates)
+        names = sorted(node.name for node in nodes if not node.is_full) or sorted(node.name for node in nodes)
+        self._last = next((name for name in names if self._last is None or name > self._last), names[0])
+        return self._last
+
+
 class PrefillCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill node that has credit for a job."""
 

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import msgspec
 
-from disaggd.config import Config, load_config
+from disaggd.config import Config, DecodeOrder, load_config
 from disaggd.errors import ConfigError
 from disaggd.model.directory import open_directory
+from disaggd.model.spec import ModelSpec
 from disaggd.simulator.cluster import START_S, Setup, SimulatedCluster
 from disaggd.simulator.costs import Costs, load_costs
 from disaggd.simulator.defaults import MODEL_S, default_cluster
-from disaggd.simulator.policies import COMPARED, name_of, with_policy
+from disaggd.simulator.policies import COMPARED, name_of, with_policy, with_routing
 from disaggd.simulator.summary import Outcome, Slo, Summary, outcome_of, summarize
 from disaggd.simulator.table import show
-from disaggd.simulator.traces import Lengths, Scale, read_trace
+from disaggd.simulator.traces import Lengths, Scale, distinct_tokens, read_trace
 from disaggd.simulator.wire import Rate
+from disaggd.transfer.layout import kv_spec
 from disaggd.units import Size
 
 DEFAULT_KV_CACHE = Size(256 * 2**20)
@@ -31,6 +33,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     config: Path | None = None
     nodes: str | None = None
     kv_cache: str | None = None
+    kv_share: float | None = None
+    routing: tuple[DecodeOrder, ...] = ()
     costs: Path | None = None
     requests: int | None = None
     rate_scale: float = 1.0
@@ -43,6 +47,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     slow_link_at: float | None = None
     slow_link_mbit: float | None = None
     as_json: bool = False
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(time=1 / self.rate_scale, length=self.length_scale, max_input=self.max_input, max_output=self.max_output)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,30 +82,47 @@ def compare(options: Options) -> Report:
     rows, setup = plan(options)
     slo = Slo(ttft_ms=options.ttft_slo_ms, itl_ms=options.itl_slo_ms)
     words = options.policies or (name_of(setup.config), *(word for word in COMPARED if word != name_of(setup.config)))
-    setups = [msgspec.structs.replace(setup, config=with_policy(setup.config, word)) for word in words]
+    configs = [with_policy(setup.config, word) for word in words]
+    if options.routing:
+        configs = [with_routing(config, order) for config in configs for order in options.routing]
+    setups = [msgspec.structs.replace(setup, config=config) for config in configs]
     results = tuple(_result(name_of(one.config), replay(one, rows), slo, one.rate_changes) for one in setups)
     return Report(trace=options.trace.name, nodes=_shape(setup.config), slo=slo, results=results)
 
 
 def plan(options: Options) -> tuple[list[Lengths], Setup]:
     """The requests, and the cluster that is to serve them."""
-    scale = Scale(time=1 / options.rate_scale, length=options.length_scale, max_input=options.max_input, max_output=options.max_output)
-    rows = read_trace(options.trace, options.requests, scale)
-    if options.config is None:
-        kv_cache = DEFAULT_KV_CACHE if options.kv_cache is None else _size(options.kv_cache)
-        config, spec = default_cluster(options.nodes or "1P1D", kv_cache), MODEL_S
-    else:
-        if options.nodes is not None:
-            raise ConfigError("--nodes makes a cluster, and --config names one: give one of them")
-        config = load_config(options.config)
-        if options.kv_cache is not None:
-            size = _size(options.kv_cache)
-            config = msgspec.structs.replace(config, nodes=tuple(msgspec.structs.replace(node, kv_cache=size) for node in config.nodes))
-        spec = open_directory(config.model.path).spec(config.model.dtype)
+    rows = read_trace(options.trace, options.requests, options.scale)
+    config, spec = _cluster(options)
+    if (size := _kv_cache(options, rows, spec, config)) is not None:
+        config = msgspec.structs.replace(config, nodes=tuple(msgspec.structs.replace(node, kv_cache=size) for node in config.nodes))
     costs = Costs() if options.costs is None else load_costs(options.costs)
     if options.link_mbit is not None:
         costs = msgspec.structs.replace(costs, link=msgspec.structs.replace(costs.link, kv_mbit_per_s=options.link_mbit))
-    return rows, Setup(config=config, spec=spec, costs=costs, block=scale.block, rate_changes=_slow_link(options, rows))
+    return rows, Setup(config=config, spec=spec, costs=costs, block=options.scale.block, rate_changes=_slow_link(options, rows))
+
+
+def _cluster(options: Options) -> tuple[Config, ModelSpec]:
+    if options.config is None:
+        return default_cluster(options.nodes or "1P1D", DEFAULT_KV_CACHE), MODEL_S
+    if options.nodes is not None:
+        raise ConfigError("--nodes makes a cluster, and --config names one: give one of them")
+    config = load_config(options.config)
+    return config, open_directory(config.model.path).spec(config.model.dtype)
+
+
+def _kv_cache(options: Options, rows: Sequence[Lengths], spec: ModelSpec, config: Config) -> Size | None:
+    """What every node's pool shall have; None: what the file says."""
+    if options.kv_cache is not None and options.kv_share is not None:
+        raise ConfigError("--kv-cache and --kv-share both say how large the pools are: give one of them")
+    if options.kv_share is not None:
+        block_size = config.nodes_of("decode")[0].block_size
+        kv_bytes = distinct_tokens(rows, options.scale.block) * kv_spec(spec, block_size).bytes_per_block / block_size
+        return Size(max(1, int(options.kv_share * kv_bytes)))
+    try:
+        return None if options.kv_cache is None else Size.parse(options.kv_cache)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache: {error}") from error
 
 
 def replay(setup: Setup, rows: Sequence[Lengths]) -> list[Outcome]:
@@ -129,13 +154,6 @@ def _result(policy: str, outcomes: list[Outcome], slo: Slo, changes: Sequence[Ra
 
 def _parts(result: Result) -> list[Summary]:
     return [part for part in (result.whole, result.before, result.after) if part is not None]
-
-
-def _size(word: str) -> Size:
-    try:
-        return Size.parse(word)
-    except ValueError as error:
-        raise ConfigError(f"--kv-cache: {error}") from error
 
 
 def _shape(config: Config) -> str:

@@ -5,7 +5,7 @@ from typing import get_args
 import msgspec
 
 from disaggd.cluster.decision import Policy
-from disaggd.config import Config
+from disaggd.config import Config, DecodeOrder
 from disaggd.errors import ConfigError
 
 COMPARED = ("always", "never", "threshold:128", "threshold:256", "threshold:512", "threshold:1024", "threshold:2048")
@@ -25,7 +25,13 @@ def with_policy(config: Config, word: str) -> Config:
     return msgspec.structs.replace(config, disaggregation=rules)
 
 
+def with_routing(config: Config, order: DecodeOrder) -> Config:
+    """The same cluster, whose router chooses decode nodes in that way."""
+    return msgspec.structs.replace(config, routing=msgspec.structs.replace(config.routing, decode=order))
+
+
 def name_of(config: Config) -> str:
-    """The word for the policy of `config`."""
+    """The word for the policy of `config`, and for how it routes if that is not by cost."""
     rules = config.disaggregation
-    return f"threshold:{rules.max_local_prefill_tokens}" if rules.policy == "threshold" else rules.policy
+    policy = f"threshold:{rules.max_local_prefill_tokens}" if rules.policy == "threshold" else rules.policy
+    return policy if config.routing.decode == "cost" else f"{policy}, {config.routing.decode}"

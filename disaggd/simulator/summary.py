@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import msgspec
 
+from disaggd.cluster.request import RoutedSequence
 from disaggd.observe.spread import Spread, spread
 from disaggd.simulator.cluster import Client
 
@@ -43,14 +44,24 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: float | None
     gaps_ms: tuple[float, ...]
     ended_s: float
+    predicted_ttft_ms: float | None
+    """When the decision was made; None if nobody could tell."""
     queued_ms: float | None
     """In the router's prefill queue."""
     retries: int
+
+    @property
+    def ttft_error(self) -> float | None:
+        """By what part of what was felt the prediction was wrong."""
+        if self.predicted_ttft_ms is None or self.ttft_ms is None:
+            return None
+        return abs(self.predicted_ttft_ms - self.ttft_ms) / self.ttft_ms
 
 
 def outcome_of(client: Client, start_s: float) -> Outcome:
     record = client.record
     times = None if record is None else record.timeline
+    predicted_s = None if record is None else _predicted_s(record)
     return Outcome(
         arrived_s=client.arrived_at - start_s,
         prompt_tokens=client.row.num_input,
@@ -65,9 +76,17 @@ def outcome_of(client: Client, start_s: float) -> Outcome:
         ttft_ms=(client.tokens_at[0] - client.arrived_at) * 1e3 if client.tokens_at else None,
         gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(client.tokens_at)),
         ended_s=(client.tokens_at[-1] if client.tokens_at else client.arrived_at) - start_s,
+        predicted_ttft_ms=None if predicted_s is None else predicted_s * 1e3,
         queued_ms=None if times is None or times.queued is None or times.dispatched is None else (times.dispatched - times.queued) * 1e3,
         retries=0 if record is None else record.retries,
     )
+
+
+def _predicted_s(record: RoutedSequence) -> float | None:
+    """Of the way that was taken."""
+    if record.predicted is None:
+        return None
+    return record.predicted.remote_ttft_s if record.was_remote else record.predicted.local_ttft_s
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +103,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: Spread | None
     itl_ms: Spread | None
     queued_ms: Spread | None
+    ttft_error: Spread | None
+    """Predicted against felt, as a part of what was felt."""
     remote_share: float
     prompt_tokens: int
     cached_at_decode: int
@@ -104,6 +125,7 @@ def summarize(policy: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         ttft_ms=spread(_known(one.ttft_ms for one in outcomes)),
         itl_ms=spread(gap for one in outcomes for gap in one.gaps_ms),
         queued_ms=spread(_known(one.queued_ms for one in outcomes)),
+        ttft_error=spread(_known(one.ttft_error for one in outcomes)),
         remote_share=sum(one.remote for one in outcomes) / len(outcomes),
         prompt_tokens=sum(one.prompt_tokens for one in outcomes),
         cached_at_decode=sum(one.cached_at_decode for one in outcomes),

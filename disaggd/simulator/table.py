@@ -26,13 +26,15 @@ _COLUMNS = (
     "p99",
     "cached D",
     "cached P",
+    "error p50",
+    "p90",
 )
 _PIPED_WIDTH = 200
 """Columns where there is no terminal to count them."""
 
 
 def show(trace: str, nodes: str, slo: Slo, summaries: Sequence[Summary]) -> None:
-    """Prints a row for each of `summaries`. Times are milliseconds, cached tokens a part of the prompts'."""
+    """Prints a row for each of `summaries`: milliseconds; cached tokens as a part of the prompts, errors as a part of the TTFT."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
@@ -63,6 +65,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         *_ends(summary.queued_ms),
         f"{summary.cached_at_decode / summary.prompt_tokens:.1%}",
         f"{summary.cached_at_prefill / summary.prompt_tokens:.1%}",
+        *(("", "") if summary.ttft_error is None else (f"{summary.ttft_error.p50:.0%}", f"{summary.ttft_error.p90:.0%}")),
     )
 
 

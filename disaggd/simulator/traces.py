@@ -8,7 +8,7 @@
 
 import csv
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -67,6 +67,17 @@ def read_trace(path: Path, num_requests: int | None, scale: Scale) -> list[Lengt
     rows.sort(key=_arrival_s)
     start_s = rows[0].arrival_s
     return [scale.of(msgspec.structs.replace(row, arrival_s=row.arrival_s - start_s)) for row in rows]
+
+
+def distinct_tokens(rows: Iterable[Lengths], block: int) -> int:
+    """Prompt tokens of all rows, those that several have in common counted once: the working set. `block`: tokens of a prefix id."""
+    shared: dict[int, int] = {}
+    own = 0
+    for row in rows:
+        for index, name in enumerate(row.blocks):
+            shared[name] = max(shared.get(name, 0), min(block, row.num_input - index * block))
+        own += max(0, row.num_input - len(row.blocks) * block)
+    return own + sum(max(0, count) for count in shared.values())
 
 
 def _arrival_s(row: Lengths) -> float:

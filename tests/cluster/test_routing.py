@@ -1,6 +1,14 @@
 """Which decode node gets a request, and which prefill node a job."""
 
-from disaggd.cluster.routing import DecodeCandidate, PrefillCandidate, RoutingWeights, SessionTable, choose_decode, choose_prefill
+from disaggd.cluster.routing import (
+    DecodeCandidate,
+    PrefillCandidate,
+    RoundRobin,
+    RoutingWeights,
+    SessionTable,
+    choose_decode,
+    choose_prefill,
+)
 from disaggd.ids import NodeName
 
 A, B, C = NodeName("a"), NodeName("b"), NodeName("c")
@@ -51,6 +59,18 @@ def test_a_conversation_stays_while_the_costs_are_about_the_same() -> None:
 def test_a_conversation_leaves_a_node_that_is_full_or_gone() -> None:
     assert choose_decode([decode(A), decode(B, is_full=True)], EVEN, session_node=B) == A
     assert choose_decode([decode(A), decode(B)], EVEN, session_node=C) == A
+
+
+def test_in_turns_each_node_comes_once_before_any_comes_again() -> None:
+    turns = RoundRobin()
+    nodes = [decode(C), decode(A, 50, 50), decode(B)]
+    assert [turns.choose(nodes) for _ in range(4)] == [A, B, C, A]
+
+
+def test_in_turns_a_full_node_is_left_out_if_not_all_are() -> None:
+    turns = RoundRobin()
+    assert [turns.choose([decode(A), decode(B, is_full=True), decode(C)]) for _ in range(3)] == [A, C, A]
+    assert [turns.choose([decode(A, is_full=True), decode(B, is_full=True)]) for _ in range(2)] == [B, A]
 
 
 # ── prefill ──

@@ -74,6 +74,13 @@ def test_a_file_says_what_the_cluster_is(trace: Path, tmp_path: Path, capsys: py
     assert report["nodes"] == "1P2D"
 
 
+def test_policies_and_ways_to_route_are_compared_each_with_each(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ("--policy", "always", "--policy", "never", "--routing", "cost", "--routing", "round_robin")
+    assert simulate("--trace", trace, "--nodes", "1P2D", "--requests", 2, "--json", *ways) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["whole"]["policy"] for result in results] == ["always", "always, round_robin", "never", "never, round_robin"]
+
+
 def test_longer_lengths_take_longer(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     means = []
     for scale in (0.5, 1.0):
@@ -90,6 +97,9 @@ def test_longer_lengths_take_longer(trace: Path, capsys: pytest.CaptureFixture[s
         (("--nodes", "3P0D"), "'3P0D' is no cluster"),
         (("--kv-cache", "much"), "--kv-cache"),
         (("--kv-cache", "1KiB"), "less than one block"),
+        (("--kv-share", "1e-9"), "less than one block"),
+        (("--kv-cache", "1MiB", "--kv-share", "1"), "give one of them"),
+        (("--routing", "random"), "--routing"),
         (("--slow-link-at", "0.5"), "go together"),
         (("--costs", "nowhere.toml"), "cannot be read"),
         (("--config", "nowhere.toml"), "no such file"),

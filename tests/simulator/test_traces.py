@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from disaggd.errors import ConfigError
-from disaggd.simulator.traces import Lengths, Scale, read_trace
+from disaggd.simulator.traces import Lengths, Scale, distinct_tokens, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
@@ -41,6 +41,11 @@ def test_a_trace_is_fitted_to_the_machine(tmp_path: Path) -> None:
     rows = read_trace(trace(tmp_path, "azure.csv", AZURE), None, scale)
     assert rows == [Lengths(num_input=400, num_output=1), Lengths(arrival_s=pytest.approx(2.0), num_input=318, num_output=1)]
     assert scale.block == 51
+
+
+def test_the_working_set_counts_what_is_shared_once() -> None:
+    first, second = Lengths(num_input=20, num_output=1, blocks=(1, 2)), Lengths(num_input=14, num_output=1, blocks=(1, 3))
+    assert distinct_tokens([first, second, Lengths(num_input=5, num_output=1)], 8) == (8 + 8 + 4) + 6 + 5
 
 
 def test_rows_out_of_order_come_in_order(tmp_path: Path) -> None:

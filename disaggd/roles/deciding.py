@@ -56,12 +56,13 @@ class Decider:
         self._delays.learn(plain_ttft_s, actual_s)
 
     def _local(self, num_cached: int) -> LocalSide | None:
-        """What a prompt would meet here that begins behind `num_cached` tokens; None until steps have been measured."""
+        """What a prompt would meet here that begins behind `num_cached` tokens; None until prefills have been measured."""
         cost, pace = self._engine.pace.cost, self._engine.pace
-        if cost is None or not cost.prefill_s(GRAIN, num_cached):  # steps so far had no prompt in them, or told nothing of it
+        least_s = 0.0 if cost is None else cost.prefill_s(GRAIN, num_cached)
+        if cost is None or not least_s:  # steps may have been measured all of which only decoded
             return None
         load, limit = self._engine.load(), self._engine.limits.max_step_tokens
-        step_s, least_s = cost.decode_step_s(load.decodes, load.decode_context), cost.prefill_s(GRAIN, num_cached)
+        step_s = cost.decode_step_s(load.decodes, load.decode_context)
         allowed = pace.prefill_tokens(load.decodes, load.decode_context, num_cached)
         tokens = max(GRAIN, min(limit - load.decodes, limit if allowed is None else allowed) // GRAIN * GRAIN)
         target_s = pace.itl_target_s

@@ -66,7 +66,6 @@ class SimulatedTransfer:
     clock: Callable[[], float]
     sent: Charge
     received: Charge
-    landed_bytes: int = 0
     _inlets: dict[NodeName, _Inlet] = field(default_factory=dict)
     _outlets: dict[NodeName, _Outlet] = field(default_factory=dict)
     _landings: dict[GrantToken, tuple[AgentId, LandingSet]] = field(default_factory=dict)
@@ -87,8 +86,8 @@ class SimulatedTransfer:
             case m.RenewLease(token):
                 if push := self._pushes.get(token):
                     push.renew(self._now)
-            case m.Expect():
-                self._landings[command.token] = (command.agent_id, LandingSet(command.kv_bytes, command.num_ranks, command.brings_token))
+            case m.Expect(token, _, agent_id, kv_bytes, num_ranks, brings_token):
+                self._landings[token] = (agent_id, LandingSet(kv_bytes, num_ranks, brings_token))
             case m.Forget(token):
                 self._landings.pop(token, None)
             case m.BeginPush():
@@ -108,7 +107,7 @@ class SimulatedTransfer:
             case m.Fence():
                 self._fence(command)
             case m.ClosePair(peer):
-                self._outlets.pop(peer, None)
+                self._close_outlet(peer)
             case _:
                 raise TypeError(f"not a transfer command: {command!r}")
 
@@ -176,11 +175,16 @@ class SimulatedTransfer:
         outlet = self._outlets.get(peer)
         if outlet is None or outlet.agent_id != agent_id:
             return
-        del self._outlets[peer]
-        for push in [push for push in self._pushes.values() if push.agent_id == agent_id]:
+        self._close_outlet(peer)
+        self.post(m.PairFailed(peer, agent_id, "its agent was destroyed"))
+
+    def _close_outlet(self, peer: NodeName) -> None:
+        """What is in flight there ends when it would have, not clean."""
+        if (outlet := self._outlets.pop(peer, None)) is None:
+            return
+        for push in [push for push in self._pushes.values() if push.agent_id == outlet.agent_id]:
             push.drain()
             self._settle(push)
-        self.post(m.PairFailed(peer, agent_id, "its agent was destroyed"))
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,5 +274,4 @@ class SimulatedTransfer:
         if landing is None or landing[0] != agent_id or not landing[1].add(piece):
             return
         del self._landings[piece.token]
-        self.landed_bytes += landing[1].kv_bytes
         self.post(m.Landed(piece.token, landing[1].first, landing[1].kv_bytes))

@@ -285,6 +285,11 @@ class Engine:
         return bool(self._scheduler.running or self._scheduler.waiting) and self._stalled_at != self.pool.num_available
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether nothing runs, though something waits: the last step had no blocks for it, and none has come free since."""
+        return bool(self._scheduler.waiting) and not self._scheduler.running and not self.has_work
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
 

@@ -6,6 +6,8 @@ is registered once its K and V are known to be there: after the step that filled
 Owned by the compute thread alone. Knows nothing of tensors.
 """
 
+from collections.abc import Iterable
+
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import BlockId
@@ -60,6 +62,11 @@ class PrefixCache:
             self._pool.register(sequence.block_table[index], digests[index])
             self._drop(sequence, digests[index])
         sequence.num_registered = num_full
+
+    def keep(self, sequence: Sequence, first: int, blocks: Iterable[BlockId]) -> None:
+        """K and V of its full blocks from the `first` on are in `blocks`, which another holds: they may be found from now on."""
+        for block, digest in zip(blocks, self._digests(sequence)[first:], strict=False):
+            self._pool.register(block, digest)
 
     # ── blocks that are being filled ─────────────────────────────────────────────────────────────────────────────────
 

@@ -15,7 +15,9 @@ from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
 from disaggd.roles.landing import LandingMemory
 from disaggd.roles.prefill_role import PrefillRole
+from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing
+from disaggd.transfer.layout import KVSpec
 from disaggd.transfer.messages import IsReady, TransferCommand
 
 Submit = Callable[[TransferCommand], None]
@@ -30,6 +32,7 @@ def dispatch_rules(config: Config) -> DispatchRules:
         request_timeout_s=config.router.request_timeout_s,
         max_prefill_queue=rules.max_prefill_queue,
         max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
+        prefix_push=rules.prefix_push,
         queue_aging_s=rules.queue_aging_s,
         ttft_target_s=rules.ttft_target_ms / 1e3,
         weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
@@ -49,7 +52,7 @@ def decode_role(
     node: NodeConfig,
     engine: Engine,
     *,
-    bytes_per_block: int,
+    kv: KVSpec,
     vocab_size: int,
     outbox: Outbox,
     submit: Submit,
@@ -57,24 +60,36 @@ def decode_role(
     staging: LandingMemory | None = None,
 ) -> DecodeRole:
     """`staging` is what peers write where they cannot write the engine's pool."""
+    transfer = config.transfer
     granting = Granting(
         node.name,
         engine,
-        lease_s=config.transfer.lease_s,
-        quiesce_s=config.transfer.quiesce_s,
-        bytes_per_block=bytes_per_block,
+        lease_s=transfer.lease_s,
+        quiesce_s=transfer.quiesce_s,
+        bytes_per_block=kv.bytes_per_block,
         submit=submit,
         clock=clock,
         staging=staging,
     )
-    rule = decision_rule(config)
-    return DecodeRole(engine, rule, granting=granting, vocab_size=vocab_size, outbox=outbox, submit=submit, clock=clock)
+    return DecodeRole(
+        engine,
+        decision_rule(config),
+        granting=granting,
+        pushing=_pushing(config, engine, outbox, submit, clock),
+        layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
+        vocab_size=vocab_size,
+        outbox=outbox,
+        submit=submit,
+        clock=clock,
+    )
 
 
 def prefill_role(
     config: Config,
+    node: NodeConfig,
     engine: Engine,
     *,
+    kv: KVSpec,
     vocab_size: int,
     outbox: Outbox,
     submit: Submit,
@@ -85,9 +100,24 @@ def prefill_role(
     return PrefillRole(
         engine,
         credit_tokens=min(pool.num_blocks * pool.block_size, 2 * limits.max_model_len),
-        pushing=Pushing(pool, lease_s=transfer.lease_s, quiesce_s=transfer.quiesce_s, outbox=outbox, submit=submit, clock=clock),
+        pushing=_pushing(config, engine, outbox, submit, clock),
+        prefixes=PrefixIntake(
+            node.name,
+            engine,
+            lease_s=transfer.lease_s,
+            quiesce_s=transfer.quiesce_s,
+            bytes_per_block=kv.bytes_per_block,
+            outbox=outbox,
+            submit=submit,
+            clock=clock,
+        ),
         vocab_size=vocab_size,
         outbox=outbox,
         mark=mark,
         clock=clock,
     )
+
+
+def _pushing(config: Config, engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> Pushing:
+    transfer = config.transfer
+    return Pushing(engine.pool, lease_s=transfer.lease_s, quiesce_s=transfer.quiesce_s, outbox=outbox, submit=submit, clock=clock)

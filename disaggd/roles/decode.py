@@ -23,7 +23,7 @@ def run(config: Config, node: NodeConfig) -> None:
             config,
             node,
             loaded.engine,
-            bytes_per_block=loaded.kv_spec.bytes_per_block,
+            kv=loaded.kv_spec,
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,

@@ -3,6 +3,8 @@
 Everything here runs on the compute thread; frames, transfer events and time come in, frames and transfer commands go
 out, so a test can script any order of messages. Knows nothing of sockets, text or NIXL.
 
+What is cached of a sequence that is prefilled elsewhere may be pushed there, if it is wanted there (`PushPrefix`).
+
 A sequence is either the engine's alone (prefilled here, or landed), or QUEUED there with at most one grant out:
 
     Generate ─► Decided, the engine has it
@@ -19,6 +21,7 @@ from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
+    ConnectPair,
     Decided,
     Gauges,
     Generate,
@@ -32,6 +35,7 @@ from disaggd.cluster.protocol import (
     PairReady,
     PrefillLost,
     Progress,
+    PushPrefix,
     Quiesced,
     Refused,
     Released,
@@ -51,6 +55,7 @@ from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.deciding import Decider, measured
 from disaggd.roles.gauges import node_gauges
 from disaggd.roles.granting import Granting, Placed
+from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.notification import FirstToken
@@ -81,6 +86,8 @@ class DecodeRole:
         rule: DecisionRule,
         *,
         granting: Granting,
+        pushing: Pushing,
+        layer_groups: tuple[range, ...],
         vocab_size: int,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
@@ -91,6 +98,9 @@ class DecodeRole:
         self._decider = Decider(rule, engine, max_remote_tokens=granting.max_tokens, bytes_per_token=granting.bytes_per_token)
         self._granting = granting
         self._grants = granting.book
+        self._pushing = pushing
+        self._layer_groups = layer_groups
+        """What one write takes, of a model's layers."""
         self._vocab_size = vocab_size
         self._outbox = outbox
         self._submit = submit
@@ -116,6 +126,8 @@ class DecodeRole:
         for placed in [p for p in self._placed.values() if p.link == link]:
             self._forget(placed, "its router is lost")
         self._thought_full.discard(link)
+        self._pushing.stop_all(link)
+        self._pushing.link_down(link)
 
     # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,6 +217,42 @@ class DecodeRole:
             self._give_up_grants_of(agent, "its prefill node was restarted")
         self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation))
 
+    # ── what is cached here and wanted elsewhere ─────────────────────────────────────────────────────────────────────
+
+    @_on_frame.register
+    def _(self, frame: PushPrefix, link: LinkId) -> None:
+        """Of the blocks that the sequence's own grant left out, those that the prefill node lacks: all at once, for all are there."""
+        placed, grant = self._current(frame.seq, frame.attempt), frame.grant
+        prefix = [] if placed is None else placed.prefix
+        first = grant.first_token_index // self._pool.block_size
+        last = first + len(grant.block_ids)
+        try:
+            if last > len(prefix):
+                raise InvalidRequest(f"{last} blocks are wanted and {len(prefix)} held")
+            self._pushing.check(grant, last * self._pool.block_size)
+        except InvalidRequest as error:
+            log.warning("%s: its prefix is not pushed to %s: %s", frame.seq, grant.target, error.message)
+            return self._pushing.refuse(grant, link)
+        self._pushing.begin(grant, link)
+        most = self._pool.blocks_for(self._engine.limits.max_step_tokens)  # staging memory holds a layer group of so many
+        for layers in self._layer_groups:
+            for start in range(first, last, most):
+                self._pushing.write(grant, layers, start, prefix[start : min(start + most, last)], transfer.at_once)
+        return self._pushing.finish(grant.token, None)
+
+    @_on_frame.register
+    def _(self, frame: Cancel, link: LinkId) -> None:
+        if self._pushing.cancel(frame, link):
+            self._pushing.stop(frame.token)
+
+    @_on_frame.register
+    def _(self, frame: ConnectPair, link: LinkId) -> None:
+        self._pushing.connect(frame)
+
+    @_on_frame.register
+    def _(self, frame: PairReady, link: LinkId) -> None:
+        self._pushing.ready(frame)
+
     # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_event(self, event: transfer.TransferEvent) -> None:
@@ -212,7 +260,7 @@ class DecodeRole:
 
     @singledispatchmethod
     def _on_event(self, event: object) -> None:
-        raise AssertionError(f"a decode node pushes nothing, and got {event!r}")
+        raise AssertionError(f"nobody told the transfer thread to send {event!r}")
 
     @_on_event.register
     def _(self, event: transfer.Landed) -> None:
@@ -250,10 +298,30 @@ class DecodeRole:
             if placed is not None and placed.grant == record.token:
                 self._release(placed, "its prefill node was fenced", is_fenced=True)
 
+    @_on_event.register
+    def _(self, event: transfer.PairConnected) -> None:
+        log.info("probing the KV path to %s", event.peer)
+
+    @_on_event.register
+    def _(self, event: transfer.PairFailed) -> None:
+        self._pushing.pair_failed(event)
+
+    @_on_event.register
+    def _(self, event: transfer.HandleDone) -> None:
+        self._pushing.handle_done(event)
+
+    @_on_event.register
+    def _(self, event: transfer.PushEnded) -> None:
+        """The prefill node learns by itself only of a push that landed."""
+        push = self._pushing.ended(event)
+        if not (event.clean and event.finished):
+            self._outbox.send(push.link, Quiesced(event.token, push.grant.target, event.clean))
+
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def layers_done(self, plan: StepPlan, layers: range) -> None:
-        """Nothing leaves a decode node; prompts begin to be prefilled."""
+        """Nothing leaves a decode node that it computes just now; prompts begin to be prefilled."""
+        self._pushing.renew_leases()
         if layers.start or not self._prefilling:
             return
         for chunk in plan.chunks:
@@ -293,6 +361,7 @@ class DecodeRole:
         for peer, agent_id in self._grants.overdue():
             log.warning("%s did not quiesce: fencing its agent", peer)
             self._submit(transfer.Fence(peer, agent_id))
+        self._pushing.tick()
         for link in self._links_with_room():
             self._thought_full.discard(link)
             self._outbox.send(link, Room())
@@ -300,11 +369,9 @@ class DecodeRole:
     def next_deadline(self) -> float | None:
         if self._links_with_room():
             return self._clock()  # a step has freed it, and nothing else may come in
-        deadline = self._grants.next_deadline()
-        if not self._granting.arrivals:
-            return deadline
-        asked_again = self._clock() + COPY_POLL_S
-        return asked_again if deadline is None else min(asked_again, deadline)
+        asked_again = self._clock() + COPY_POLL_S if self._granting.arrivals else None
+        deadlines = (self._grants.next_deadline(), self._pushing.next_deadline(), asked_again)
+        return min((at for at in deadlines if at is not None), default=None)
 
     def gauges(self) -> Gauges:
         return node_gauges(
@@ -312,6 +379,7 @@ class DecodeRole:
             granted=self._granting.blocks_granted,
             quarantined=self._granting.blocks_quarantined,
             promised=self._granting.blocks_promised,
+            held=self._pushing.num_blocks_held,
         )
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,9 @@ def run(config: Config, node: NodeConfig) -> None:
         """`staging` is the transfer thread's alone."""
         return prefill_role(
             config,
+            node,
             loaded.engine,
+            kv=loaded.kv_spec,
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,

@@ -4,6 +4,7 @@ Everything here runs on the compute thread; frames, transfer events and time com
 out, so a test can script any order of messages. Knows nothing of sockets, text or NIXL.
 
     Prefill ─► chunks, each layer group pushed as it is computed ─► first token ─► Prefilled, FinishPush ─► JobEnded
+        └─► first its beginning is pushed here, if decode has that cached (`prefixes.py`)
 
 A job has a computing half (the engine's sequence) and a pushing half (the transfer thread's). Either may end first; the
 job is over, and its credit returned, when both have ended. Source blocks are referenced by each push until it is done.
@@ -22,9 +23,13 @@ from disaggd.cluster.protocol import (
     Gauges,
     Grant,
     JobEnded,
+    OpenPair,
     PairReady,
     Prefill,
     Prefilled,
+    PrefixEnded,
+    Progress,
+    Quiesced,
     ToNode,
 )
 from disaggd.engine.engine import Engine, SequenceOutput
@@ -36,6 +41,7 @@ from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.deciding import measured
 from disaggd.roles.gauges import node_gauges
+from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
@@ -75,6 +81,7 @@ class PrefillRole:
         *,
         credit_tokens: int,
         pushing: Pushing,
+        prefixes: PrefixIntake,
         vocab_size: int,
         outbox: Outbox,
         mark: Callable[[], transfer.IsReady],
@@ -84,6 +91,7 @@ class PrefillRole:
         self._pool = engine.pool
         self._credit_tokens = credit_tokens
         self._pushing = pushing
+        self._prefixes = prefixes
         self._vocab_size = vocab_size
         self._outbox = outbox
         self._mark = mark
@@ -132,8 +140,10 @@ class PrefillRole:
             sequence = read_sequence(frame, self._vocab_size, reserve=True, output_limit=1)
             if frame.grant is not None:
                 self._pushing.check(frame.grant, len(sequence.tokens))
-            self._engine.add(sequence)
+            self._take_on(sequence, parked=frame.prefix is not None)
         except InvalidRequest as error:
+            if frame.prefix is not None:
+                self._outbox.send(link, PrefixEnded(frame.seq, frame.attempt, "stopped", error.message, 0, 0, 0.0))
             return self._outbox.send(link, JobEnded(frame.seq, frame.attempt, False, error.message, 0, None, None))
         job = Job(link, sequence, frame.grant, self._clock())
         self._jobs[job.key] = job
@@ -141,7 +151,15 @@ class PrefillRole:
             job.is_pushing = True
             self._pushed[frame.grant.token] = job
             self._pushing.begin(frame.grant, link)
+        if frame.prefix is not None:
+            self._prefixes.ask(link, sequence, frame.prefix)
         return None
+
+    def _take_on(self, sequence: Sequence, *, parked: bool) -> None:
+        if parked:  # while its beginning is pushed here
+            self._engine.park(sequence)
+        else:
+            self._engine.add(sequence)
 
     @_on_frame.register
     def _(self, frame: Abort, link: LinkId) -> None:
@@ -161,6 +179,18 @@ class PrefillRole:
     def _(self, frame: PairReady, link: LinkId) -> None:
         self._pushing.ready(frame)
 
+    @_on_frame.register
+    def _(self, frame: OpenPair, link: LinkId) -> None:
+        self._prefixes.open(frame)
+
+    @_on_frame.register
+    def _(self, frame: Progress, link: LinkId) -> None:
+        self._prefixes.renew(frame.tokens)
+
+    @_on_frame.register
+    def _(self, frame: Quiesced, link: LinkId) -> None:
+        self._prefixes.quiesced(frame.token, frame.clean)
+
     # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_event(self, event: transfer.TransferEvent) -> None:
@@ -168,7 +198,7 @@ class PrefillRole:
 
     @singledispatchmethod
     def _on_event(self, event: object) -> None:
-        raise AssertionError(f"a prefill node receives nothing, and got {event!r}")
+        raise AssertionError(f"nobody told the transfer thread to send {event!r}")
 
     @_on_event.register
     def _(self, event: transfer.PairConnected) -> None:
@@ -192,6 +222,30 @@ class PrefillRole:
             self._stop(job, "the push was stopped" if event.clean else "the push failed")
         self._end(job, event.kv_bytes, event.first_post_at, event.last_done_at)
 
+    @_on_event.register
+    def _(self, event: transfer.Landed) -> None:
+        self._prefixes.landed(event)
+
+    @_on_event.register
+    def _(self, event: transfer.LandingFailed) -> None:
+        self._prefixes.failed(event.token, event.reason)
+
+    @_on_event.register
+    def _(self, event: transfer.QuiescedByWire) -> None:
+        self._prefixes.quiesced(event.token, event.clean)
+
+    @_on_event.register
+    def _(self, event: transfer.PairOpened) -> None:
+        self._prefixes.opened(event)
+
+    @_on_event.register
+    def _(self, event: transfer.PairProbed) -> None:
+        self._prefixes.probed(event)
+
+    @_on_event.register
+    def _(self, event: transfer.Fenced) -> None:
+        self._prefixes.fenced(event)
+
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def layers_done(self, plan: StepPlan, layers: range) -> None:
@@ -201,7 +255,9 @@ class PrefillRole:
             job = self._jobs.get((chunk.sequence.seq_id, chunk.sequence.attempt))
             if job is None:
                 continue
-            job.begun = job.begun or self._turn_began
+            if job.begun is None:
+                job.begun = self._turn_began
+                self._prefixes.begun(job.key)
             if job.grant is not None and job.is_pushing:
                 is_ready = is_ready or self._mark()
                 self._push(job.grant, chunk, layers, is_ready)
@@ -242,15 +298,20 @@ class PrefillRole:
             self._stop(job, "the first token ended the sequence")
 
     def tick(self) -> None:
-        """What is due for the pushes."""
+        """What is due for the pushes, in either direction."""
         self._turn_began = self._clock()
         self._pushing.tick()
+        self._prefixes.tick()
 
     def next_deadline(self) -> float | None:
-        return self._pushing.next_deadline()
+        deadlines = (self._pushing.next_deadline(), self._prefixes.next_deadline())
+        return min((at for at in deadlines if at is not None), default=None)
 
     def gauges(self) -> Gauges:
-        return node_gauges(self._engine, held=self._pushing.num_blocks_held)
+        granted, quarantined = self._prefixes.blocks_granted, self._prefixes.blocks_quarantined
+        return node_gauges(
+            self._engine, granted=granted, quarantined=quarantined, promised=granted + quarantined, held=self._pushing.num_blocks_held
+        )
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -259,6 +320,7 @@ class PrefillRole:
         job.failure = job.failure or reason
         if job.is_computing:
             job.is_computing = False
+            self._prefixes.drop(job.key, reason)
             self._engine.abort(job.sequence)
         if job.is_pushing:
             assert job.grant is not None

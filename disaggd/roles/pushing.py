@@ -50,6 +50,11 @@ class Tombstone:
     """All of it was pushed: the target learns that by itself."""
 
 
+def layer_groups(num_layers: int, size: int) -> tuple[range, ...]:
+    """What writes of `size` layers each take, one after the other."""
+    return tuple(range(start, min(start + size, num_layers)) for start in range(0, num_layers, size))
+
+
 class Pushing:
     """One node's pushes. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
 
@@ -147,21 +152,22 @@ class Pushing:
         if (push := self._pushes.get(frame.token)) is not None:
             push.cancels.append(link)
             return True
-        self.decline(frame.token, frame.target, link)
+        stone = self._tombstones.get(frame.token)
+        if stone is None:
+            stone = self._bury(frame.token, Tombstone(link, frame.target, clean=True, finished=False))
+        self._outbox.send(link, Quiesced(frame.token, frame.target, stone.clean))
         return False
 
-    def decline(self, token: GrantToken, target: NodeName, link: LinkId) -> None:
-        """Say of a grant that is not being pushed that it will not be either: a later job for it is refused."""
-        stone = self._tombstones.get(token)
-        if stone is None:
-            stone = self._bury(token, Tombstone(link, target, clean=True, finished=False))
-        self._outbox.send(link, Quiesced(token, target, stone.clean))
+    def refuse(self, grant: Grant, link: LinkId) -> None:
+        """A grant came that is not to be written: its target hears so, once nothing is in flight."""
+        if self.cancel(Cancel(grant.token, grant.writer, grant.target), link):
+            self.stop(grant.token)
 
     def handle_done(self, event: transfer.HandleDone) -> None:
         self._pool.release(event.source)
         self._count_reads(event.source, -1)
 
-    def ended(self, event: transfer.PushEnded) -> None:
+    def ended(self, event: transfer.PushEnded) -> Push:
         """Nothing is in flight for this grant any more, and nothing will be: whoever asked is told."""
         push = self._pushes.pop(event.token)
         self._bury(event.token, Tombstone(push.link, push.grant.target, event.clean, event.finished))
@@ -169,6 +175,7 @@ class Pushing:
             self._outbox.send(link, Quiesced(event.token, push.grant.target, event.clean))
         if not event.finished:  # the target may have no router that could ask for it
             self._submit(transfer.QuiesceByWire(event.token, push.grant.target, event.clean))
+        return push
 
     def link_down(self, link: LinkId) -> None:
         """Grants of this router that ended are quiesced without it: its `Quiesced` may have been lost with it."""

@@ -199,7 +199,9 @@ class SimulatedCluster:
     def _prefill_role(self, node: NodeConfig, engine: Engine, outbox: Outbox, transfer: SimulatedTransfer) -> Role:
         return prefill_role(
             self._config,
+            node,
             engine,
+            kv=transfer.kv,
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=transfer.submit,
@@ -212,7 +214,7 @@ class SimulatedCluster:
             self._config,
             node,
             engine,
-            bytes_per_block=transfer.kv.bytes_per_block,
+            kv=transfer.kv,
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=transfer.submit,

@@ -11,12 +11,24 @@ from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
+from disaggd.roles.pushing import Pushing
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit, next_token, prompt
+from tests.support.role_nodes import (
+    BYTES_PER_BLOCK,
+    LAYER_GROUPS,
+    LEASE_S,
+    QUIESCE_S,
+    VOCAB_SIZE,
+    Clock,
+    RoleNode,
+    Submit,
+    next_token,
+    prompt,
+)
 
 P0 = NodeName("p0")
 AGENT = AgentId("agent-1")
@@ -65,7 +77,18 @@ def make_decode_node(num_blocks: int = 64, staging: Staging | None = None, hashe
             clock=clock,
             staging=staging,
         )
-        return DecodeRole(engine, rule, granting=granting, vocab_size=VOCAB_SIZE, outbox=outbox, submit=submit, clock=clock)
+        pushing = Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock)
+        return DecodeRole(
+            engine,
+            rule,
+            granting=granting,
+            pushing=pushing,
+            layer_groups=LAYER_GROUPS,
+            vocab_size=VOCAB_SIZE,
+            outbox=outbox,
+            submit=submit,
+            clock=clock,
+        )
 
     node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher)
     node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", PLACE))
@@ -81,10 +104,10 @@ def check_decode_pool(node: Node) -> None:
 
     With staging memory the quarantined are of that, and each of its other blocks is free, or waited for in the pool.
     """
-    gauges, placed = node.role.gauges(), node.role._placed
-    used = len(node.running_blocks.union(*(p.prefix for p in placed.values())))
-    assert gauges.blocks_used == used
-    in_pool = gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_granted
+    gauges = node.role.gauges()
+    used = node.running_blocks | {block for placed in node.role._placed.values() for block in placed.prefix}
+    assert gauges.blocks_used == len(used)
+    in_pool = gauges.blocks_free + gauges.blocks_cached + len(used) + gauges.blocks_granted + gauges.blocks_held
     if node.role._granting._is_staged:
         landing, grants, arrivals = node.role._granting._landings._landing, node.role._grants, node.role._granting.arrivals
         assert in_pool == node.pool.num_blocks

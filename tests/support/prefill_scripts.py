@@ -2,20 +2,23 @@
 
 from collections.abc import Callable
 
-from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, pack_tokens
+from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, PrefixSource, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill_role import PrefillRole
+from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
+from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
-from tests.support.role_nodes import BLOCK, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
+from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
 
 D0, P0 = NodeName("d0"), NodeName("p0")
-AGENT = AgentId("agent-1")
+AGENT, INTAKE = AgentId("agent-1"), AgentId("intake-1")
+"""Of `d0`, which we write to; and ours, which `d0` writes to."""
 S = SeqId("s")
 T = GrantToken(b"token")
 
@@ -35,6 +38,16 @@ def make_prefill_node(
             engine,
             credit_tokens=1000,
             pushing=Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock),
+            prefixes=PrefixIntake(
+                P0,
+                engine,
+                lease_s=LEASE_S,
+                quiesce_s=QUIESCE_S,
+                bytes_per_block=BYTES_PER_BLOCK,
+                outbox=outbox,
+                submit=submit,
+                clock=clock,
+            ),
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             mark=mark,
@@ -47,10 +60,17 @@ def make_prefill_node(
 
 
 def check_prefill_pool(node: Node) -> None:
-    """Every block is free, a running sequence's, or held by a push; and no push reads a free block."""
-    gauges, used = node.role.gauges(), len(node.running_blocks)
-    assert gauges.blocks_used == used
-    assert gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_held == node.pool.num_blocks
+    """Every block is free, cached, a running sequence's, promised to decode, held for a sequence to begin behind, or by a push.
+
+    No push reads a free block.
+    """
+    gauges, prefixes = node.role.gauges(), node.role._prefixes
+    used = node.running_blocks | {block for prefix in prefixes._prefixes.values() for block in prefix.held}
+    assert gauges.blocks_used == len(used)
+    promised = gauges.blocks_granted + gauges.blocks_quarantined
+    assert node.pool.num_available + len(used) + gauges.blocks_held + promised == node.pool.num_blocks
+    granted = {token for token, record in prefixes._book._records.items() if record.state is GrantState.GRANTED}
+    assert {prefix.grant.token for prefix in prefixes._prefixes.values() if prefix.grant is not None} == granted
     assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reading.items())
 
 
@@ -61,10 +81,17 @@ def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0,
 
 
 def prefill(
-    tokens: list[int], grant: Grant | None, seq: SeqId = S, *, attempt: int = 0, num_prompt: int | None = None, **sampling: object
+    tokens: list[int],
+    grant: Grant | None,
+    seq: SeqId = S,
+    *,
+    attempt: int = 0,
+    num_prompt: int | None = None,
+    prefix: PrefixSource | None = None,
+    **sampling: object,
 ) -> Prefill:
     params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
-    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, "", grant)
+    return Prefill(seq, attempt, pack_tokens(tokens), num_prompt or len(tokens), params, "", grant, prefix)
 
 
 def ready_node(
@@ -76,6 +103,14 @@ def ready_node(
     node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher)
     connect(node, AGENT)
     node.say(PairReady(D0, AGENT))
+    node.clear()
+    return node
+
+
+def taking_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
+    """A node with a prefix cache to which `d0` may push, by agent `INTAKE`."""
+    node = ready_node(num_blocks, max_step_tokens, hasher=HASHER)
+    node.event(transfer.PairOpened(D0, Incarnation("d0-first"), INTAKE, b"", PoolPlace(0, 64)))
     node.clear()
     return node
 
@@ -101,4 +136,5 @@ def is_idle(node: Node) -> bool:
         and not node.role._jobs
         and not node.role._pushed
         and not node.role._pushing._pushes
+        and not node.role._prefixes._prefixes
     )

@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 import msgspec
 import uvloop
 
+from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, NodeLink, serve_links
-from disaggd.cluster.protocol import PROTOCOL_VERSION, Decided, Generate, NodeHello, RouterHello, TokenRun, Tokens, ToNode, unpack_tokens
+from disaggd.cluster.protocol import Decided, Generate, TokenRun, Tokens, ToNode, unpack_tokens
 from disaggd.ids import Incarnation, NodeName
 from disaggd.sampling import FinishReason
 from disaggd.transfer.layout import KVSpec

@@ -5,7 +5,8 @@ model, KV dtype and block size that some node works with.
 """
 
 from disaggd.cluster.cache_index import CacheIndex
-from disaggd.cluster.protocol import CacheEvents, NodeHello
+from disaggd.cluster.hello import NodeHello
+from disaggd.cluster.protocol import CacheEvents
 from disaggd.cluster.request import RoutedSequence
 from disaggd.ids import NodeName
 from disaggd.prefix import PrefixHasher

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from functools import singledispatchmethod
 
-from disaggd.cluster import protocol
+from disaggd.cluster import hello, protocol
 from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
 from disaggd.cluster.peers import DecodePeer, Peer, PrefillPeer
@@ -281,16 +281,16 @@ class Dispatcher:
             peer.send(protocol.CacheSnapshot())
 
     @_from_either.register
-    def _(self, frame: protocol.PairAgent, peer: Peer) -> None:
+    def _(self, frame: hello.PairAgent, peer: Peer) -> None:
         self.pairs.on_agent(peer, frame, self._clock())
 
     @_from_either.register
-    def _(self, frame: protocol.PairReady, peer: Peer) -> None:
+    def _(self, frame: hello.PairReady, peer: Peer) -> None:
         if self.pairs.on_ready(peer, frame):
             self._moves.dispatch()
 
     @_from_either.register
-    def _(self, frame: protocol.PairLost, peer: Peer) -> None:
+    def _(self, frame: hello.PairLost, peer: Peer) -> None:
         self.pairs.on_lost(peer, frame, self._clock())
 
     @_from_either.register

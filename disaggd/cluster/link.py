@@ -32,7 +32,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from disaggd.cluster.protocol import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello, ToNode, ToRouter
+from disaggd.cluster.hello import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello
+from disaggd.cluster.protocol import ToNode, ToRouter
 from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import NodeName

@@ -9,8 +9,8 @@ Prefill nodes write to decode nodes; and decode nodes to prefill nodes, what the
 import logging
 from collections.abc import Iterator
 
+from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.cluster.peers import DecodePeer, Pair, PairState, Peer, PrefillPeer
-from disaggd.cluster.protocol import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.ids import NodeName
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from disaggd.cluster.costs import PrefillFit, TransferFit
+from disaggd.cluster.hello import NodeHello, PairAgent
 from disaggd.cluster.offer import PrefillCost
 from disaggd.cluster.prefill_queue import PrefillQueue
-from disaggd.cluster.protocol import Gauges, NodeHello, PairAgent, ToNode
+from disaggd.cluster.protocol import Gauges, ToNode
 from disaggd.ids import AgentId, NodeName, SeqId
 
 Send = Callable[[ToNode], None]

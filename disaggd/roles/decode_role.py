@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.decision import DecisionRule
+from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairReady
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
-    ConnectPair,
     Decided,
     Gauges,
     Generate,
@@ -30,9 +30,6 @@ from disaggd.cluster.protocol import (
     LocalPrefill,
     NeedPrefill,
     NoRoom,
-    OpenPair,
-    PairAgent,
-    PairReady,
     PrefillLost,
     Progress,
     PushPrefix,

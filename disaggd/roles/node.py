@@ -16,8 +16,9 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
-from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, RouterHello, ToNode
+from disaggd.cluster.protocol import ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.engine.kv_staging import KVStaging, make_staging

@@ -6,8 +6,9 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import PairState
-from disaggd.cluster.protocol import Gauges, NodeHello
+from disaggd.cluster.protocol import Gauges
 from disaggd.cluster.request import RoutedSequence
 from disaggd.config import RouterConfig
 from disaggd.ids import NodeName

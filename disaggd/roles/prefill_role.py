@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
+from disaggd.cluster.hello import ConnectPair, OpenPair, PairReady
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
-    ConnectPair,
     Credit,
     Gauges,
     Grant,
     JobEnded,
-    OpenPair,
-    PairReady,
     Prefill,
     Prefilled,
     PrefixEnded,

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from disaggd.cluster.protocol import Cancel, Grant, OpenPair, PairAgent, PairReady, PrefixEnded, PrefixGrant, PrefixOutcome, PrefixSource
+from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
+from disaggd.cluster.protocol import Cancel, Grant, PrefixEnded, PrefixGrant, PrefixOutcome, PrefixSource
 from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId

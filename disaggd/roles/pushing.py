@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from disaggd.cluster.protocol import Cancel, ConnectPair, Grant, PairLost, PairReady, Progress, Quiesced
+from disaggd.cluster.hello import ConnectPair, PairLost, PairReady
+from disaggd.cluster.protocol import Cancel, Grant, Progress, Quiesced
 from disaggd.engine.blocks import BlockPool
 from disaggd.errors import InvalidRequest
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName

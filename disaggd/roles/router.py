@@ -21,9 +21,10 @@ from starlette.types import ASGIApp
 
 import disaggd
 from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import RouterLink, dial, link_settings
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
-from disaggd.cluster.protocol import PROTOCOL_VERSION, Gauges, NodeHello, RouterHello, ToRouter
+from disaggd.cluster.protocol import Gauges, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable

@@ -10,8 +10,9 @@ from typing import Literal
 import msgspec
 
 from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello
 from disaggd.cluster.peers import DecodePeer, PrefillPeer, Send
-from disaggd.cluster.protocol import PROTOCOL_VERSION, NodeHello, ToNode
+from disaggd.cluster.protocol import ToNode
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from disaggd.cluster.hello import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.link import Link, LinkServer, LinkSettings, dial, serve_links
-from disaggd.cluster.protocol import PROTOCOL_VERSION, Abort, Credit, Frame, HelloRejected, NodeHello, Ping, RouterHello
+from disaggd.cluster.protocol import Abort, Credit
 from disaggd.config import Address, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import Incarnation, NodeName, SeqId

@@ -2,9 +2,10 @@
 
 import pytest
 
+from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.cluster.pairing import RETRY_S, PairBook
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
-from disaggd.cluster.protocol import ConnectPair, OpenPair, PairAgent, PairLost, PairReady, ToNode
+from disaggd.cluster.protocol import ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.layout import PoolPlace
 from tests.support.routing import D0, D1, P0, P1, hello

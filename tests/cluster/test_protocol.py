@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggd.cluster import protocol
-from disaggd.cluster.protocol import Frame, Generate, Grant, Granted, Tokens, ToNode, ToRouter, pack_tokens, unpack_tokens
+from disaggd.cluster.hello import Frame
+from disaggd.cluster.protocol import Generate, Grant, Granted, Tokens, ToNode, ToRouter, pack_tokens, unpack_tokens
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 
 FRAMES = sorted({*typing.get_args(ToNode), *typing.get_args(ToRouter)}, key=lambda kind: kind.__name__)

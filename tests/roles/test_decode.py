@@ -2,6 +2,7 @@
 
 import pytest
 
+from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -10,9 +11,6 @@ from disaggd.cluster.protocol import (
     Landed,
     NeedPrefill,
     NoRoom,
-    OpenPair,
-    PairAgent,
-    PairReady,
     PrefillLost,
     Refused,
     Released,

@@ -8,19 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from disaggd.cluster.protocol import (
-    Abort,
-    Cancel,
-    Generate,
-    Grant,
-    Granted,
-    NeedPrefill,
-    OpenPair,
-    PrefillLost,
-    Progress,
-    Quiesced,
-    RequestGrant,
-)
+from disaggd.cluster.hello import OpenPair
+from disaggd.cluster.protocol import Abort, Cancel, Generate, Grant, Granted, NeedPrefill, PrefillLost, Progress, Quiesced, RequestGrant
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer

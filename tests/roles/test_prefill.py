@@ -2,15 +2,8 @@
 
 import pytest
 
-from disaggd.cluster.protocol import (
-    Abort,
-    Credit,
-    JobEnded,
-    PairLost,
-    PairReady,
-    Prefilled,
-    Progress,
-)
+from disaggd.cluster.hello import PairLost, PairReady
+from disaggd.cluster.protocol import Abort, Credit, JobEnded, Prefilled, Progress
 from disaggd.ids import AgentId, BlockId, GrantToken, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer

@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from disaggd.cluster.protocol import Abort, Cancel, JobEnded, PairReady, Quiesced
+from disaggd.cluster.hello import PairReady
+from disaggd.cluster.protocol import Abort, Cancel, JobEnded, Quiesced
 from disaggd.ids import BlockId, GrantToken, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer

@@ -4,20 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from disaggd.cluster.protocol import (
-    Abort,
-    Cancel,
-    JobEnded,
-    OpenPair,
-    PairAgent,
-    PairReady,
-    Prefilled,
-    PrefixEnded,
-    PrefixGrant,
-    PrefixSource,
-    Progress,
-    Quiesced,
-)
+from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
+from disaggd.cluster.protocol import Abort, Cancel, JobEnded, Prefilled, PrefixEnded, PrefixGrant, PrefixSource, Progress, Quiesced
 from disaggd.ids import AgentId, Incarnation, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer

@@ -2,20 +2,8 @@
 
 import pytest
 
-from disaggd.cluster.protocol import (
-    Abort,
-    Cancel,
-    ConnectPair,
-    Gauges,
-    Grant,
-    Granted,
-    PairLost,
-    PairReady,
-    Progress,
-    PushPrefix,
-    Quiesced,
-    RequestGrant,
-)
+from disaggd.cluster.hello import ConnectPair, PairLost, PairReady
+from disaggd.cluster.protocol import Abort, Cancel, Gauges, Grant, Granted, Progress, PushPrefix, Quiesced, RequestGrant
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer

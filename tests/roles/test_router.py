@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Gauges, Generate, NodeHello, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Decided, Gauges, Generate, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from disaggd.cluster.protocol import ConnectPair, Grant, PairReady, Prefill, PrefixSource, pack_tokens
+from disaggd.cluster.hello import ConnectPair, PairReady
+from disaggd.cluster.protocol import Grant, Prefill, PrefixSource, pack_tokens
 from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.prefix import PrefixHasher

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from disaggd.cluster.dispatcher import Dispatcher
+from disaggd.cluster.hello import NodeHello, PairAgent, PairReady
 from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
@@ -17,9 +18,6 @@ from disaggd.cluster.protocol import (
     Granted,
     JobEnded,
     NeedPrefill,
-    NodeHello,
-    PairAgent,
-    PairReady,
     Prefilled,
     TokenRun,
     Tokens,

@@ -1,0 +1,112 @@
+"""The frames by which nodes come to know each other: hello and heartbeat on a link, then the agents that KV will go between.
+
+`protocol.py` has all others, and says who sends what.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from disaggd.ids import AgentId, Incarnation, NodeName
+from disaggd.transfer.layout import KVSpec, PoolPlace
+
+PROTOCOL_VERSION = 3
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The base of every frame."""
+
+
+# ── hello ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RouterHello(Frame, frozen=True):
+    """The first frame on a link, from the router that dialled."""
+
+    version: int
+    router: NodeName
+    incarnation: Incarnation
+    model_id: str
+    """What the router serves: `ModelDirectory.served_id`; a node with another refuses."""
+
+
+class NodeHello(Frame, frozen=True):
+    """The engine node's answer, or `HelloRejected`."""
+
+    version: int
+    name: NodeName
+    role: Literal["prefill", "decode"]
+    incarnation: Incarnation
+    model_id: str
+    kv: KVSpec
+    num_blocks: int
+    max_model_len: int
+    shares_prefixes: bool = False
+    """It keeps a prefix cache, and pushes what is in it to other nodes, or takes such pushes."""
+
+
+class HelloRejected(Frame, frozen=True):
+    """The peer cannot be worked with: `field` differs."""
+
+    field: str
+    ours: str
+    theirs: str
+
+
+class Ping(Frame, frozen=True):
+    """A heartbeat: sent every second by both ends; three missed close the link."""
+
+
+# ── pairing: the agent of a node that writes meets that of its target ────────────────────────────────────────────────
+
+
+class OpenPair(Frame, frozen=True):
+    """Router → target: have an agent that `peer` may write to; answer `PairAgent`.
+
+    Idempotent for the same peer incarnation. A new incarnation fences the agent that served the old one.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+
+
+class PairAgent(Frame, frozen=True):
+    """Target → router → writer (as `ConnectPair`): the target's agent for `peer`, and where its pool lies.
+
+    Also sent unasked when the agent was rebuilt after a fence.
+    """
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    """NIXL's own agent metadata."""
+    place: PoolPlace
+
+
+class ConnectPair(Frame, frozen=True):
+    """Router → writer: connect to the agent of `peer`, and probe it with a notification of its own id."""
+
+    peer: NodeName
+    peer_incarnation: Incarnation
+    agent_id: AgentId
+    metadata: bytes
+    place: PoolPlace
+
+
+class PairReady(Frame, frozen=True):
+    """Target → router → writer: that very agent received its own id; writes may begin.
+
+    The target names the writer as `peer`; towards the writer the router names the target.
+    """
+
+    peer: NodeName
+    agent_id: AgentId
+
+
+class PairLost(Frame, frozen=True):
+    """Writer → router: the agent of `peer` is out of reach; nothing is pushed there until a `ConnectPair`."""
+
+    peer: NodeName
+    agent_id: AgentId
+    reason: str

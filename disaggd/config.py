@@ -92,6 +92,9 @@ class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A job that has waited so long goes before every later one, however urgent."""
     self_measurement: bool = True
     """Engine nodes time a few steps at their start (a second or two), so that the first decisions are informed."""
+    prefix_push: Literal["auto", "always", "never"] = "auto"
+    """A prefill node that lacks the beginning of a prompt which the decode node has cached computes it, or has it pushed, whichever
+    is predicted to be quicker; or always, or never pushed. KV on GPUs is not pushed to prefill nodes so far."""
     max_retries: Count = 2
     """So often a lost prefill is tried again elsewhere; then the decode node does it."""
     grant_patience_s: Seconds = 2.0
@@ -117,7 +120,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     devices: str = ""
     """Network interfaces that KV may use, comma-separated. Empty is loopback; a node that listens beyond it must name them."""
     port_range: PortRange = PortRange((18500, 18999))
-    """NIXL listens here: at least four ports for each pair of nodes that has an end on this host."""
+    """NIXL listens here: at least eight ports for each pair of nodes that has an end on this host (four without `prefix_push`)."""
     lease_s: Seconds = 5.0
     """A grant of blocks that shows no progress for so long is taken back."""
     quiesce_s: Seconds = 10.0
@@ -178,6 +181,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return CPU_KV_CACHE if self.kv_cache is None and self.device == "cpu" else self.kv_cache
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether cached prefixes may leave it, or come: staging memory takes KV in one direction only."""
+        return self.prefix_cache and not self.is_gpu
+
+    @property
     def is_gpu(self) -> bool:
         return self.device != "cpu"
 
@@ -203,6 +211,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             if node.name == name:
                 return node
         raise ConfigError(f"no node {name!r}; the file has {_listed(node.name for node in self.nodes)}")
+
+    def pushes_prefixes(self, node: NodeConfig) -> bool:
+        """Whether decode nodes may push prefixes to this node, or this one may, if it is one."""
+        return node.shares_prefixes and self.disaggregation.prefix_push != "never"
 
     def nodes_of(self, *roles: Role) -> tuple[NodeConfig, ...]:
         return tuple(node for node in self.nodes if node.role in roles)
@@ -420,11 +432,14 @@ def _check_weights(config: Config) -> None:
 
 
 def _check_transfer_ports(config: Config) -> None:
-    """Each pair of a prefill and a decode node has an agent at either end, and a fenced agent's port stays taken a while."""
+    """Each pair of a prefill and a decode node has an agent at either end, two if decode pushes prefixes back; and a fenced agent's
+    port stays taken a while."""
     first, last = config.transfer.port_range
     agents: Counter[str] = Counter()
     for prefill, decode in product(config.nodes_of("prefill"), config.nodes_of("decode")):
         agents.update((prefill.listen.host, decode.listen.host))
+        if config.pushes_prefixes(prefill) and config.pushes_prefixes(decode):
+            agents.update((prefill.listen.host, decode.listen.host))
     for host, count in agents.items():
         if last - first + 1 < 4 * count:
             raise ConfigError(f"transfer.port_range {first}-{last} is too small: the nodes on {host} need {4 * count} ports")

@@ -114,6 +114,14 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (CLUSTER + "max_step_tokens = 63", "node 'd0': max_step_tokens is 63, but a step must hold"),
         (
             f'[transfer]\nport_range = "18500-18506"\n{CLUSTER}',
+            "transfer.port_range 18500-18506 is too small: the nodes on 127.0.0.1 need 16 ports",
+        ),
+        (
+            f'[transfer]\nport_range = "18500-18506"\n[disaggregation]\nprefix_push = "never"\n{CLUSTER}',
+            "transfer.port_range 18500-18506 is too small: the nodes on 127.0.0.1 need 8 ports",
+        ),
+        (
+            f'[transfer]\nport_range = "18500-18506"\n{CLUSTER}prefix_cache = false',
             "transfer.port_range 18500-18506 is too small: the nodes on 127.0.0.1 need 8 ports",
         ),
         (f'[transfer]\nport_range = "8100-8200"\n{CLUSTER}', "node 'p0' listens on 8101, which is in transfer.port_range 8100-8200"),

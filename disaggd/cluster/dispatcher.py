@@ -47,6 +47,7 @@ class Dispatcher:
         self.grants = moves.grants
         self.credits = moves.credits
         self.caches = moves.caches
+        self.prefixes = moves.prefixes
         self.dropped_frames = moves.dropped_frames
         """Frames of older attempts or of sequences that are over, by type; whoever reads them clears them."""
         self._incarnation = incarnation
@@ -115,6 +116,7 @@ class Dispatcher:
             for record in self.credits.prefill_down(prefill):
                 self._on_update(record)
         self.grants.target_down(name)
+        self.prefixes.node_down(name)
         self._moves.dispatch()
 
     def on_frame(self, name: NodeName, frame: ToRouter) -> None:
@@ -254,6 +256,25 @@ class Dispatcher:
                 log.warning("%s: %s failed: %s", record.request.id, peer.name, frame.reason)
                 self._moves.arbitrate(record)
         self._moves.dispatch()
+
+    @_from_prefill.register
+    def _(self, frame: protocol.PrefixGrant, peer: PrefillPeer) -> None:
+        """To the decode node of the sequence; if that has another by now, or none, nobody will write, and we say so."""
+        record, grant = self._moves.current(frame), frame.grant
+        decode = self.decodes.get(grant.writer)
+        if record is None or decode is None or record.decode != grant.writer:
+            peer.send(protocol.Quiesced(grant.token, grant.target, True))
+            return self._moves.drop(frame)
+        self.grants.forwarded((frame.seq, frame.attempt), grant, decode)
+        return decode.send(protocol.PushPrefix(frame.seq, frame.attempt, grant))
+
+    @_from_prefill.register
+    def _(self, frame: protocol.PrefixEnded, peer: PrefillPeer) -> None:
+        job = (frame.seq, frame.attempt)
+        self.grants.over(job, peer.name)  # unless a `Cancel` ended it already
+        record, push = self._moves.current(frame) or self.credits.owed(job), self.prefixes.ended(peer, frame)
+        if record is not None and record.job == job:
+            record.prefix_push = push
 
     @_from_prefill.register
     def _(self, frame: protocol.Credit, peer: PrefillPeer) -> None:

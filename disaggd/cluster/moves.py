@@ -19,6 +19,7 @@ from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.placement import Cached, Placement, prefill_s
 from disaggd.cluster.prefill_queue import Job, PrefillQueue
+from disaggd.cluster.prefix_push import PrefixPolicy, PrefixPushes
 from disaggd.cluster.protocol import Grant, TokenRun, pack_tokens
 from disaggd.cluster.request import Addressed, Phase, RoutedSequence
 from disaggd.cluster.routing import RoundRobin, RoutingWeights
@@ -48,6 +49,8 @@ class DispatchRules:
     queue_aging_s: float = 10.0
     """A job that arrived so long ago goes before every later one."""
     ttft_target_s: float = 2.0
+    prefix_push: PrefixPolicy = "auto"
+    """Whether decode nodes push prefixes to prefill nodes that lack them."""
     weights: RoutingWeights = field(default_factory=RoutingWeights)
     round_robin: bool = False
     """Decode nodes take turns, whatever they would cost."""
@@ -66,6 +69,7 @@ class Moves:
         self.grants = GrantRelay(self.prefills, self.decodes)
         self.credits = Credits(self.prefills)
         self.caches = CacheBook()
+        self.prefixes = PrefixPushes(rules.prefix_push, self.pairs)
         self.queue = PrefillQueue(max_jobs=rules.max_prefill_queue, max_tokens=rules.max_prefill_queue_tokens, aging_s=rules.queue_aging_s)
         self.sequences: dict[SeqId, RoutedSequence] = {}
         """All that are not over."""
@@ -214,8 +218,11 @@ class Moves:
         if grant is not None:
             record.cached_at_decode = grant.first_token_index
             self.grants.forwarded(record.job, grant, prefill)
-        self._take_credit(record, prefill, self.caches.cached_tokens(record))
+        cached, now = self.caches.cached_tokens(record), self._clock()
+        self._take_credit(record, prefill, cached)
         record.grant, record.has_place = grant, True
+        decode = self.decodes.get(record.decode) if record.decode is not None else None
+        prefix = None if decode is None else self.prefixes.source_for(record, decode, prefill, cached[prefill.name], now)
         prefill.send(
             protocol.Prefill(
                 record.seq,
@@ -225,6 +232,7 @@ class Moves:
                 record.request.sampling,
                 record.request.cache_salt,
                 grant,
+                prefix,
             )
         )
 

@@ -100,6 +100,10 @@ class PrefillPeer:
         work = [job.prefill_s for job in self.jobs.values() if not job.is_prefilled]
         return sum(work) - min(work[0], now - self.busy_since) if work else 0.0
 
+    def wait_s(self, job: tuple[SeqId, int], now: float) -> float:
+        """Predicted, until it comes to the last of its jobs, which is this one."""
+        return max(0.0, self.backlog_s(now) - self.jobs[job].prefill_s)
+
 
 @dataclass(slots=True)
 class DecodePeer:

@@ -19,7 +19,7 @@ import msgspec
 
 from disaggd.cluster.decision import Override
 from disaggd.cluster.offer import Predicted
-from disaggd.cluster.protocol import Grant
+from disaggd.cluster.protocol import Grant, PrefixOutcome
 from disaggd.errors import RequestError
 from disaggd.ids import NodeName, SeqId
 from disaggd.prefix import PrefixHasher
@@ -157,6 +157,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one session go to the same decode node when costs tie."""
 
 
+class PrefixPush(msgspec.Struct, frozen=True, kw_only=True):
+    """The beginning of a prompt that its decode node is to push to its prefill node."""
+
+    source: NodeName
+    num_asked: int
+    """Tokens that the prefill node was thought to lack."""
+    outcome: PrefixOutcome | None = None
+    """None while it is under way."""
+    num_tokens: int = 0
+    """That landed."""
+    kv_bytes: int = 0
+    took_ms: float | None = None
+    """On the prefill node's clock, from the job's arrival until they had landed or were given up."""
+
+
 @dataclass(slots=True)
 class RoutedSequence:
     """The router's record of one sequence; `Dispatcher` is its only writer."""
@@ -199,6 +214,8 @@ class RoutedSequence:
     cached_at_decode: int = 0
     cached_at_prefill: int = 0
     kv_bytes: int = 0
+    prefix_push: PrefixPush | None = None
+    """Of the last attempt for which one was asked."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """What the client was told when it ended without being finished."""

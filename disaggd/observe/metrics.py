@@ -32,7 +32,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, version: str = "", model: str = "") -> None:
         self._registry = registry
         Gauge("disaggd_info", "1, with what runs here", ["version", "model"], registry=registry).labels(version, model).set(1)
-        self._totals: dict[tuple[Counter, str], int] = {}
+        self._totals: dict[tuple[Counter, tuple[str, ...]], int] = {}
         """Of counts that somebody else keeps: what was told last, by counter and label."""
         self._http_requests = Counter("disaggd_http_requests", "HTTP requests answered", ["route", "status"], registry=registry)
         self._open_requests = Gauge("disaggd_open_requests", "HTTP requests being served", registry=registry)
@@ -94,9 +94,13 @@ class Metrics:
         self._preemptions = Counter("disaggd_num_preemptions", "Sequences preempted for want of blocks", ["node"], registry=registry)
 
     def _declare_caches(self, registry: CollectorRegistry) -> None:
+        way = ["writer", "target"]
         self._prefix_queries = Counter("disaggd_prefix_cache_queries", "Tokens sought in the prefix cache", ["node"], registry=registry)
         self._prefix_hits = Counter("disaggd_prefix_cache_hits", "Tokens found in the prefix cache", ["node"], registry=registry)
         self._evictions = Counter("disaggd_prefix_cache_evictions", "Cached blocks given to others", ["node"], registry=registry)
+        self._prefix_pushes = Counter("disaggd_prefix_pushes", "Prefixes wanted of decode nodes", [*way, "outcome"], registry=registry)
+        self._prefix_push_tokens = Counter("disaggd_prefix_push_tokens", "Tokens of prefixes pushed", way, registry=registry)
+        self._prefix_push_bytes = Counter("disaggd_prefix_push_bytes", "KV bytes of prefixes pushed", way, registry=registry)
         self._indexed = _per_node("cache_index_blocks", "Blocks that the router knows to be cached there", registry)
 
     # ── told by the gateway ──────────────────────────────────────────────────────────────────────────────────────────
@@ -171,7 +175,7 @@ class Metrics:
 
     def count_queue_drops(self, reason: str, total: int) -> None:
         """Jobs that left the prefill queue, or were refused, for that reason, since the router's start."""
-        self._count_to(self._queue_drops, reason, total)
+        self._count_to(self._queue_drops, (reason,), total)
 
     def count_dropped_frames(self, frame: str, count: int) -> None:
         """Frames of that type that came for an older attempt, or about a sequence that is over."""
@@ -189,6 +193,15 @@ class Metrics:
     def set_pair(self, writer: str, target: str, is_ready: bool) -> None:
         """Whether the one node may push KV to the other."""
         self._kv_path_up.labels(writer, target).set(is_ready)
+
+    def count_prefix_pushes(self, writer: str, target: str, outcome: str, total: int) -> None:
+        """Prefixes that the one was asked to push to the other, and what became of them, since the router's start."""
+        self._count_to(self._prefix_pushes, (writer, target, outcome), total)
+
+    def count_pushed_prefixes(self, writer: str, target: str, tokens: int, kv_bytes: int) -> None:
+        """What came of them, since the router's start."""
+        self._count_to(self._prefix_push_tokens, (writer, target), tokens)
+        self._count_to(self._prefix_push_bytes, (writer, target), kv_bytes)
 
     def forget_pair(self, writer: str, target: str) -> None:
         """One of the two is gone."""
@@ -214,18 +227,18 @@ class Metrics:
 
     def count_preemptions(self, node: str, total: int) -> None:
         """`total` is the node's own count since its start; so are those of the next."""
-        self._count_to(self._preemptions, node, total)
+        self._count_to(self._preemptions, (node,), total)
 
     def count_prefixes(self, node: str, *, queried_tokens: int, hit_tokens: int, evicted_blocks: int) -> None:
-        self._count_to(self._prefix_queries, node, queried_tokens)
-        self._count_to(self._prefix_hits, node, hit_tokens)
-        self._count_to(self._evictions, node, evicted_blocks)
+        self._count_to(self._prefix_queries, (node,), queried_tokens)
+        self._count_to(self._prefix_hits, (node,), hit_tokens)
+        self._count_to(self._evictions, (node,), evicted_blocks)
 
-    def _count_to(self, counter: Counter, label: str, total: int) -> None:
+    def _count_to(self, counter: Counter, labels: tuple[str, ...], total: int) -> None:
         """A total that falls begins anew."""
-        seen = self._totals.get((counter, label), 0)
-        counter.labels(label).inc(total - seen if total >= seen else total)
-        self._totals[counter, label] = total
+        seen = self._totals.get((counter, labels), 0)
+        counter.labels(*labels).inc(total - seen if total >= seen else total)
+        self._totals[counter, labels] = total
 
     def render(self) -> bytes:
         """The exposition that `/metrics` serves, of type `content_type`."""

@@ -102,6 +102,19 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of `SpanName`, those that began."""
 
 
+class PrefixPush(msgspec.Struct, frozen=True, kw_only=True):
+    """The beginning of the prompt that the decode node was to push to the prefill node, which lacked it."""
+
+    outcome: str | None = None
+    """`landed`, or why it was computed after all; None while it is under way."""
+    tokens: int = 0
+    """That came; they are among those cached at the prefill node."""
+    kv_bytes: int = 0
+    """That came, apart from those of the receipt, which went the other way."""
+    ms: float | None = None
+    """From the job's arrival until it had landed or was given up, on the prefill node's clock."""
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/requests/{id}`; the field names are the JSON keys that users rely on."""
 
@@ -121,6 +134,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: CachedTokens = CachedTokens()
     kv_bytes: int = 0
     """Sum of the descriptor lengths of the handles that ended DONE."""
+    prefix_push: PrefixPush | None = None
+    """None if nothing was asked of the decode node."""
     retries: int = 0
     spans_ms: Spans = Spans()
     prefill_clock_ms: PrefillClock | None = None

@@ -16,7 +16,7 @@ from disaggd.roles.granting import Granting
 from disaggd.roles.landing import LandingMemory
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
-from disaggd.roles.pushing import Pushing
+from disaggd.roles.pushing import Pushing, layer_groups
 from disaggd.transfer.layout import KVSpec
 from disaggd.transfer.messages import IsReady, TransferCommand
 

@@ -123,6 +123,7 @@ class EngineNode:
             self._loaded.kv_spec,
             self._loaded.engine.pool.num_blocks,
             self._loaded.engine.limits.max_model_len,
+            self._config.pushes_prefixes(self._node),
         )
 
     def _on_link_up(self, link: NodeLink) -> None:

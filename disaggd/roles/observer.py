@@ -76,6 +76,10 @@ class Observer:
         for frame, count in dispatcher.dropped_frames.items():
             self._metrics.count_dropped_frames(frame, count)
         dispatcher.dropped_frames.clear()
+        for (writer, target, outcome), total in dispatcher.prefixes.outcomes.items():
+            self._metrics.count_prefix_pushes(writer, target, outcome, total)
+        for way, tokens in dispatcher.prefixes.num_tokens.items():
+            self._metrics.count_pushed_prefixes(*way, tokens, dispatcher.prefixes.kv_bytes[way])
         self._show_pairs({(pair.writer, pair.target): pair.state for pair in dispatcher.pairs})
 
     def _show_pairs(self, pairs: dict[tuple[NodeName, NodeName], PairState]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from disaggd.cluster.offer import Predicted as PredictedSeconds
 from disaggd.cluster.request import PastAttempt, RoutedSequence, Timeline
+from disaggd.cluster.request import PrefixPush as PushedPrefix
 from disaggd.ids import NodeName
-from disaggd.observe.receipts import Attempt, CachedTokens, Decision, Predicted, PrefillClock, Receipt, Span, SpanName, Spans
+from disaggd.observe.receipts import Attempt, CachedTokens, Decision, Predicted, PrefillClock, PrefixPush, Receipt, Span, SpanName, Spans
 
 
 def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: float) -> Receipt:
@@ -29,6 +30,7 @@ def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: 
         output_tokens=len(record.sent),
         cached_tokens=CachedTokens(record.cached_at_decode, record.cached_at_prefill),
         kv_bytes=record.kv_bytes,
+        prefix_push=_prefix_push(record.prefix_push),
         retries=record.retries,
         spans_ms=_durations(times, is_remote=record.was_remote),
         prefill_clock_ms=_prefill_clock(times) if record.was_remote else None,
@@ -46,6 +48,12 @@ def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: 
 
 def _decision(was_remote: bool, reason: str) -> Decision | None:
     return None if reason == "" else "remote" if was_remote else "local"
+
+
+def _prefix_push(push: PushedPrefix | None) -> PrefixPush | None:
+    if push is None:
+        return None
+    return PrefixPush(outcome=push.outcome, tokens=push.num_tokens, kv_bytes=push.kv_bytes, ms=_rounded(push.took_ms))
 
 
 def _predicted(predicted: PredictedSeconds | None) -> Predicted | None:

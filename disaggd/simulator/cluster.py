@@ -26,10 +26,11 @@ from disaggd.model.spec import ModelSpec
 from disaggd.prefix import PrefixHasher
 from disaggd.roles.assembly import decode_role, dispatch_rules, prefill_role
 from disaggd.roles.compute import Batch, FrameIn, LinkUp, Outbox, Role
+from disaggd.roles.pushing import layer_groups
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 from disaggd.simulator.costs import Costs
 from disaggd.simulator.events import EventLoop
-from disaggd.simulator.node import LINK, NodeClock, SimulatedNode, SimulatedRunner, layer_groups
+from disaggd.simulator.node import LINK, NodeClock, SimulatedNode, SimulatedRunner
 from disaggd.simulator.traces import Lengths
 from disaggd.simulator.transfer import Fabric, SimulatedTransfer
 from disaggd.simulator.wire import Rate, Wire
@@ -179,7 +180,7 @@ class SimulatedCluster:
         return SimulatedNode(self.loop, clock, engine, make(node, engine, outbox, transfer), outbox)
 
     @property
-    def _layer_groups(self) -> list[range]:
+    def _layer_groups(self) -> tuple[range, ...]:
         return layer_groups(self._setup.spec.num_layers, self._config.transfer.layer_group)
 
     def _engine(self, node: NodeConfig, kv: KVSpec, runner: SimulatedRunner, clock: NodeClock) -> Engine:
@@ -236,7 +237,17 @@ class SimulatedCluster:
     def _hello(self, node: NodeConfig, role: Literal["prefill", "decode"]) -> NodeHello:
         engine, kv = self.nodes[node.name].engine, kv_spec(self._setup.spec, node.block_size)
         incarnation = Incarnation(node.name)
-        return NodeHello(PROTOCOL_VERSION, node.name, role, incarnation, MODEL_ID, kv, engine.pool.num_blocks, engine.limits.max_model_len)
+        return NodeHello(
+            PROTOCOL_VERSION,
+            node.name,
+            role,
+            incarnation,
+            MODEL_ID,
+            kv,
+            engine.pool.num_blocks,
+            engine.limits.max_model_len,
+            self._config.pushes_prefixes(node),
+        )
 
     def _heed(self, name: NodeName, batch: Batch) -> None:
         """What a node has sent in one go."""

@@ -71,10 +71,6 @@ class SimulatedRunner:
         return lambda: drawn
 
 
-def layer_groups(num_layers: int, size: int) -> list[range]:
-    return [range(first, min(first + size, num_layers)) for first in range(0, num_layers, size)]
-
-
 class SimulatedNode:
     """One engine node. What it sends is due at the time that its clock shows."""
 

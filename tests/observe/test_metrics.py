@@ -135,6 +135,16 @@ def test_what_nodes_count_is_counted_over_their_restarts(metrics: Metrics, regis
     assert registry.get_sample_value("disaggd_num_preemptions_total", {"node": "d1"}) == 4
 
 
+def test_pushes_of_prefixes_are_counted_by_way_and_outcome(metrics: Metrics, registry: Any) -> None:
+    way = {"writer": "d0", "target": "p0"}
+    for total in (1, 3):
+        metrics.count_prefix_pushes("d0", "p0", "failed", total)
+        metrics.count_pushed_prefixes("d0", "p0", 64 * total, 4096 * total)
+    assert registry.get_sample_value("disaggd_prefix_pushes_total", {**way, "outcome": "failed"}) == 3
+    assert registry.get_sample_value("disaggd_prefix_push_tokens_total", way) == 192
+    assert registry.get_sample_value("disaggd_prefix_push_bytes_total", way) == 12288
+
+
 def test_dropped_frames_are_counted_by_type(metrics: Metrics, registry: Any) -> None:
     metrics.count_dropped_frames("Tokens", 2)
     assert registry.get_sample_value("disaggd_dropped_frames_total", {"frame": "Tokens"}) == 2

@@ -9,7 +9,7 @@ from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
 from tests.support.decode_scripts import P0, Node, S, generate, is_empty, landed, make_decode_node
-from tests.support.role_nodes import BLOCK, LAYER_GROUPS, LEASE_S, LINK, QUIESCE_S, prompt
+from tests.support.role_nodes import BLOCK, HASHER, LAYER_GROUPS, LEASE_S, LINK, QUIESCE_S, prompt
 
 D0 = NodeName("d0")
 T = GrantToken(b"prefix")
@@ -20,7 +20,7 @@ NUM_CACHED = 20
 
 def pushing_node(num_blocks: int = 64) -> Node:
     """A node with `NUM_CACHED` tokens of the prompt cached, and a sequence granted that it has left them out of."""
-    node = make_decode_node(num_blocks, caches=True)
+    node = make_decode_node(num_blocks, hasher=HASHER)
     node.say(ConnectPair(P0, Incarnation("p0-first"), INTAKE, b"", PoolPlace(0, 64)), PairReady(P0, INTAKE))
     node.say(generate(prompt(NUM_CACHED), SeqId("before"), policy="local", max_tokens=1))
     node.run()

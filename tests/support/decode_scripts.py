@@ -104,10 +104,10 @@ def check_decode_pool(node: Node) -> None:
 
     With staging memory the quarantined are of that, and each of its other blocks is free, or waited for in the pool.
     """
-    gauges = node.role.gauges()
-    used = node.running_blocks | {block for placed in node.role._placed.values() for block in placed.prefix}
-    assert gauges.blocks_used == len(used)
-    in_pool = gauges.blocks_free + gauges.blocks_cached + len(used) + gauges.blocks_granted + gauges.blocks_held
+    gauges, placed = node.role.gauges(), node.role._placed
+    used = len(node.running_blocks.union(*(p.prefix for p in placed.values())))
+    assert gauges.blocks_used == used
+    in_pool = gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_granted + gauges.blocks_held
     if node.role._granting._is_staged:
         landing, grants, arrivals = node.role._granting._landings._landing, node.role._grants, node.role._granting.arrivals
         assert in_pool == node.pool.num_blocks

@@ -20,6 +20,8 @@ def exercise() -> CollectorRegistry:
     metrics.observe_finish(remote_receipt())
     metrics.set_queue(1, 100, 0.5)
     metrics.count_queue_drops("full", 1)
+    metrics.count_prefix_pushes("d0", "p0", "landed", 1)
+    metrics.count_pushed_prefixes("d0", "p0", 64, 4096)
     metrics.count_dropped_frames("Tokens", 1)
     metrics.set_node("d0", "decode", True)
     metrics.set_pair("p0", "d0", True)

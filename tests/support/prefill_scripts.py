@@ -15,7 +15,7 @@ from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
-from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
+from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
 
 D0, P0 = NodeName("d0"), NodeName("p0")
 AGENT, INTAKE = AgentId("agent-1"), AgentId("intake-1")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import NodeHello, PairAgent, PairReady
 from disaggd.cluster.moves import DispatchRules
@@ -66,9 +68,16 @@ class Routing:
     """`sent[name]` is what the router sent to a node since `clear`; `say` is what a node answers."""
 
     def __init__(
-        self, prefills: Sequence[NodeName] = (P0,), decodes: Sequence[NodeName] = (D0,), *, credit: int = 1000, **rules: Any
+        self,
+        prefills: Sequence[NodeName] = (P0,),
+        decodes: Sequence[NodeName] = (D0,),
+        *,
+        credit: int = 1000,
+        shares_prefixes: bool = False,
+        **rules: Any,
     ) -> None:
         self.now = 100.0
+        self.shares_prefixes = shares_prefixes
         self.sent: dict[NodeName, list[ToNode]] = {}
         self.updates: list[tuple[SeqId, int]] = []
         """(sequence, its `kv_bytes`) at each `on_update`."""
@@ -88,21 +97,24 @@ class Routing:
     # ── nodes ──
 
     def prefill_up(self, name: NodeName, credit: int = 1000, incarnation: str = "first") -> None:
-        self.dispatcher.prefill_up(PrefillPeer(name, hello(name, incarnation), self.sent.setdefault(name, []).append))
+        self.dispatcher.prefill_up(PrefillPeer(name, self._hello(name, incarnation), self.sent.setdefault(name, []).append))
         self.say(name, Credit(credit))
 
     def decode_up(self, name: NodeName, incarnation: str = "first") -> None:
-        self.dispatcher.decode_up(DecodePeer(name, hello(name, incarnation), self.sent.setdefault(name, []).append))
+        self.dispatcher.decode_up(DecodePeer(name, self._hello(name, incarnation), self.sent.setdefault(name, []).append))
+
+    def _hello(self, name: NodeName, incarnation: str) -> NodeHello:
+        return msgspec.structs.replace(hello(name, incarnation), shares_prefixes=self.shares_prefixes)
 
     def pair_all(self) -> None:
-        for prefill in self.dispatcher.prefills:
-            for decode in self.dispatcher.decodes:
-                self.pair(prefill, decode)
+        for pair in list(self.dispatcher.pairs):
+            self.pair(pair.writer, pair.target)
 
-    def pair(self, prefill: NodeName, decode: NodeName) -> None:
-        incarnation = self.dispatcher.prefills[prefill].hello.incarnation
-        self.say(decode, PairAgent(prefill, incarnation, agent(prefill, decode), b"", PoolPlace(0, 64)))
-        self.say(decode, PairReady(prefill, agent(prefill, decode)))
+    def pair(self, writer: NodeName, target: NodeName) -> None:
+        nodes = {**self.dispatcher.prefills, **self.dispatcher.decodes}
+        incarnation = nodes[writer].hello.incarnation
+        self.say(target, PairAgent(writer, incarnation, agent(writer, target), b"", PoolPlace(0, 64)))
+        self.say(target, PairReady(writer, agent(writer, target)))
 
     def down(self, name: NodeName) -> None:
         self.dispatcher.node_down(name)
@@ -154,10 +166,10 @@ class Routing:
     def need_prefill(self, client: Client, grant: Grant | None = None) -> None:
         self.say(self.decode_of(client), NeedPrefill(client.seq, client.attempt, "long: enough", 0, grant))
 
-    def granted(self, client: Client) -> Grant:
+    def granted(self, client: Client, *, first_token_index: int = 0) -> Grant:
         record = self.record(client)
         assert record.prefill is not None
-        grant = make_grant(client, record.prefill, self.decode_of(client))
+        grant = make_grant(client, record.prefill, self.decode_of(client), first_token_index)
         self.say(self.decode_of(client), Granted(client.seq, client.attempt, grant))
         return grant
 
@@ -209,13 +221,16 @@ class Routing:
         return generate
 
 
-def agent(prefill: NodeName, decode: NodeName) -> AgentId:
-    return AgentId(f"{decode}-for-{prefill}")
+def agent(writer: NodeName, target: NodeName) -> AgentId:
+    return AgentId(f"{target}-for-{writer}")
 
 
-def make_grant(client: Client, prefill: NodeName = P0, decode: NodeName = D0) -> Grant:
-    token = GrantToken(f"{client.seq}/{client.attempt}".encode())
-    return Grant(token, decode, prefill, agent(prefill, decode), 0, (BlockId(1), BlockId(2)), 5.0)
+def make_grant(client: Client, prefill: NodeName = P0, decode: NodeName = D0, first_token_index: int = 0) -> Grant:
+    return grant_of(GrantToken(f"{client.seq}/{client.attempt}".encode()), decode, prefill, first_token_index)
+
+
+def grant_of(token: GrantToken, target: NodeName, writer: NodeName, first_token_index: int = 0) -> Grant:
+    return Grant(token, target, writer, agent(writer, target), first_token_index, (BlockId(1), BlockId(2)), 5.0)
 
 
 def gauges(*, blocks_free: int, blocks_cached: int = 0) -> Gauges:

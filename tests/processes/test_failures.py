@@ -2,14 +2,13 @@
 
 import asyncio
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.clusters import Cluster, running, wait_until
-from tests.support.completions import check, complete_all
+from tests.support.completions import InBackground, check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = pytest.mark.process
@@ -17,24 +16,6 @@ pytestmark = pytest.mark.process
 QUICK = {"quiesce_s": 2.0, "lease_s": 2.0}
 PATIENT = {"cluster": {"heartbeat_s": 5.0}, "transfer": {"quiesce_s": 2.0}}
 """For tests that stop a node: it stays linked, and leases last, for a while."""
-
-
-class InBackground:
-    """Requests under way while the test breaks something. Leaves no thread behind: `replies` joins it."""
-
-    def __init__(self, cluster: Cluster, work: list[tuple[list[int], dict[str, Any]]]) -> None:
-        self._work = work
-        self._replies: list[dict[str, Any]] = []
-        self._thread = threading.Thread(target=self._run, args=(cluster,))
-        self._thread.start()
-
-    def _run(self, cluster: Cluster) -> None:
-        self._replies = asyncio.run(complete_all(cluster, self._work))
-
-    def replies(self) -> list[dict[str, Any]]:
-        self._thread.join(240)
-        assert len(self._replies) == len(self._work), "a request was lost"
-        return self._replies
 
 
 def long_jobs(count: int, oracle: Oracle) -> list[tuple[list[int], dict[str, Any]]]:

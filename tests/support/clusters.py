@@ -95,6 +95,8 @@ class Cluster:
         self.directory = directory
         self.module = module
         self.sections = sections
+        self.port_range = free_port_range()
+        """Where KV travels, unless `sections` say otherwise."""
         self.nodes = {"router": Node("router", "router", free_port())}
         for role, count in (("prefill", prefill), ("decode", decode)):
             for i in range(count):
@@ -123,7 +125,7 @@ class Cluster:
         sections: dict[str, Block] = {
             "model": {"dtype": "float32"},
             "disaggregation": {"max_local_prefill_tokens": 128},
-            "transfer": {"port_range": free_port_range()},
+            "transfer": {"port_range": self.port_range},
         }
         for name, block in self.sections.items():
             sections.setdefault(name, {}).update(block)
@@ -154,7 +156,12 @@ class Cluster:
         """Every node is linked and every pair may push; the router's own readiness gives up waiting for that."""
         shown = self.get("/v1/cluster").json()
         num_pairs = len(self.names("prefill")) * len(self.names("decode"))
-        return all(node["link"] == "up" for node in shown["nodes"]) and [p["state"] for p in shown["pairs"]] == ["ready"] * num_pairs
+        pairs = [pair["state"] for pair in shown["pairs"]]
+        return (
+            all(node["link"] == "up" for node in shown["nodes"])
+            and pairs == ["ready"] * num_pairs
+            and all(pair["state"] == "ready" for pair in shown["prefix_pairs"])
+        )
 
     def names(self, role: str) -> list[str]:
         return [node.name for node in self.nodes.values() if node.role == role]

@@ -249,8 +249,23 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             pair_quantiles("disaggd_kv_transfer_exposed_time_seconds", 0.5, 0.99),
         ),
         Panel(
+            "Prefixes pushed back",
+            "KV of prompts' beginnings, from decode nodes to prefill nodes that lacked them; and the tokens that were not computed.",
+            "short",
+            (
+                Query(rate("disaggd_prefix_push_bytes_total", "writer, target"), "bytes {{writer}} → {{target}}"),
+                Query(rate("disaggd_prefix_push_tokens_total", "writer, target"), "tokens {{writer}} → {{target}}"),
+            ),
+        ),
+        Panel(
+            "Prefix pushes",
+            "What became of them; where they did not land the tokens were computed.",
+            "short",
+            (Query(rate("disaggd_prefix_pushes_total", "outcome"), "{{outcome}}"),),
+        ),
+        Panel(
             "KV paths",
-            "1: the prefill node may push to the decode node.",
+            "1: the one node may push to the other.",
             "short",
             (Query("max by (writer, target) (disaggd_kv_path_up)", "{{writer}} → {{target}}"),),
             most=1,

@@ -76,15 +76,16 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[disaggregation]`: which prompts are prefilled elsewhere."""
 
-    policy: Literal["threshold", "always", "never"] = "threshold"
+    policy: Literal["adaptive", "threshold", "always", "never"] = "adaptive"
+    """`adaptive` weighs what both ways are predicted to take; the others go by length alone."""
     max_local_prefill_tokens: Count = 512
-    """`threshold`: up to so many uncached prompt tokens are prefilled by the decode node itself."""
+    """`threshold`, and `adaptive` before anything was measured: up to so many uncached prompt tokens are prefilled by the decode node."""
     max_prefill_queue: Positive = 16
     """Jobs that may wait for a prefill node; from here on decode nodes prefill locally."""
     max_prefill_queue_tokens: Positive = 262_144
     """Prompt tokens of all jobs that wait; the bound that is reached first counts."""
     ttft_target_ms: Annotated[float, msgspec.Meta(gt=0, le=600_000)] = 2000.0
-    """Time to first token that requests should meet: it orders the prefill queue."""
+    """Time to first token that requests should meet: it orders the prefill queue, and `adaptive` shuns what puts it at risk."""
     itl_target_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] | None = None
     """Inter-token latency that running streams should meet while a prompt is prefilled beside them: it sizes the prompt's chunks.
     None: chunks are as large as `max_step_tokens` allows."""

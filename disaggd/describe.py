@@ -172,6 +172,8 @@ def _policy(config: Config) -> str:
         return "every prompt is prefilled by its decode node"
     if rules.policy == "always":
         return "every prompt is prefilled by a prefill node"
+    if rules.policy == "adaptive":
+        return "each prompt is prefilled where that is predicted to cost least"
     return f"prompts over {rules.max_local_prefill_tokens} uncached tokens are prefilled by a prefill node"
 
 

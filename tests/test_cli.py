@@ -195,7 +195,7 @@ def test_check_cuts_no_name_and_no_address(
 
 
 def test_the_policy_fits_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config.write_text("[disaggregation]\nmax_local_prefill_tokens = 100000\n" + ROUTER + DECODE + PREFILL)
+    config.write_text('[disaggregation]\npolicy = "threshold"\nmax_local_prefill_tokens = 100000\n' + ROUTER + DECODE + PREFILL)
     assert run("check", "--config", str(config)) == 0
     [policy] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
     assert "prompts over 100000 uncached tokens" in policy

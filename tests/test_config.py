@@ -93,7 +93,7 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (CLUSTER.replace('"p0"', '"p 0"'), 'node[1] (p 0).name: expected up to 63 ASCII letters, digits, "_", "." and "-"'),
         (ROUTER + 'kv_cache = "1GiB"\n' + DECODE, "node[0] (router).kv_cache: has no meaning for a router"),
         (f'[model]\ndtype = "float23"\n{CLUSTER}', "model.dtype: 'float23' is not one of auto, float32, bfloat16, float16 (float32?)"),
-        (f'[disaggregation]\npolicy = "zzz"\n{CLUSTER}', "disaggregation.policy: 'zzz' is not one of threshold, always, never"),
+        (f'[disaggregation]\npolicy = "zzz"\n{CLUSTER}', "disaggregation.policy: 'zzz' is not one of adaptive, threshold, always, never"),
         (f'[model]\nweights = "int4"\n{CLUSTER}', "model.weights: 'int4' is not one of auto, int8 (int8?)"),
         (
             f'[model]\nweights = "int8"\n{CLUSTER}device = "cuda:1"',

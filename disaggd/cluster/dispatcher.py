@@ -17,6 +17,7 @@ from functools import singledispatchmethod
 from disaggd.cluster import hello, protocol
 from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
+from disaggd.cluster.offer import Predicted
 from disaggd.cluster.peers import DecodePeer, Peer, PrefillPeer
 from disaggd.cluster.protocol import ToRouter
 from disaggd.cluster.request import Phase, Request, RoutedSequence, Sink, Timeline
@@ -140,7 +141,8 @@ class Dispatcher:
         self.credits.give_back(record)
         record.move(Phase.DECODING)
         record.was_remote, record.reason, record.cached_at_decode = False, record.forced_local or frame.reason, frame.num_cached
-        record.predicted, record.timeline.decided = frame.predicted, self._clock()
+        record.timeline.decided = self._clock()
+        _note_prediction(record, peer, frame.predicted)
         return self._moves.dispatch()
 
     @_from_decode.register
@@ -149,7 +151,7 @@ class Dispatcher:
         if record is None or record.phase is not Phase.PLACED:
             return self._moves.drop(frame)
         record.was_remote, record.reason, record.cached_at_decode = True, frame.reason, frame.num_cached
-        record.predicted = frame.predicted
+        _note_prediction(record, peer, frame.predicted)
         record.timeline.decided = record.timeline.queued = self._clock()
         if frame.grant is not None and (prefill := self.prefills.get(frame.grant.writer)) is not None:
             return self._moves.forward(record, prefill, frame.grant)
@@ -325,3 +327,9 @@ class Dispatcher:
     @_from_either.register
     def _(self, frame: protocol.Quiesced, peer: Peer) -> None:
         self.grants.on_quiesced(frame)
+
+
+def _note_prediction(record: RoutedSequence, peer: DecodePeer, predicted: Predicted | None) -> None:
+    record.predicted = predicted
+    if predicted is not None:
+        peer.breakeven_tokens = predicted.breakeven_tokens

@@ -119,6 +119,8 @@ class DecodePeer:
     """Context tokens of the sequences placed there."""
     earmarks: dict[SeqId, None] = field(default_factory=dict)
     """Sequences that wait for a grant, and for which it keeps what comes free: for the first of them first."""
+    breakeven_tokens: int | None = None
+    """From so many uncached tokens on a prompt cost less elsewhere when it last decided; None while it cannot tell."""
 
     def has_nothing_for(self, seq: SeqId, waiting: PrefillQueue) -> bool:
         """Whether a grant to the sequence would be refused: there is no room, or what there is is kept for others.

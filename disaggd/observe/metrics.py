@@ -90,6 +90,7 @@ class Metrics:
             "waiting": _per_node("num_requests_waiting", "Sequences that wait for blocks or a place", registry),
             "queued": _per_node("num_requests_prefilled_elsewhere", "Sequences that wait for a prefill elsewhere", registry),
         }
+        self._breakeven = _per_node("breakeven_tokens", "Uncached tokens from which a prefill elsewhere costs less", registry)
         self._backlog = _per_node("prefill_backlog_tokens", "Prompt tokens that wait, or are half computed", registry)
         self._preemptions = Counter("disaggd_num_preemptions", "Sequences preempted for want of blocks", ["node"], registry=registry)
 
@@ -187,7 +188,7 @@ class Metrics:
         """The node's link is up or down. What is down shows no blocks and no sequences."""
         self._node_up.labels(node, role).set(up)
         if not up:
-            for gauge in (self._blocks, self._usage, self._backlog, self._indexed, *self._sequences.values()):
+            for gauge in (self._blocks, self._usage, self._backlog, self._breakeven, self._indexed, *self._sequences.values()):
                 gauge.remove_by_labels({"node": node})
 
     def set_pair(self, writer: str, target: str, is_ready: bool) -> None:
@@ -220,6 +221,10 @@ class Metrics:
     def set_backlog(self, node: str, num_tokens: int) -> None:
         """Prompt tokens that wait in the node's engine, or are half computed there."""
         self._backlog.labels(node).set(num_tokens)
+
+    def set_breakeven(self, node: str, num_tokens: int) -> None:
+        """From so many uncached tokens on a prompt would have cost less elsewhere when the decode node last decided."""
+        self._breakeven.labels(node).set(num_tokens)
 
     def set_indexed(self, node: str, num_blocks: int) -> None:
         """Blocks that the router's index has of the node."""

@@ -59,6 +59,8 @@ class Predicted(msgspec.Struct, frozen=True, kw_only=True):
     remote_ttft_ms: float | None = None
     local_damage_ms: float | None = None
     """What a prefill at decode would have cost the sequences that run there, together."""
+    breakeven_tokens: int | None = None
+    """From so many uncached tokens on a prompt would have cost less elsewhere."""
 
     def ttft_ms(self, decision: Decision) -> float | None:
         """Of the way that was taken."""

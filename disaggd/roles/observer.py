@@ -73,6 +73,9 @@ class Observer:
             self._metrics.count_queue_drops(reason, total)
         for node in (*dispatcher.prefills, *dispatcher.decodes):
             self._metrics.set_indexed(node, dispatcher.caches.index.num_held(node))
+        for name, decode in dispatcher.decodes.items():
+            if decode.breakeven_tokens is not None:
+                self._metrics.set_breakeven(name, decode.breakeven_tokens)
         for frame, count in dispatcher.dropped_frames.items():
             self._metrics.count_dropped_frames(frame, count)
         dispatcher.dropped_frames.clear()

@@ -63,6 +63,7 @@ def _predicted(predicted: PredictedSeconds | None) -> Predicted | None:
         local_ttft_ms=_in_ms(predicted.local_ttft_s),
         remote_ttft_ms=_in_ms(predicted.remote_ttft_s),
         local_damage_ms=_in_ms(predicted.local_damage_s),
+        breakeven_tokens=predicted.breakeven_tokens,
     )
 
 

@@ -116,6 +116,7 @@ def test_a_node_that_went_down_holds_nothing(metrics: Metrics, registry: Any) ->
         metrics.set_sequences(node, {"running": 1})
         metrics.set_backlog(node, 5)
         metrics.set_indexed(node, 5)
+        metrics.set_breakeven(node, 700)
     metrics.set_node("d0", "decode", up=False)
     assert registry.get_sample_value("disaggd_node_up", {"node": "d0", "role": "decode"}) == 0
     shown = [sample for family in registry.collect() for sample in family.samples if sample.labels.get("node") == "d0"]

@@ -124,7 +124,7 @@ class Cluster:
     def write_config(self) -> None:
         sections: dict[str, Block] = {
             "model": {"dtype": "float32"},
-            "disaggregation": {"max_local_prefill_tokens": 128},
+            "disaggregation": {"policy": "threshold", "max_local_prefill_tokens": 128, "self_measurement": False},
             "transfer": {"port_range": self.port_range},
         }
         for name, block in self.sections.items():

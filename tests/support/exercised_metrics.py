@@ -29,6 +29,7 @@ def exercise() -> CollectorRegistry:
     metrics.set_sequences("d0", {"waiting": 1, "running": 1, "queued": 1})
     metrics.set_backlog("d0", 100)
     metrics.set_indexed("d0", 1)
+    metrics.set_breakeven("d0", 700)
     metrics.count_preemptions("d0", 1)
     metrics.count_prefixes("d0", queried_tokens=100, hit_tokens=50, evicted_blocks=1)
     return registry

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {"rope_parameters": LLAMA3_ROPE},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "attentionbias": {"attention_bias": True},
+    "narrow": {"intermediate_size": 96},  # decode has no kernel for all layers of such a shape
     "window": {"sliding_window": 21},
     "qwenwindow": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
 }
@@ -53,7 +54,7 @@ def _build(name: str) -> transformers.PreTrainedModel:
     settings = {
         "vocab_size": 151,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -9,7 +9,7 @@ from disaggd.model.weights import load_weights
 TOLERANCE = 1e-4  # float32; the logits' magnitude is about 5
 CPU = torch.device("cpu")
 NAMES = [f"{family}{tied}{mha}" for family in ("llama", "mistral", "qwen2", "qwen3") for tied in ("", "-tied") for mha in ("", "-mha")]
-NAMES += ["llama-rope", "llama-biases", "qwen3-attentionbias", "mistral-window", "qwen2-qwenwindow"]
+NAMES += ["llama-rope", "llama-biases", "qwen3-narrow", "qwen3-attentionbias", "mistral-window", "qwen2-qwenwindow"]
 
 
 def prompt(length, seed=0):

@@ -138,6 +138,8 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
         yield "why", receipt.reason
     if (predicted := _prediction(receipt)) is not None:
         yield "predicted", predicted
+    if receipt.predicted is not None and receipt.predicted.breakeven_tokens is not None:
+        yield "break-even", f"{receipt.predicted.breakeven_tokens:,} uncached tokens"
     if receipt.spans_ms.first_token is not None:
         yield "first token", f"after {duration(receipt.spans_ms.first_token)}{_verdict(receipt)}"
     if receipt.attempts and (waited := receipt.attempts[-1]).queue_depth is not None:

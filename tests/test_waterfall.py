@@ -84,12 +84,13 @@ def test_an_attempt_that_failed_says_when_and_why_between_its_bars_and_the_next_
 
 def test_the_head_says_what_was_decided_and_why_what_was_expected_and_what_came() -> None:
     head = "\n".join(
-        page(remote_receipt(cached_tokens=CachedTokens(decode=128, prefill=64), priority=-5, session="s1", policy="remote"))[:9]
+        page(remote_receipt(cached_tokens=CachedTokens(decode=128, prefill=64), priority=-5, session="s1", policy="remote"))[:10]
     )
     assert head.startswith("remote-1  remote p0→d0  length after 1.20 s\n")
     for text in (
         "why          long: 1500 uncached tokens > 512",
         "predicted    remote 120 ms against local 310 ms and 14.0 ms for others",
+        "break-even   430 uncached tokens",
         "first token  after 131 ms; the prediction was 8% too low",
         "queued       2 of the 5 jobs that waited were before it",
         "prompt       1,500 tokens, of them cached: 128 at decode, 64 at prefill",

@@ -131,6 +131,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             quantiles("disaggd_ttft_prediction_error_ratio", 0.5, 0.9, by="decision"),
         ),
         Panel(
+            "Break-even",
+            "From so many uncached tokens on a prompt would have cost less elsewhere when its decode node last decided.",
+            "short",
+            (Query(of_nodes("disaggd_breakeven_tokens"), "{{node}}"),),
+        ),
+        Panel(
             "Where the time went",
             "Medians of the parts of a request.",
             "s",

@@ -2,7 +2,7 @@
 
 from disaggd.observe.receipts import Attempt, CachedTokens, Predicted, PrefillClock, Receipt, Span, Spans
 
-PREDICTED = Predicted(local_ttft_ms=310.0, remote_ttft_ms=120.0, local_damage_ms=14.0)
+PREDICTED = Predicted(local_ttft_ms=310.0, remote_ttft_ms=120.0, local_damage_ms=14.0, breakeven_tokens=430)
 
 
 def local_receipt(request_id: str = "local-1", **fields: object) -> Receipt:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,6 @@ from machine import Load, LoadMeter, Machine, describe_machine, together
 from models import BUILTIN, resolve
 from report import Table, section, show, write_json
 from samples import Spread, spread
-from timeline import Lane, draw
 
 from disaggd.model.directory import open_directory
 from disaggd.observe.receipts import Receipt
@@ -279,13 +279,13 @@ def _by_setting(windows: list[Window]) -> dict[str, list[Window]]:
     return {name: [one for one in windows if one.setting == name] for name in dict.fromkeys(one.setting for one in windows)}
 
 
-def lanes(windows: list[Window]) -> list[Lane]:
+def draw(windows: list[Window], title: str, path: Path) -> None:
     """Of each setting the round that is typical by its worst gap."""
-    return [
-        Lane(one.setting, one.gaps, [long.sent_s for long in one.longs], [long.first_s for long in one.longs])
-        for found in _by_setting(windows).values()
-        for one in [sorted(found, key=lambda one: one.itl_ms.max)[len(found) // 2]]
-    ]
+    from timeline import Lane, draw_lanes  # noqa: PLC0415  only a picture wants matplotlib
+
+    typical = [sorted(found, key=lambda one: one.itl_ms.max)[len(found) // 2] for found in _by_setting(windows).values()]
+    lanes = [Lane(one.setting, one.gaps, [long.sent_s for long in one.longs], [long.first_s for long in one.longs]) for one in typical]
+    draw_lanes(lanes, title, path)
 
 
 def _brief(window: Window) -> str:
@@ -333,6 +333,8 @@ def main(
     Every turn starts a cluster, sets its streams going, and sends a long prompt every few seconds; the settings take turns. Times are taken
     at the client's sockets, by the kernel. Streams end when their client leaves, after the window.
     """
+    if png is not None and find_spec("matplotlib") is None:
+        raise click.UsageError("--png wants matplotlib: pip install -e '.[bench]'")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster of the moment is ended too
     job = Job(
         model=model,
@@ -356,7 +358,7 @@ def main(
             click.echo(_brief(windows[-1]), err=True)
             write_json(json_path, Report(job, describe_machine(), windows))
     if png is not None:
-        draw(lanes(windows), f"What {job.streams} streams feel of prompts of {job.prompt:,} tokens, {len(cpus)} cores", png)
+        draw(windows, f"What {job.streams} streams feel of prompts of {job.prompt:,} tokens, {len(cpus)} cores", png)
     tables = [figures(windows)] + ([ratios(windows)] if len(chosen) > 1 and not only else [])
     load = (
         f"{job.streams} streams from {job.context} tokens of context; {job.prompt:,} tokens every {job.every_s:g} s, {job.prompts} a round"

@@ -32,7 +32,7 @@ class Lane(msgspec.Struct, frozen=True):
     """When its first token did."""
 
 
-def draw(lanes: Sequence[Lane], title: str, path: Path) -> None:
+def draw_lanes(lanes: Sequence[Lane], title: str, path: Path) -> None:
     """Write a PNG."""
     mpl.use("agg")
     with mpl.rc_context(_STYLE):

@@ -167,6 +167,7 @@ def _checked_url(url: str) -> str:
 @click.option("--slow-link-at", type=click.FloatRange(0, 1), help="After this part of the requests, every KV link slows down …")
 @click.option("--slow-link-mbit", type=_POSITIVE, help="… to this rate.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option("--outcomes", type=click.Path(path_type=Path), help="Write a line of JSON for every request to this file.")
 @click.pass_obj
 def simulate(outer_path: Path | None, /, config_path: Path | None, **options: Any) -> None:
     """Replay a trace of requests on this cluster in virtual time, under several policies, and compare them.

@@ -46,6 +46,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ended_s: float
     predicted_ttft_ms: float | None
     """When the decision was made; None if nobody could tell."""
+    breakeven_tokens: int | None
+    """From so many uncached tokens on a prompt would have cost less elsewhere at that moment; None if nobody could tell."""
     queued_ms: float | None
     """In the router's prefill queue."""
     retries: int
@@ -77,6 +79,7 @@ def outcome_of(client: Client, start_s: float) -> Outcome:
         gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(client.tokens_at)),
         ended_s=(client.tokens_at[-1] if client.tokens_at else client.arrived_at) - start_s,
         predicted_ttft_ms=None if predicted_s is None else predicted_s * 1e3,
+        breakeven_tokens=None if record is None or record.predicted is None else record.predicted.breakeven_tokens,
         queued_ms=None if times is None or times.queued is None or times.dispatched is None else (times.dispatched - times.queued) * 1e3,
         retries=0 if record is None else record.retries,
     )

@@ -58,6 +58,14 @@ def test_json_has_every_figure(trace: Path, capsys: pytest.CaptureFixture[str]) 
     assert result["whole"]["ttft_ms"]["p50"] > 0 and result["before"] is None
 
 
+def test_every_request_is_a_line_of_outcomes(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "outcomes.jsonl"
+    assert simulate("--trace", trace, "--policy", "always", "--policy", "never", "--outcomes", path) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["policy"] for line in lines] == ["always"] * 12 + ["never"] * 12
+    assert all(line["ttft_ms"] > 0 and len(line["gaps_ms"]) == line["output_tokens"] - 1 for line in lines)
+
+
 def test_a_link_that_slows_down_has_halves(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = ("--slow-link-at", 0.5, "--slow-link-mbit", 10)
     assert simulate("--trace", trace, "--policy", "always", "--json", *slow) == 0
@@ -81,6 +89,15 @@ def test_policies_and_ways_to_route_are_compared_each_with_each(trace: Path, cap
     assert [result["whole"]["policy"] for result in results] == ["always", "always, round_robin", "never", "never, round_robin"]
 
 
+def test_a_cluster_without_a_file_has_the_slos_as_its_targets(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts beside streams are cut so that no step takes longer."""
+    longest = []
+    for slo in ((), ("--itl-slo-ms", 60)):
+        assert simulate("--trace", trace, "--policy", "never", "--rate-scale", 8, "--json", *slo) == 0
+        longest.append(json.loads(capsys.readouterr().out)["results"][0]["whole"]["itl_ms"]["max"])
+    assert longest[0] > 100 and longest[1] <= 60
+
+
 def test_longer_lengths_take_longer(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     means = []
     for scale in (0.5, 1.0):
@@ -102,6 +119,7 @@ def test_longer_lengths_take_longer(trace: Path, capsys: pytest.CaptureFixture[s
         (("--routing", "random"), "--routing"),
         (("--slow-link-at", "0.5"), "go together"),
         (("--costs", "nowhere.toml"), "cannot be read"),
+        (("--outcomes", "no/such/directory/file"), "cannot be written"),
         (("--config", "nowhere.toml"), "no such file"),
         (("--rate-scale", "0"), "--rate-scale"),
         (("--config", "nowhere.toml", "--nodes", "1P1D"), "give one of them"),

@@ -21,6 +21,7 @@ def outcome(
         gaps_ms=gaps_ms,
         ended_s=arrived_s + 10,
         predicted_ttft_ms=80.0,
+        breakeven_tokens=None,
         queued_ms=None,
         retries=0,
     )

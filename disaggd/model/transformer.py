@@ -55,7 +55,9 @@ class Transformer:
         residual = F.embedding(batch.tokens, self.embedding)
         rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
         x = self._layers_of(batch, residual, rotation, kv, layers_done)
-        return self.head(self.norm(x[batch.logit_rows], residual[batch.logit_rows])).float()
+        if len(batch.logit_rows) < len(batch.tokens):
+            x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+        return self.head(self.norm(x, residual)).float()
 
     def _layers_of(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
         """`residual` goes through the layers in place; returns what the last one adds to it."""

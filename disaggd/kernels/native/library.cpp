@@ -54,8 +54,9 @@ void take_part(void* data) {
 
 bool has_threads() { return GOMP_parallel && omp_get_max_threads && omp_get_max_threads() > 1 && !omp_in_parallel(); }
 
-// Looks so often before it sleeps: some 20 µs, longer than one item of work, and short beside a thread that was put off its processor.
-constexpr int LOOKS = 1000;
+// Looks so often before it sleeps: some 20 to 40 µs, longer than an item of a small model, and short beside what a thread misses that was
+// put off its processor. As often as OpenMP's threads do, see launch.py.
+constexpr int LOOKS = 2000;
 
 void sleep_while(int* word, int value) {
 #if defined(__linux__)

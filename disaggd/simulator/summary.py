@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import msgspec
 
-from disaggd.cluster.request import RoutedSequence
 from disaggd.observe.spread import Spread, spread
+from disaggd.roles.receipts import make_receipt
 from disaggd.simulator.cluster import Client
 
 
@@ -44,26 +44,19 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: float | None
     gaps_ms: tuple[float, ...]
     ended_s: float
-    predicted_ttft_ms: float | None
-    """When the decision was made; None if nobody could tell."""
+    prediction_error: float | None
+    """Of the TTFT, as in receipts: (predicted − actual) / actual; None if nobody could tell."""
     breakeven_tokens: int | None
     """From so many uncached tokens on a prompt would have cost less elsewhere at that moment; None if nobody could tell."""
     queued_ms: float | None
     """In the router's prefill queue."""
     retries: int
 
-    @property
-    def ttft_error(self) -> float | None:
-        """By what part of what was felt the prediction was wrong."""
-        if self.predicted_ttft_ms is None or self.ttft_ms is None:
-            return None
-        return abs(self.predicted_ttft_ms - self.ttft_ms) / self.ttft_ms
-
 
 def outcome_of(client: Client, start_s: float) -> Outcome:
     record = client.record
     times = None if record is None else record.timeline
-    predicted_s = None if record is None else _predicted_s(record)
+    receipt = None if record is None else make_receipt(record, "", now=0.0, since_epoch_s=0.0)
     return Outcome(
         arrived_s=client.arrived_at - start_s,
         prompt_tokens=client.row.num_input,
@@ -78,18 +71,11 @@ def outcome_of(client: Client, start_s: float) -> Outcome:
         ttft_ms=(client.tokens_at[0] - client.arrived_at) * 1e3 if client.tokens_at else None,
         gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(client.tokens_at)),
         ended_s=(client.tokens_at[-1] if client.tokens_at else client.arrived_at) - start_s,
-        predicted_ttft_ms=None if predicted_s is None else predicted_s * 1e3,
+        prediction_error=None if receipt is None else receipt.prediction_error,
         breakeven_tokens=None if record is None or record.predicted is None else record.predicted.breakeven_tokens,
         queued_ms=None if times is None or times.queued is None or times.dispatched is None else (times.dispatched - times.queued) * 1e3,
         retries=0 if record is None else record.retries,
     )
-
-
-def _predicted_s(record: RoutedSequence) -> float | None:
-    """Of the way that was taken."""
-    if record.predicted is None:
-        return None
-    return record.predicted.remote_ttft_s if record.was_remote else record.predicted.local_ttft_s
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +92,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: Spread | None
     itl_ms: Spread | None
     queued_ms: Spread | None
-    ttft_error: Spread | None
-    """Predicted against felt, as a part of what was felt."""
+    prediction_error: Spread | None
+    """Of the TTFT, whichever way."""
     remote_share: float
     prompt_tokens: int
     cached_at_decode: int
@@ -128,7 +114,7 @@ def summarize(policy: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         ttft_ms=spread(_known(one.ttft_ms for one in outcomes)),
         itl_ms=spread(gap for one in outcomes for gap in one.gaps_ms),
         queued_ms=spread(_known(one.queued_ms for one in outcomes)),
-        ttft_error=spread(_known(one.ttft_error for one in outcomes)),
+        prediction_error=spread(abs(error) for error in _known(one.prediction_error for one in outcomes)),
         remote_share=sum(one.remote for one in outcomes) / len(outcomes),
         prompt_tokens=sum(one.prompt_tokens for one in outcomes),
         cached_at_decode=sum(one.cached_at_decode for one in outcomes),

@@ -65,7 +65,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         *_ends(summary.queued_ms),
         f"{summary.cached_at_decode / summary.prompt_tokens:.1%}",
         f"{summary.cached_at_prefill / summary.prompt_tokens:.1%}",
-        *(("", "") if summary.ttft_error is None else (f"{summary.ttft_error.p50:.0%}", f"{summary.ttft_error.p90:.0%}")),
+        *(("", "") if summary.prediction_error is None else (f"{summary.prediction_error.p50:.0%}", f"{summary.prediction_error.p90:.0%}")),
     )
 
 

@@ -20,7 +20,7 @@ def outcome(
         ttft_ms=ttft_ms,
         gaps_ms=gaps_ms,
         ended_s=arrived_s + 10,
-        predicted_ttft_ms=80.0,
+        prediction_error=-0.25,
         breakeven_tokens=None,
         queued_ms=None,
         retries=0,
@@ -56,5 +56,5 @@ def test_a_summary_counts_what_became_of_all() -> None:
     assert found.ttft_ms is not None and (found.ttft_ms.count, found.ttft_ms.p50) == (2, 200.0)
     assert found.itl_ms is not None and found.itl_ms.mean == 30.0
     assert found.queued_ms is None
-    assert found.ttft_error is not None and found.ttft_error.max == pytest.approx(220 / 300)
+    assert found.prediction_error is not None and found.prediction_error.max == 0.25
     assert (found.remote_share, found.prompt_tokens, found.cached_at_decode) == (1 / 3, 150, 30)

@@ -145,8 +145,8 @@ class Scheduler:
         return [blocks for _, blocks in takewhile(lambda earmark: earmark[0] is not sequence, self.earmarks.items())]
 
     def _limit_prefill(self, step: "_Step", prefills: list[Sequence]) -> None:
-        """Leave the step, which has its decodes, no more tokens than it has time for; but always enough for the first to advance."""
-        if not step.chunks or not prefills:
+        """Leave the step, which has its decodes, no more tokens than it has time for; but always enough for the first prompt to advance."""
+        if not prefills:
             return
         first = prefills[0]
         context = sum(chunk.end for chunk in step.chunks)

@@ -109,6 +109,9 @@ class StepPace:
 
     def __init__(self, itl_target_s: float | None, clock: Callable[[], float]) -> None:
         self.itl_target_s = itl_target_s
+        self.is_expecting = False
+        """Sequences may be resumed at any moment whose first token is out already: their second comes with the step after the one that is
+        under way then, so that no step may take more than half of the target."""
         self._clock = clock
         self._last_settled = 0.0
         self._num_decode_steps = 0
@@ -141,10 +144,13 @@ class StepPace:
         return self._num_decode_steps % DECODES_PER_SAMPLE == 0
 
     def prefill_tokens(self, decodes: int, decode_context: int, start: int) -> int | None:
-        """How many prefill tokens, the first of them after `start` others, a step beside these decodes has time for. None: no limit."""
+        """How many prefill tokens, the first of them after `start` others, a step beside these decodes has time for.
+
+        None: no limit; so it is without decodes, unless some are expected.
+        """
         cost = self.cost
-        if self.itl_target_s is None or cost is None or not decodes:
+        if self.itl_target_s is None or cost is None or not (decodes or self.is_expecting):
             return None
-        left_s = self.itl_target_s - cost.decode_step_s(decodes, decode_context)
+        left_s = self.itl_target_s / (2 if self.is_expecting else 1) - cost.decode_step_s(decodes, decode_context)
         tokens = cost.prefill_tokens_in(left_s, start)
         return None if tokens == float("inf") else int(tokens)

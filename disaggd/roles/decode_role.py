@@ -110,6 +110,8 @@ class DecodeRole:
         self._prefilling: dict[Sequence, LocalSpan] = {}
         self._turn_began = 0.0
         """A step begins right after the tick."""
+        self._has_resumed = False
+        """The next step is the first of some sequence whose first token came from elsewhere."""
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -362,6 +364,8 @@ class DecodeRole:
         for link in self._links_with_room():
             self._thought_full.discard(link)
             self._outbox.send(link, Room())
+        self._engine.pace.is_expecting = self._has_resumed or self._granting.is_expecting
+        self._has_resumed = False
 
     def next_deadline(self) -> float | None:
         if self._links_with_room():
@@ -390,6 +394,7 @@ class DecodeRole:
 
     def _resume(self, placed: Placed, blocks: list[BlockId], first: FirstToken) -> None:
         """Its KV is in what was cached and in `blocks`, which become the sequence's: it runs."""
+        self._has_resumed = True
         prefix, placed.prefix = placed.prefix, []
         num_cached = len(prefix) * self._pool.block_size
         output = self._engine.resume(placed.sequence, prefix + blocks, first.token, first.logprob, num_cached=num_cached)

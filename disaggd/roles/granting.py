@@ -204,6 +204,11 @@ class Granting:
         return records
 
     @property
+    def is_expecting(self) -> bool:
+        """Whether grants are out, or in and being copied."""
+        return bool(self.arrivals or self.book.num_granted)
+
+    @property
     def blocks_granted(self) -> int:
         """Of the pool."""
         return self._landings.num_reserved if self._is_staged else self.book.blocks_granted

@@ -15,11 +15,12 @@ class Budget:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self.limits_alone = False
         self.asked: list[tuple[int, int, int]] = []
 
     def prefill_tokens(self, decodes: int, decode_context: int, start: int) -> int | None:
         self.asked.append((decodes, decode_context, start))
-        return self.limit
+        return self.limit if decodes or self.limits_alone else None
 
 
 class Bench:
@@ -73,7 +74,12 @@ def test_the_budget_is_told_what_it_is_about() -> None:
 def test_with_none_running_the_whole_step_is_the_prompts() -> None:
     bench = Bench(limit=50, num_decodes=0)
     assert bench.chunk_ends(bench.wait(700)) == [512, 700]
-    assert bench.budget.asked == []
+
+
+def test_the_budget_may_limit_a_step_without_decodes() -> None:
+    bench = Bench(limit=50, num_decodes=0)
+    bench.budget.limits_alone = True
+    assert bench.chunk_ends(bench.wait(100)) == [48, 96, 100]
 
 
 def test_prefill_always_advances() -> None:

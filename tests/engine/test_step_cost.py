@@ -83,6 +83,16 @@ def test_without_decodes_or_without_a_target_there_is_no_limit() -> None:
     assert free.pace.prefill_tokens(8, 4000, 0) is None
 
 
+def test_a_step_is_half_as_long_while_a_sequence_is_expected_and_limited_without_decodes_too() -> None:
+    machine = Machine(0.08)
+    machine.warm()
+    machine.pace.is_expecting = True
+    beside, alone = machine.pace.prefill_tokens(8, 4000, 0), machine.pace.prefill_tokens(0, 0, 0)
+    assert beside is not None and alone is not None
+    assert TRUTH.decode_step_s(8, 4000) + TRUTH.prefill_s(beside, 0) < 1.15 * 0.04
+    assert 0.85 * 0.04 < TRUTH.decode_step_s(0, 0) + TRUTH.prefill_s(alone, 0) < 1.15 * 0.04
+
+
 def test_a_machine_that_slows_down_is_followed_within_twenty_steps() -> None:
     machine = Machine(0.06)
     machine.warm()

@@ -264,6 +264,23 @@ def test_nothing_is_kept_for_a_sequence_that_is_gone() -> None:
     assert len(delivered(node, local)) == 1
 
 
+def test_steps_are_short_from_a_grant_to_the_first_step_of_its_sequence() -> None:
+    """Its first token is with the client meanwhile, who counts the time to the second."""
+    node = make_decode_node()
+    pace = node.engine.pace
+    node.after(0.1)
+    assert not pace.is_expecting
+    grant = granted(node, S, 20)
+    node.after(0.1)
+    assert pace.is_expecting
+    landed(node, grant, 20)
+    node.after(0.0)
+    assert pace.is_expecting, "the next step is its first"
+    node.step()
+    node.after(0.0)
+    assert not pace.is_expecting
+
+
 def test_growth_of_running_sequences_comes_before_grants() -> None:
     """Free blocks must leave one for each running sequence and 5 % of the pool."""
     node = make_decode_node(num_blocks=20)

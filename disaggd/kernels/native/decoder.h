@@ -80,7 +80,8 @@ template <class T> struct Decoder {
             panels.compute(width + column);
             for (int64_t row = 0; row < decoder.d.rows; row++) {
                 const T* gate = (const T*)panels.out + row * 2 * width + column;
-                silu_mul_part(gate, gate + width, decoder.to.mixed + row * width + column, decoder.panel());
+                T* const to = decoder.to.mixed + row * width + column;
+                for (int64_t i = 0; i < decoder.panel(); i += W) store(to + i, silu(load(gate + i)) * load(gate + width + i));
             }
         });
     }

@@ -104,15 +104,12 @@ INLINE F silu(F x) {
     return x / (1.0f + exp2(exponent < broadcast(127.0f) ? exponent : broadcast(127.0f)));
 }
 
-template <class T> INLINE void silu_mul_part(const T* gate, const T* up, T* to, int64_t count) {
-    each_vector(count, [&](int64_t i) { store(to + i, silu(load(gate + i)) * load(up + i)); },
-                [&](int64_t i, int64_t part) { store_part(to + i, silu(load_part(gate + i, part)) * load_part(up + i, part), part); });
-}
-
 template <class T> void silu_mul_rows(const SiluMul& a, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; row++) {
-        const T* gate = (const T*)a.gate_up + row * 2 * a.width;
-        silu_mul_part(gate, gate + a.width, (T*)a.out + row * a.width, a.width);
+        const T *gate = (const T*)a.gate_up + row * 2 * a.width, *up = gate + a.width;
+        T* to = (T*)a.out + row * a.width;
+        each_vector(a.width, [&](int64_t i) { store(to + i, silu(load(gate + i)) * load(up + i)); },
+                    [&](int64_t i, int64_t part) { store_part(to + i, silu(load_part(gate + i, part)) * load_part(up + i, part), part); });
     }
 }
 

@@ -45,7 +45,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     made.nodes["p0"].options["device"], made.nodes["d0"].options["device"] = request.param
     with running(made) as cluster:
         for policy in ("local", "remote"):
-            cluster.complete(prompt_of(2000, gpu_oracle, salt=99), **OPTIONS, headers={"x-disaggd-policy": policy})
+            cluster.complete(prompt_of(2000, gpu_oracle), **OPTIONS, headers={"x-disaggd-policy": policy})
         cluster.wait_idle(30)
         yield cluster
 

@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 import time
-from itertools import cycle
 from pathlib import Path
 from statistics import mean, median
 
@@ -40,22 +39,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     block_size: int
     """Tokens, and what one of the trace's ids stands for."""
+    weights: dict[str, float]
+    """Of `[routing]`, where they are not the default's."""
     concurrency: int
     rounds: int
 
 
-class Routing(msgspec.Struct, frozen=True):
-    name: str
-    weights: Fields
-    """Of `[routing]`."""
-    is_in_turn: bool
-    """Requests name two sessions in turn. Where nothing costs anything, a session stays where its first request went."""
-
-
-ROUTINGS = (
-    Routing("by cost", {}, is_in_turn=False),
-    Routing("round robin", {"prefill_weight": 0.0, "load_weight": 0.0}, is_in_turn=True),
-)
+ROUTINGS: dict[str, Fields] = {"by cost": {"decode": "cost"}, "round robin": {"decode": "round_robin"}}
+"""By name, what they say in `[routing]`."""
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,24 +89,23 @@ class Bench(msgspec.Struct, frozen=True):
     def pool_blocks(self) -> int:
         return round(POOL_SHARE * working_set(self.rows))
 
-    def replay(self, routing: Routing, number: int) -> Replay:
+    def replay(self, routing: str, number: int) -> Replay:
         with tempfile.TemporaryDirectory() as directory:
             config = Path(directory) / "config.toml"
             config.write_text(self._config(routing))
             with running(config, Path(directory) / "cluster.log") as cluster:
                 return self._replay(routing, number, cluster)
 
-    def _replay(self, routing: Routing, number: int, cluster: Running) -> Replay:
+    def _replay(self, routing: str, number: int, cluster: Running) -> Replay:
         target = Target.of(cluster.url, "completions", None)
-        sessions = cycle([{"x-session-id": "even"}, {"x-session-id": "odd"}] if routing.is_in_turn else [{}])
         prompts = Prompts(model=cluster.model, tokenizer=None, chat=False, ignore_eos=True, temperature=0.0)
 
         def ask(rows: list[Lengths], concurrency: int, seed: int) -> list[Outcome]:
             bodies = prompts.bodies(plan(rows, _VOCAB_SIZE, self.job.block_size / MOONCAKE_BLOCK, seed))
-            requests = [(msgspec.structs.replace(target, headers=next(sessions)), body) for body in bodies]
+            requests = [(target, body) for body in bodies]
             outcomes: list[Outcome] = uvloop.run(closed_loop(requests, concurrency, _TIMEOUT_S))
             if failed := [one.error for one in outcomes if one.error is not None]:
-                raise RuntimeError(f"{routing.name}: {len(failed)} of {len(outcomes)} requests failed: {failed[0]}")
+                raise RuntimeError(f"{routing}: {len(failed)} of {len(outcomes)} requests failed: {failed[0]}")
             return outcomes
 
         ask([msgspec.structs.replace(row, blocks=()) for row in self.rows[:_NUM_WARMUP]], 2, seed=-number)  # two at once: each its node
@@ -124,7 +114,7 @@ class Bench(msgspec.Struct, frozen=True):
         seconds, load = time.monotonic() - began_s, meter.read()
         receipts = [receipt for receipt in cluster.receipts(outcomes) if receipt is not None]
         return Replay(
-            routing=routing.name,
+            routing=routing,
             round=number,
             seconds=seconds,
             prompt_tokens=sum(one.prompt_tokens for one in receipts),
@@ -136,7 +126,7 @@ class Bench(msgspec.Struct, frozen=True):
             load=load,
         )
 
-    def _config(self, routing: Routing) -> str:
+    def _config(self, routing: str) -> str:
         """The prefill node on all cores but the last, which the decode nodes share."""
         prefill, decode = split(self.cpus)
         layout = kv_spec(open_directory(self.path).spec(self.job.dtype), self.job.block_size)  # type: ignore[arg-type]  # click has checked it
@@ -155,7 +145,7 @@ class Bench(msgspec.Struct, frozen=True):
             nodes,
             model={"path": self.path, "name": "served", "dtype": self.job.dtype},
             disaggregation={"policy": self.job.policy},
-            routing=routing.weights,
+            routing={**ROUTINGS[routing], **self.job.weights},
             router={"receipts": len(self.rows) + _NUM_WARMUP + 1},
         )
 
@@ -195,7 +185,7 @@ def table(replays: list[Replay]) -> Table:
 
 
 def verdicts(replays: list[Replay]) -> list[str]:
-    by_cost, in_turn = ([one for one in replays if one.routing == routing.name] for routing in ROUTINGS)
+    by_cost, in_turn = ([one for one in replays if one.routing == routing] for routing in ROUTINGS)
     cached = [median(one.cached_at_decode for one in found) for found in (by_cost, in_turn)]
     ttft = [median(mean(one.ttft_ms) for one in found) for found in (by_cost, in_turn)]
     more = f"{cached[0] / cached[1]:.2f}×" if cached[1] else "everything, instead of nothing,"
@@ -217,13 +207,14 @@ def made_up(count: int) -> list[Lengths]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A Mooncake .jsonl.")
-@click.option("--requests", "num_requests", type=click.IntRange(min=1), default=800, show_default=True, help="The trace's first so many.")
+@click.option("--requests", "num_requests", type=click.IntRange(min=1), default=1200, show_default=True, help="The trace's first so many.")
 @click.option("--model", default="S", show_default=True, help="A shape (S, P, M), builtin:tiny, or a Hugging Face directory.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--policy", default="adaptive", show_default=True, help="Of the decode nodes.")
 @click.option("--block-size", type=click.IntRange(1, 512), default=16, show_default=True, help="Tokens; scales the trace's 512.")
-@click.option("--max-input", type=click.IntRange(min=1), default=1024, show_default=True, help="Cuts longer prompts.")
+@click.option("--max-input", type=click.IntRange(min=1), default=2048, show_default=True, help="Cuts longer prompts.")
 @click.option("--max-output", type=click.IntRange(min=2), default=8, show_default=True, help="Cuts longer outputs.")
+@click.option("--prefill-weight", type=click.FloatRange(min=0), help="Of [routing].  [default: disaggd's]")
 @click.option("--concurrency", type=click.IntRange(min=2), default=4, show_default=True, help="Requests at once.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Replays of each routing.")
 @click.option("--quick", is_flag=True, help="The built-in model, a few made-up conversations: shows that it runs.")
@@ -238,6 +229,7 @@ def main(
     block_size: int,
     max_input: int,
     max_output: int,
+    prefill_weight: float | None,
     concurrency: int,
     rounds: int,
     quick: bool,
@@ -257,7 +249,8 @@ def main(
     scale = Scale(length=block_size / MOONCAKE_BLOCK, max_input=max_input, max_output=max_output)
     rows = made_up(num_requests) if trace is None else read_trace(trace, num_requests, scale)
     rows = [_fitted(row, block_size) for row in rows]
-    job = Job(model=model, dtype=dtype, policy=policy, block_size=block_size, concurrency=concurrency, rounds=rounds)
+    weights = {} if prefill_weight is None else {"prefill_weight": prefill_weight}
+    job = Job(model=model, dtype=dtype, policy=policy, block_size=block_size, weights=weights, concurrency=concurrency, rounds=rounds)
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, split(cpus)[0])
     bench = Bench(job, resolve(model), rows, cpus)
@@ -269,11 +262,12 @@ def main(
     for number in range(1, rounds + 1):
         for routing in ROUTINGS:
             replays.append(bench.replay(routing, number))
-            click.echo(f"round {number}, {routing.name}: {replays[-1].cached_at_decode:,} tokens cached; {replays[-1].load}", err=True)
+            click.echo(f"round {number}, {routing}: {replays[-1].cached_at_decode:,} tokens cached; {replays[-1].load}", err=True)
             write_json(json_path, Report(job, describe_machine(), replays))
     size = f"{len(rows)} requests of {mean(row.num_input for row in rows):,.0f} tokens on average, {concurrency} at a time"
     pools = f"{working_set(rows):,} distinct blocks of {block_size} tokens; pools of {bench.pool_blocks:,}"
-    lines = [f"{size}; {pools}; policy {policy}, {dtype}", *verdicts(replays)]
+    asked = "".join(f", {name} {weight:g}" for name, weight in weights.items())
+    lines = [f"{size}; {pools}; policy {policy}{asked}, {dtype}", *verdicts(replays)]
     show(section("Routing by cache", describe_machine(), together([one.load for one in replays]), [table(replays)], lines), markdown)
 
 

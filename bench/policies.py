@@ -96,12 +96,16 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: str
     seed: int
+    slowed_s: float
+    """When the link slowed down, if it did: in the middle."""
     whole: Part
     after: Part
     """The requests that came in the second half."""
     failed: list[str]
     ttft_ms: list[float]
     itl_ms: list[float]
+    breakeven: list[tuple[float, int]]
+    """For every request that knew it: when it came, in seconds, and from how many uncached tokens on a prefill elsewhere cost less."""
     errors: list[float]
     """Of the predicted times to the first token, as parts of the true ones; none where nothing is predicted."""
     load: Load
@@ -210,15 +214,18 @@ class Bench(msgspec.Struct, frozen=True):
             load = meter.read()
             receipts = cluster.receipts(outcomes)
         pairs = list(zip(outcomes, receipts, strict=True))
-        middle_s = min(one.due_s for one in outcomes) + self.job.seconds / 2
+        began_s = min(one.due_s for one in outcomes)
+        middle_s = began_s + self.job.seconds / 2
         return Replay(
             policy=policy.name,
             seed=seed,
+            slowed_s=self.job.seconds / 2,
             whole=_part(pairs, pace.slo),
             after=_part([pair for pair in pairs if pair[0].due_s >= middle_s], pace.slo),
             failed=[one.error for one in outcomes if one.error is not None],
             ttft_ms=[one.ttft_s * 1e3 for one in outcomes if one.error is None],
             itl_ms=[gap * 1e3 for one in outcomes if one.error is None for gap in one.gaps_s],
+            breakeven=[(outcome.due_s - began_s, tokens) for outcome, receipt in pairs if (tokens := _breakeven(receipt)) is not None],
             errors=[one.prediction_error for one in receipts if one is not None and one.prediction_error is not None],
             load=load,
         )
@@ -233,6 +240,10 @@ def _part(pairs: Iterable[tuple[Outcome, Receipt | None]], slo: Slo) -> Part:
     pairs = list(pairs)
     remote = sum(receipt is not None and receipt.decision == "remote" for _, receipt in pairs)
     return Part(requests=len(pairs), good=sum(slo.is_met(outcome) for outcome, _ in pairs), remote=remote)
+
+
+def _breakeven(receipt: Receipt | None) -> int | None:
+    return None if receipt is None or receipt.predicted is None else receipt.predicted.breakeven_tokens
 
 
 def _prefill_ms(receipt: Receipt | None) -> float:
@@ -319,12 +330,24 @@ def verdicts(replays: list[Replay], *, halves: bool) -> list[str]:
         ours = _good(mine, part)
         ratio = f"{ours / share:.3f} of it" if share else "nobody kept any"
         lines.append(f"adaptive{which}: {ours:.1%} good; the best fixed policy is {best} with {share:.1%}: {ratio} (asked: ≥ 0.92)")
+    if halves:
+        lines += [_moved(one) for one in mine]
     if errors := sorted(abs(error) for one in mine for error in one.errors):
         middle, most = percentile(errors, 50), percentile(errors, 90)
         lines.append(f"TTFT foretold: off by {middle:.0%} in the middle, {most:.0%} at p90, of {len(errors)} (asked: ≤ 20 %, ≤ 50 %)")
     else:
         lines.append("TTFT was not foretold: no receipt has a prediction")
     return lines
+
+
+def _moved(replay: Replay) -> str:
+    """How the break-even went: in the first half, and over the twenties of requests after the link had slowed down."""
+    middle_s = replay.slowed_s
+    before = [tokens for at, tokens in replay.breakeven if at < middle_s]
+    after = [tokens for at, tokens in replay.breakeven if at >= middle_s]
+    steps = [f"{median(after[i : i + 10]):,.0f}" for i in range(0, len(after), 10)]
+    first = f"{median(before):,.0f}" if before else "unknown"
+    return f"break-even, seed {replay.seed}: {first} tokens, and from the slowdown on by tens of requests {', '.join(steps) or 'unknown'}"
 
 
 def _good(replays: list[Replay], part: Callable[[Replay], Part]) -> float:

@@ -3,7 +3,7 @@
 What counts is whom the choice makes late. `adaptive` compares two costs in seconds:
 
     here        time to first token + what the streams that run here lose, summed over them + price of the targets put at risk
-    elsewhere   time to first token + the part of the transfer that outlasts it + price of the target put at risk
+    elsewhere   time to first token + the part of the transfer that outlasts it + price of the targets that either puts at risk
 
 A target that is surely met costs nothing and one that is surely missed costs `RISK_PRICE` times the target, so that seconds decide only
 between ways that are as good for those who wait. Knows no node, no link and no clock.
@@ -106,6 +106,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """What the node has memory to receive; None: as much as its pool holds."""
     ttft_target_s: float
     """What is left of it."""
+    itl_target_s: float | None = None
     bytes_per_token: float = 0.0
     local: LocalSide | None = None
     """None until the node knows its own speed."""
@@ -216,14 +217,29 @@ def _there(situation: Situation) -> Way | None:
     prompt = situation.num_tokens - offer.num_cached, offer.num_cached
     ttft_s = remote.ttft_s(*prompt)
     exposed_s = remote.exposed_s(situation.num_uncached, *prompt)
-    return Way(ttft_s, exposed_s, _risk(ttft_s, situation.ttft_target_s) * _price_s(situation))
+    misses = _either(_risk(ttft_s, situation.ttft_target_s), _second_token_risk(situation, exposed_s))
+    return Way(ttft_s, exposed_s, misses * _price_s(situation))
 
 
-def _risk(ttft_s: float, target_s: float) -> float:
+def _second_token_risk(situation: Situation, exposed_s: float) -> float:
+    """It waits for the KV, for about half of a step that is under way when that lands, and for one of its own."""
+    target_s, local = situation.itl_target_s, situation.local
+    if target_s is None or local is None:
+        return 0.0
+    step_s = max(local.step_s, target_s / 2) if local.backlog_s else local.step_s  # such steps are shortened for those who come
+    return _risk(exposed_s + 1.5 * step_s, target_s)
+
+
+def _either(one: float, other: float) -> float:
+    """Of two risks to one request, which is lost once."""
+    return 1.0 - (1.0 - one) * (1.0 - other)
+
+
+def _risk(seconds: float, target_s: float) -> float:
     """0 when the target is surely met, 1 when it is surely missed; 1 for both ways when it has passed."""
     if target_s <= 0:
         return 1.0
-    return min(1.0, max(0.0, (ttft_s / target_s - SURELY_MET) / (SURELY_MISSED - SURELY_MET)))
+    return min(1.0, max(0.0, (seconds / target_s - SURELY_MET) / (SURELY_MISSED - SURELY_MET)))
 
 
 def _price_s(situation: Situation) -> float:

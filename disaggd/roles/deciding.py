@@ -41,6 +41,7 @@ class Decider:
                 offer=frame.offer,
                 max_remote_tokens=self._max_remote_tokens,
                 ttft_target_s=frame.ttft_target_s,
+                itl_target_s=self._engine.pace.itl_target_s,
                 bytes_per_token=self._bytes_per_token,
                 local=local,
                 since_local=self._since_local,

@@ -157,6 +157,27 @@ def test_streams_whose_itl_would_break_outweigh_one_first_token() -> None:
     assert verdict("adaptive", situation(1000, offer=offer(wait=0.3), local=busy(1, breaks_itl=True))) == (True, "cheaper")
 
 
+def test_a_second_token_that_the_wire_would_keep_too_long_is_a_target_missed() -> None:
+    """0.6 s on a wire that begins with the prompt, which takes 0.4; here 8 streams stand still for 0.4 s each, in bearable steps."""
+    slow = situation(1000, offer=offer(per_byte=50e-9), local=busy())
+    assert verdict("adaptive", slow) == (True, "cheaper")
+    assert verdict("adaptive", msgspec.structs.replace(slow, itl_target_s=0.05)) == (False, "target")
+    assert verdict("adaptive", msgspec.structs.replace(slow, itl_target_s=0.5)) == (True, "cheaper")
+
+
+def test_prompts_before_it_make_the_steps_longer_that_a_second_token_waits_for() -> None:
+    """Half a target each: with what is exposed of the transfer that is too much, where steps of decodes alone would not be."""
+    near = situation(200, offer=offer(per_byte=38e-9), local=busy(1), itl_target_s=0.05)
+    assert verdict("adaptive", near) == (True, "cheaper")
+    assert verdict("adaptive", msgspec.structs.replace(near, local=busy(1, backlog_s=0.01))) == (False, "target")
+
+
+def test_a_request_that_misses_both_targets_is_lost_once() -> None:
+    """So the way that is quicker by seconds decides, when all would miss something."""
+    lost = situation(1000, offer=offer(wait=3.0, per_byte=50e-9), local=idle(backlog_s=4.0), itl_target_s=0.05)
+    assert verdict("adaptive", lost) == (True, "cheaper")
+
+
 def test_the_risk_grows_before_the_target_is_missed() -> None:
     at_risk = situation(1000, offer=offer(wait=1.4), local=busy(4))  # 1.8 s there: might be late; 0.8 s and 1.6 s of delay here
     assert verdict("adaptive", at_risk) == (False, "target")

@@ -26,6 +26,9 @@ INFORMED = 32
 DECODES_PER_SAMPLE = 4
 """Of steps that only decode, one in so many is learned from thereafter: they are all alike, and learning takes 50 µs."""
 
+AIM = 0.85
+"""Steps are sized for such a part of the target: they vary, and what the node does between two of them counts too."""
+
 _UNKNOWN = (10e-3, 2e-3, 1e-6, 2e-3, 1e-6)
 """Deviations of the coefficients before a step was measured: a slow machine's."""
 
@@ -151,6 +154,6 @@ class StepPace:
         cost = self.cost
         if self.itl_target_s is None or cost is None or not (decodes or self.is_expecting):
             return None
-        left_s = self.itl_target_s / (2 if self.is_expecting else 1) - cost.decode_step_s(decodes, decode_context)
+        left_s = AIM * self.itl_target_s / (2 if self.is_expecting else 1) - cost.decode_step_s(decodes, decode_context)
         tokens = cost.prefill_tokens_in(left_s, start)
         return None if tokens == float("inf") else int(tokens)

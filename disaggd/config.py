@@ -109,8 +109,8 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """round_robin: each in its turn, whatever it has cached: a baseline to compare with."""
     prefill_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """Of each block of the prompt that the node does not have cached."""
-    load_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    """Of each block of the sequences that run there."""
+    load_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.3
+    """Of each block of the sequences that run there: it is read in every step, and not computed."""
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,7 +51,7 @@ class DispatchRules:
     ttft_target_s: float = 2.0
     prefix_push: PrefixPolicy = "auto"
     """Whether decode nodes push prefixes to prefill nodes that lack them."""
-    weights: RoutingWeights = field(default_factory=RoutingWeights)
+    weights: RoutingWeights = field(default_factory=lambda: RoutingWeights(prefill=1.0, load=0.3))
     round_robin: bool = False
     """Decode nodes take turns, whatever they would cost."""
 

@@ -21,8 +21,8 @@ their way for some milliseconds, and a load changes with every request."""
 class RoutingWeights(msgspec.Struct, frozen=True, kw_only=True):
     """What a block counts: one to prefill, and one that is there already."""
 
-    prefill: float = 1.0
-    load: float = 1.0
+    prefill: float
+    load: float
 
 
 class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):

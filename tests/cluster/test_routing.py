@@ -13,7 +13,7 @@ from disaggd.ids import NodeName
 
 A, B, C = NodeName("a"), NodeName("b"), NodeName("c")
 
-EVEN = RoutingWeights()
+EVEN = RoutingWeights(prefill=1.0, load=1.0)
 
 
 def decode(name: NodeName, uncached: int = 0, load_blocks: float = 0, *, is_full: bool = False) -> DecodeCandidate:

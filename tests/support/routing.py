@@ -27,6 +27,7 @@ from disaggd.cluster.protocol import (
     ToRouter,
 )
 from disaggd.cluster.request import Request, RoutedSequence
+from disaggd.cluster.routing import RoutingWeights
 from disaggd.errors import RequestError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
@@ -39,6 +40,7 @@ F = TypeVar("F", bound=ToNode)
 
 
 GRANT_PATIENCE_S = 3.0
+EVEN = RoutingWeights(prefill=1.0, load=1.0)
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Routing:
         """(sequence, its `kv_bytes`) at each `on_update`."""
         self.dispatcher = Dispatcher(
             Incarnation("r"),
-            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0, **rules),
+            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0, **{"weights": EVEN, **rules}),
             lambda: self.now,
             lambda record: self.updates.append((record.seq, record.kv_bytes)),
         )

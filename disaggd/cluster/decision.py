@@ -2,7 +2,8 @@
 
 What counts is whom the choice makes late. `adaptive` compares two costs in seconds:
 
-    here        time to first token + what the streams that run here lose, summed over them + price of the targets put at risk
+    here        time to first token + what the streams that run here lose, summed over them + price of the targets put at risk,
+                those of prompts to come included: they will find the node busy, and it cannot send away what it has begun
     elsewhere   time to first token + the part of the transfer that outlasts it + price of the targets that either puts at risk
 
 A target that is surely met costs nothing and one that is surely missed costs `RISK_PRICE` times the target, so that seconds decide only
@@ -24,6 +25,10 @@ RISK_PRICE = 4.0
 
 SURELY_MET, SURELY_MISSED = 0.7, 1.2
 """Shares of the TTFT target between which it is more and more at risk: predictions err by a tenth or two, and the queue is overtaken."""
+
+CROWDED = 0.5
+"""With work for such a part of the TTFT target, a node makes whoever comes next as late as the new prompt takes, at full price. With
+less the next one has time to spare, or goes elsewhere."""
 
 UNTRIED, FORGOTTEN = 32, 128
 """A way that was not taken in so many decisions is taken once, to learn of it: after the first number if it costs little and puts no
@@ -147,6 +152,8 @@ class Way(msgspec.Struct, frozen=True):
     """Done to others, or to what follows the first token."""
     price_s: float
     """Of the targets that it puts at risk."""
+    crowding_s: float = 0.0
+    """The same, of prompts to come."""
 
     @property
     def seconds(self) -> float:
@@ -154,7 +161,7 @@ class Way(msgspec.Struct, frozen=True):
 
     @property
     def cost_s(self) -> float:
-        return self.seconds + self.price_s
+        return self.seconds + self.price_s + self.crowding_s
 
 
 def decide(rule: DecisionRule, situation: Situation) -> Decision:
@@ -207,7 +214,9 @@ def _here(situation: Situation) -> Way | None:
         return None
     ttft_s = local.ttft_s(situation.num_uncached, situation.num_cached)
     misses = _risk(ttft_s, situation.ttft_target_s) + (local.num_decodes if local.breaks_itl else 0)
-    return Way(ttft_s, local.damage_s(situation.num_uncached, situation.num_cached), misses * _price_s(situation))
+    damage_s = local.damage_s(situation.num_uncached, situation.num_cached)
+    work_s = local.prefill_cost.seconds(situation.num_uncached, situation.num_cached)
+    return Way(ttft_s, damage_s, misses * _price_s(situation), _crowding_s(local.backlog_s, work_s, situation.ttft_target_s))
 
 
 def _there(situation: Situation) -> Way | None:
@@ -219,6 +228,13 @@ def _there(situation: Situation) -> Way | None:
     exposed_s = remote.exposed_s(situation.num_uncached, *prompt)
     misses = _either(_risk(ttft_s, situation.ttft_target_s), _second_token_risk(situation, exposed_s))
     return Way(ttft_s, exposed_s, misses * _price_s(situation))
+
+
+def _crowding_s(backlog_s: float, work_s: float, target_s: float) -> float:
+    """What prompts to come are put at risk by `work_s` more: as if one came that is late by it, the surer the more there is to do."""
+    if target_s <= 0:
+        return 0.0
+    return min(1.0, (backlog_s + work_s) / (CROWDED * target_s)) * RISK_PRICE / (SURELY_MISSED - SURELY_MET) * work_s
 
 
 def _second_token_risk(situation: Situation, exposed_s: float) -> float:
@@ -281,19 +297,20 @@ def _predicted(situation: Situation, here: Way | None, there: Way | None) -> Pre
 
 
 def breakeven_tokens(situation: Situation) -> int | None:
-    """From how many tokens on an uncached prompt would cost less elsewhere now, targets aside; None until both ways are known.
+    """From how many tokens on an uncached prompt would cost less elsewhere now; None until both ways are known.
 
     At most the longest prompt that is thought of: then it does not pay at all.
     """
-    local, remote = situation.local, situation.remote
-    if local is None or remote is None:
+    if situation.local is None or situation.remote is None or situation.offer is None:
         return None
+    offer = msgspec.structs.replace(situation.offer, num_cached=0)
     low, high = 1, MAX_BREAKEVEN
     while low < high:  # the first for which it pays: prefills elsewhere have the larger constant
         middle = (low + high) // 2
-        here = local.ttft_s(middle, 0) + local.damage_s(middle, 0)
-        there = remote.ttft_s(middle, 0) + remote.exposed_s(middle, middle, 0)
-        low, high = (low, middle) if there < here else (middle + 1, high)
+        uncached = msgspec.structs.replace(situation, num_tokens=middle, num_cached=0, offer=offer)
+        here, there = _here(uncached), _there(uncached)
+        assert here is not None and there is not None
+        low, high = (low, middle) if there.cost_s < here.cost_s else (middle + 1, high)
     return low
 
 

@@ -21,6 +21,8 @@ from disaggd.ids import NodeName
 
 LONG, SHORT = 513, 512
 COST = PrefillCost(0.005, 0.4e-3, 0.0)
+UNHURRIED = 100.0
+"""A TTFT target that nothing puts at risk: seconds decide alone."""
 FIXED: list[Policy] = ["threshold", "always", "never"]
 ALL: list[Policy] = ["adaptive", *FIXED]
 
@@ -129,15 +131,19 @@ def test_until_both_ways_are_known_it_goes_by_the_threshold(unknown: dict[str, o
 @pytest.mark.parametrize(
     ("why", "asked", "expected"),
     [
-        ("an idle node prefills by itself: no hop, no transfer", situation(1000), (False, "cheaper")),
+        ("an idle node prefills by itself: no hop, no transfer", situation(64, ttft_target_s=UNHURRIED), (False, "cheaper")),
         ("streams would stand still", situation(1000, local=busy()), (True, "cheaper")),
         ("even for a short prompt, if there are many", situation(64, local=busy(64)), (True, "cheaper")),
         ("a prefill node that is much slower", situation(1000, offer=offer(slowness=5), local=busy(1)), (False, "cheaper")),
         ("one that has the prompt cached", situation(1000, offer=offer(cached=960)), (True, "cheaper")),
         ("what decode has cached", situation(1000, num_cached=960, local=busy(2)), (False, "cheaper")),
         ("others before it here", situation(1000, local=idle(backlog_s=1.0)), (True, "cheaper")),
-        ("others before it there", situation(1000, offer=offer(wait=1.0), local=busy(1)), (False, "cheaper")),
-        ("a slow wire keeps the second token waiting", situation(1000, offer=offer(per_byte=200e-9), local=busy(1)), (False, "cheaper")),
+        ("others before it there", situation(1000, offer=offer(wait=1.0), local=busy(1), ttft_target_s=UNHURRIED), (False, "cheaper")),
+        (
+            "a slow wire keeps the second token waiting",
+            situation(1000, offer=offer(per_byte=200e-9), local=busy(1), ttft_target_s=UNHURRIED),
+            (False, "cheaper"),
+        ),
         ("no room in the queue", situation(1000, offer=offer(full=True), local=busy()), (False, "queue_full")),
     ],
 )
@@ -155,6 +161,12 @@ def test_streams_whose_itl_would_break_outweigh_one_first_token() -> None:
     crowded = situation(1000, offer=offer(wait=2.0), local=busy(breaks_itl=True))
     assert verdict("adaptive", crowded) == (True, "cheaper")
     assert verdict("adaptive", situation(1000, offer=offer(wait=0.3), local=busy(1, breaks_itl=True))) == (True, "cheaper")
+
+
+def test_a_node_that_is_busy_soon_keeps_its_room_for_those_to_come() -> None:
+    """Both ways meet the target; a long prompt here would make the next ones late, a short one would not."""
+    assert verdict("adaptive", situation(2000, offer=offer(wait=0.1))) == (True, "target")
+    assert verdict("adaptive", situation(200, offer=offer(wait=0.1))) == (False, "cheaper")
 
 
 def test_a_second_token_that_the_wire_would_keep_too_long_is_a_target_missed() -> None:
@@ -197,20 +209,20 @@ def test_the_reason_tells_all_four_costs() -> None:
 
 
 def test_a_way_that_costs_little_is_tried_now_and_then() -> None:
-    near = situation(1000, since_remote=UNTRIED - 1)
+    near = situation(1000, offer=offer(wait=0.1), ttft_target_s=UNHURRIED, since_remote=UNTRIED - 1)
     assert verdict("adaptive", near) == (False, "cheaper")
     assert verdict("adaptive", msgspec.structs.replace(near, since_remote=UNTRIED)) == (True, "explore")
-    assert verdict("adaptive", situation(1000, offer=offer(cached=500), since_local=UNTRIED)) == (False, "explore")
+    assert verdict("adaptive", situation(1000, offer=offer(cached=500), ttft_target_s=UNHURRIED, since_local=UNTRIED)) == (False, "explore")
 
 
-@pytest.mark.parametrize("dear", [{"offer": offer(wait=5.0)}, {"offer": offer(slowness=3)}, {"offer": offer(wait=1.5)}])
+@pytest.mark.parametrize("dear", [{"offer": offer(wait=5.0)}, {"offer": offer(slowness=6)}, {"offer": offer(wait=1.5)}])
 def test_a_way_that_costs_much_is_tried_rarely(dear: dict[str, object]) -> None:
     assert not verdict("adaptive", situation(1000, since_remote=FORGOTTEN - 1, **dear))[0]
     assert verdict("adaptive", situation(1000, since_remote=FORGOTTEN, **dear)) == (True, "explore")
 
 
 def test_the_way_that_is_taken_anyway_needs_no_trying() -> None:
-    assert verdict("adaptive", situation(1000, since_local=1000)) == (False, "cheaper")
+    assert verdict("adaptive", situation(1000, offer=offer(wait=0.1), ttft_target_s=UNHURRIED, since_local=1000)) == (False, "cheaper")
 
 
 @pytest.mark.parametrize("policy", FIXED)
@@ -242,6 +254,6 @@ def test_a_longer_wait_and_a_slower_wire_move_it_up() -> None:
 
 
 def test_what_never_pays_is_told_by_the_longest_and_what_is_unknown_not_at_all() -> None:
-    assert breakeven_tokens(situation(1000)) == MAX_BREAKEVEN
+    assert breakeven_tokens(situation(1000, offer=offer(wait=1000.0))) == MAX_BREAKEVEN
     assert breakeven_tokens(situation(1000, local=None)) is None
     assert breakeven_tokens(situation(1000, offer=None)) is None

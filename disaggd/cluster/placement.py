@@ -126,6 +126,7 @@ def _decode_candidate(peer: DecodePeer, record: RoutedSequence, num_cached: int)
         name=peer.name,
         is_full=peer.lacks_room(record.num_tokens),
         uncached_blocks=-(-(record.num_tokens - num_cached) // block_size),
+        backlog_tokens=0 if peer.gauges is None else peer.gauges.prefill_backlog_tokens,
         load_tokens=peer.load_tokens,
         block_size=block_size,
     )

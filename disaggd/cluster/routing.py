@@ -33,13 +33,16 @@ class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """It had no room for its last grant."""
     uncached_blocks: int
     """Of the request's prompt, the blocks that the node does not hold."""
+    backlog_tokens: int = 0
+    """Of prompts that the node itself has yet to prefill, when it last told: they are before this one."""
     load_tokens: int
     """Context tokens of all sequences placed there, whether they run, wait, or are prefilled elsewhere."""
     block_size: int
 
     def cost(self, weights: RoutingWeights) -> float:
         """In weighted blocks."""
-        return weights.prefill * self.uncached_blocks + weights.load * -(-self.load_tokens // self.block_size)
+        to_prefill = self.uncached_blocks + -(-self.backlog_tokens // self.block_size)
+        return weights.prefill * to_prefill + weights.load * -(-self.load_tokens // self.block_size)
 
 
 def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights, session_node: NodeName | None = None) -> NodeName:

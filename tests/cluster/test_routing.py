@@ -39,6 +39,12 @@ def test_the_weights_say_what_load_is_worth() -> None:
     assert choose_decode(nodes, RoutingWeights(prefill=1.0, load=4.0)) == A
 
 
+def test_prompts_that_a_node_has_yet_to_prefill_come_before_the_request() -> None:
+    busy = DecodeCandidate(name=A, is_full=False, uncached_blocks=2, backlog_tokens=16 * 30, load_tokens=0, block_size=16)
+    assert choose_decode([busy, decode(B, 20, 0)], EVEN) == B
+    assert choose_decode([busy, decode(B, 40, 0)], EVEN) == A
+
+
 def test_a_full_node_comes_last_however_cheap() -> None:
     assert choose_decode([decode(A, 0, 0, is_full=True), decode(B, 50, 50)], EVEN) == B
     assert choose_decode([decode(A, 0, 0, is_full=True), decode(B, 50, 50, is_full=True)], EVEN) == A

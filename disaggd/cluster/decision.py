@@ -113,6 +113,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """What is left of it."""
     itl_target_s: float | None = None
     bytes_per_token: float = 0.0
+    block_size: int = 1
+    """KV travels in whole blocks."""
     local: LocalSide | None = None
     """None until the node knows its own speed."""
     since_local: int = 0
@@ -225,7 +227,8 @@ def _there(situation: Situation) -> Way | None:
         return None
     prompt = situation.num_tokens - offer.num_cached, offer.num_cached
     ttft_s = remote.ttft_s(*prompt)
-    exposed_s = remote.exposed_s(situation.num_uncached, *prompt)
+    num_pushed = -(-situation.num_uncached // situation.block_size) * situation.block_size
+    exposed_s = remote.exposed_s(num_pushed, *prompt)
     misses = _either(_risk(ttft_s, situation.ttft_target_s), _second_token_risk(situation, exposed_s))
     return Way(ttft_s, exposed_s, misses * _price_s(situation))
 

@@ -43,6 +43,7 @@ class Decider:
                 ttft_target_s=frame.ttft_target_s,
                 itl_target_s=self._engine.pace.itl_target_s,
                 bytes_per_token=self._bytes_per_token,
+                block_size=self._engine.pool.block_size,
                 local=local,
                 since_local=self._since_local,
                 since_remote=self._since_remote,

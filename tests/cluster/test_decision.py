@@ -177,6 +177,13 @@ def test_a_second_token_that_the_wire_would_keep_too_long_is_a_target_missed() -
     assert verdict("adaptive", msgspec.structs.replace(slow, itl_target_s=0.5)) == (True, "cheaper")
 
 
+def test_a_wire_carries_whole_blocks() -> None:
+    """Of 65 tokens two: 0.08 s instead of 0.04, of which the prompt hides 0.03."""
+    short = situation(65, offer=offer(per_byte=50e-9), local=busy(4), itl_target_s=0.05)
+    assert verdict("adaptive", short) == (True, "cheaper")
+    assert verdict("adaptive", msgspec.structs.replace(short, block_size=64)) == (False, "target")
+
+
 def test_prompts_before_it_make_the_steps_longer_that_a_second_token_waits_for() -> None:
     """Half a target each: with what is exposed of the transfer that is too much, where steps of decodes alone would not be."""
     near = situation(200, offer=offer(per_byte=38e-9), local=busy(1), itl_target_s=0.05)

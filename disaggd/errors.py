@@ -123,9 +123,11 @@ class Unavailable(RequestError):
 
     status = 503
     kind = "service_unavailable"
+    reason: ClassVar[str] = "unavailable"
+    """OpenAI's `code`."""
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
-        super().__init__(message, code="unavailable")
+        super().__init__(message, code=self.reason)
         self.retry_after_s = retry_after_s
 
 
@@ -134,6 +136,7 @@ class Overloaded(Unavailable):
 
     status = 429
     kind = "rate_limit_error"
+    reason = "rate_limit_exceeded"
 
 
 class RequestFailed(RequestError):

@@ -52,7 +52,8 @@ class Credits:
             self._owed[record.job] = record
 
     def is_owed_report(self, record: RoutedSequence) -> bool:
-        return record.job in self._owed
+        """Whether any attempt at it that is over has yet to be reported."""
+        return any(owed is record for owed in self._owed.values())
 
     def owed(self, job: Job) -> RoutedSequence | None:
         """The record of an attempt that is over, while its prefill node has not reported."""
@@ -66,5 +67,5 @@ class Credits:
 
     def prefill_down(self, prefill: PrefillPeer) -> list[RoutedSequence]:
         """Nobody will report its jobs any more. Returns the sequences that are done and waited for it."""
-        owed = [self._owed.pop(job, None) for job in prefill.jobs]
-        return [record for record in owed if record is not None and record.phase is Phase.DONE]
+        owed = {record.seq: record for job in prefill.jobs if (record := self._owed.pop(job, None)) is not None}
+        return [record for record in owed.values() if record.phase is Phase.DONE]

@@ -109,6 +109,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """None: no prefill node can be reached."""
     max_remote_tokens: int | None = None
     """What the node has memory to receive; None: as much as its pool holds."""
+    max_tokens: int = 1 << 17
+    """Of any sequence."""
     ttft_target_s: float
     """What is left of it."""
     itl_target_s: float | None = None
@@ -278,7 +280,14 @@ def _weigh(situation: Situation, here: Way | None, there: Way | None) -> tuple[b
 
 
 def _in_words(here: Way, there: Way) -> str:
-    return f"{_ms(here.ttft_s)} and {_ms(here.harm_s)} of delay to others here, {_ms(there.ttft_s)} and {_ms(there.harm_s)} of KV elsewhere"
+    return (
+        f"here {_ms(here.ttft_s)}, {_ms(here.harm_s)} of delay to others{_at_risk(here)}; "
+        f"elsewhere {_ms(there.ttft_s)}, {_ms(there.harm_s)} of KV{_at_risk(there)}"
+    )
+
+
+def _at_risk(way: Way) -> str:
+    return f", {_ms(way.price_s)} for targets at risk" if way.price_s >= 0.5e-3 else ""
 
 
 def _ms(seconds: float) -> str:
@@ -302,20 +311,26 @@ def _predicted(situation: Situation, here: Way | None, there: Way | None) -> Pre
 def breakeven_tokens(situation: Situation) -> int | None:
     """From how many tokens on an uncached prompt would cost less elsewhere now; None until both ways are known.
 
-    At most the longest prompt that is thought of: then it does not pay at all.
+    The first such length, as far as doubling finds it; at most the longest prompt there may be: then it does not pay at all.
     """
     if situation.local is None or situation.remote is None or situation.offer is None:
         return None
     offer = msgspec.structs.replace(situation.offer, num_cached=0)
-    low, high = 1, MAX_BREAKEVEN
-    while low < high:  # the first for which it pays: prefills elsewhere have the larger constant
-        middle = (low + high) // 2
-        uncached = msgspec.structs.replace(situation, num_tokens=middle, num_cached=0, offer=offer)
+
+    def pays(num_tokens: int) -> bool:
+        uncached = msgspec.structs.replace(situation, num_tokens=num_tokens, num_cached=0, offer=offer)
         here, there = _here(uncached), _there(uncached)
-        assert here is not None and there is not None
-        low, high = (low, middle) if there.cost_s < here.cost_s else (middle + 1, high)
+        return here is not None and there is not None and there.cost_s < here.cost_s
+
+    high = 1
+    while high < situation.max_tokens and not pays(high):  # where both ways are hopeless it may pay no more
+        high = min(2 * high, situation.max_tokens)
+    low = high // 2 + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle + 1, high)
     return low
 
 
 MAX_BREAKEVEN = 1 << 17
-"""Tokens: prompts so long that a prefill elsewhere does not pay even then are not told apart."""
+"""Tokens that are thought of where nobody says how long a sequence may be."""

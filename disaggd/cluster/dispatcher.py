@@ -81,7 +81,7 @@ class Dispatcher:
         self._moves.fail(self.sequences[seq], error)
 
     def awaits_report(self, record: RoutedSequence) -> bool:
-        """Whether its prefill node has yet to say how the push of the last attempt ended."""
+        """Whether a prefill node has yet to say how a push for it ended."""
         return self.credits.is_owed_report(record)
 
     def tick(self) -> None:

@@ -129,7 +129,7 @@ class Moves:
         return self.fail(
             record,
             Overloaded(
-                f"{len(self.queue)} prompts of {self.queue.num_tokens} tokens wait to be prefilled already",
+                f"the prefill queue is full: {len(self.queue)} waiting, {self.queue.num_tokens} tokens in all",
                 retry_after_s=max(1, ceil(wait_s)),
             ),
         )
@@ -180,7 +180,7 @@ class Moves:
         assert record.timeline.queued is not None
         if not self.prefills or self._clock() - record.timeline.queued > self._rules.grant_patience_s:
             self.queue.take(record.seq)
-            reason = "cannot reach" if self.prefills else "is up to reach"
+            reason = "can reach" if self.prefills else "is up to reach"
             self.again(record, f"no prefill node {reason} {record.decode}", f"no_prefill_node: none {reason} {record.decode}")
 
     def _may_ask(self, record: RoutedSequence, job: Job, decode: DecodePeer) -> bool:

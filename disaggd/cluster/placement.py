@@ -108,7 +108,11 @@ class Placement:
     def wait_s(self, job: Job, now: float) -> float:
         """Predicted, until a prefill node would begin with the job. With none up there is no telling: 0."""
         peers = self._prefills.values()
-        return (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers) if peers else 0.0
+        if not peers:
+            return 0.0
+        return self._learning.waits.corrected(
+            (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers)
+        )
 
     def has_room_elsewhere(self, record: RoutedSequence) -> bool:
         """Whether another decode node than its own has blocks for the sequence."""

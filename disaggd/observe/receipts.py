@@ -136,6 +136,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: CachedTokens = CachedTokens()
     kv_bytes: int = 0
     """Sum of the descriptor lengths of the handles that ended DONE."""
+    is_pushing: bool = False
+    """The prefill node has yet to report the push: `kv_bytes` and the transfer's spans follow, maybe after the reply."""
     prefix_push: PrefixPush | None = None
     """None if nothing was asked of the decode node."""
     retries: int = 0
@@ -166,12 +168,13 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     def header(self) -> str:
         """One line of ASCII for the `x-disaggd` header: `remote p0->d0 cached=0 kv=12.6MB`, `local d0 cached=0`.
 
-        What is out of the ordinary follows: ` retries=1`.
+        What is out of the ordinary follows: ` retries=1`. A reply may be whole before its prefill node has told of the push: `kv=?`.
         """
         decode = self.decode_node or "?"
         retries = f" retries={self.retries}" if self.retries else ""
         if self.decision == "remote":
-            return f"remote {self.prefill_node or '?'}->{decode} cached={self.num_cached} kv={_megabytes(self.kv_bytes)}{retries}"
+            kv = "?" if self.is_pushing else _megabytes(self.kv_bytes)
+            return f"remote {self.prefill_node or '?'}->{decode} cached={self.num_cached} kv={kv}{retries}"
         return f"{self.decision or 'undecided'} {decode} cached={self.num_cached}{retries}"
 
 

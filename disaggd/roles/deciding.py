@@ -40,6 +40,7 @@ class Decider:
                 override=frame.policy,
                 offer=frame.offer,
                 max_remote_tokens=self._max_remote_tokens,
+                max_tokens=self._engine.context_limit,
                 ttft_target_s=frame.ttft_target_s,
                 itl_target_s=self._engine.pace.itl_target_s,
                 bytes_per_token=self._bytes_per_token,

@@ -30,6 +30,7 @@ def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: 
         output_tokens=len(record.sent),
         cached_tokens=CachedTokens(record.cached_at_decode, record.cached_at_prefill),
         kv_bytes=record.kv_bytes,
+        is_pushing=record.was_remote and record.grant is not None and times.last_done_ms is None,
         prefix_push=_prefix_push(record.prefix_push),
         retries=record.retries,
         spans_ms=_durations(times, is_remote=record.was_remote),
@@ -68,12 +69,21 @@ def _predicted(predicted: PredictedSeconds | None) -> Predicted | None:
 
 
 def _prediction_error(record: RoutedSequence) -> float | None:
-    """Both ends are frames from a node, so that a hop in each cancels out."""
-    times, predicted = record.timeline, record.predicted
+    predicted, actual = record.predicted, _decided_to_first_token_s(record.timeline, was_remote=record.was_remote)
     expected = None if predicted is None else predicted.remote_ttft_s if record.was_remote else predicted.local_ttft_s
-    if expected is None or times.decided is None or times.resumed is None or times.resumed <= times.decided:
+    return None if expected is None or not actual else round(expected / actual - 1, 4)
+
+
+def _decided_to_first_token_s(times: Timeline, *, was_remote: bool) -> float | None:
+    """On the decode node's own clock if it prefilled: the frame that told of its decision may have waited for the first step.
+
+    Elsewhere both ends are frames from a node, so that a hop in each cancels out.
+    """
+    if times.resumed is None or times.decided is None:
         return None
-    return round(expected / (times.resumed - times.decided) - 1, 4)
+    if not was_remote:
+        return None if times.local_wait_ms is None else (times.local_wait_ms + times.prefill_ms) / 1e3
+    return times.resumed - times.decided if times.resumed > times.decided else None
 
 
 def _durations(times: Timeline, *, is_remote: bool) -> Spans:

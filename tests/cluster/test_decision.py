@@ -209,7 +209,7 @@ def test_a_target_that_is_past_decides_nothing() -> None:
 
 def test_the_reason_tells_all_four_costs() -> None:
     decision = decide(DecisionRule(), situation(1000, local=busy(2)))
-    assert decision.reason == "cheaper: 825 ms and 810 ms of delay to others here, 405 ms and 2 ms of KV elsewhere"
+    assert decision.reason == "cheaper: here 825 ms, 810 ms of delay to others; elsewhere 405 ms, 2 ms of KV"
 
 
 # ── trying what was not tried ────────────────────────────────────────────────────────────────────────────────────────

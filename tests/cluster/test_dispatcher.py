@@ -18,6 +18,7 @@ from disaggd.cluster.protocol import (
     Progress,
     Quiesced,
     Refused,
+    Released,
     RequestGrant,
     TokenRun,
     Tokens,
@@ -373,6 +374,22 @@ def test_an_update_says_whether_another_will_come() -> None:
     routing.down(P0)
     assert not routing.dispatcher.awaits_report(record)
     assert len(routing.updates) == 2, "nobody will say how the push ended"
+
+
+def test_reports_of_earlier_attempts_are_awaited_as_well() -> None:
+    """Who counts ended requests counts them when nothing more will come: once each."""
+    routing = Routing(prefills=(P0, P1))
+    client = routing.prefilling()
+    record = routing.record(client)
+    routing.say(routing.decode_of(client), Released(client.seq, 0, "no sign of life from p0"))
+    routing.is_retried(client)
+    routing.say(routing.decode_of(client), Decided(client.seq, 1, "short: by itself", 0))
+    routing.updates.clear()
+    routing.tokens(client, 0, 1, finish="stop")
+    assert routing.updates and routing.dispatcher.awaits_report(record)
+    routing.job_ended(client, attempt=0)
+    assert not routing.dispatcher.awaits_report(record)
+    assert len(routing.updates) == 2
 
 
 def test_the_receipt_knows_when_handles_moved_on_the_prefill_nodes_clock() -> None:

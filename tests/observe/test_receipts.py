@@ -40,6 +40,7 @@ def test_a_remote_header_names_both_nodes_and_the_bytes(kv_bytes: int, shown: st
         decision="remote", prefill_node="p0", decode_node="d0", cached_tokens=CachedTokens(decode=7, prefill=3), kv_bytes=kv_bytes
     )
     assert remote.header() == f"remote p0->d0 cached=3 kv={shown}"
+    assert msgspec.structs.replace(remote, is_pushing=True).header() == "remote p0->d0 cached=3 kv=?"
 
 
 def test_a_local_header_names_the_decode_node() -> None:

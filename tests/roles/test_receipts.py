@@ -97,7 +97,7 @@ def test_a_local_prefill_is_told_by_its_node() -> None:
     """It came to it after 1.5 ms, whatever the router heard of the decision at 2, and took 28.5."""
     story = Story()
     story.at(2)
-    story.routing.say(D0, Decided(story.client.seq, 0, "short: it is", 0, PredictedSeconds(local_ttft_s=0.035)))
+    story.routing.say(D0, Decided(story.client.seq, 0, "short: it is", 0, PredictedSeconds(local_ttft_s=0.0342)))
     story.at(30)
     story.routing.say(D0, LocalPrefill(story.client.seq, 0, 0, 8.5, 20.0))
     story.routing.tokens(story.client, 0, 7)
@@ -110,7 +110,7 @@ def test_a_local_prefill_is_told_by_its_node() -> None:
     ]
     spans = story.receipt().spans_ms
     assert (spans.prefill_wait, spans.prefill, spans.queue) == (8.5, 20.0, None)
-    assert story.receipt().prediction_error == pytest.approx(0.25)
+    assert story.receipt().prediction_error == pytest.approx(0.2)
 
 
 def test_a_node_that_claims_more_time_than_passed_is_cut_to_what_did() -> None:

@@ -38,6 +38,10 @@ CHEAP_TRY = 2.0
 """A way costs little if it costs up to so many times the other."""
 
 
+MAX_TOKENS = 1 << 17
+"""Of a sequence, where nobody says how long one may be."""
+
+
 class DecisionRule(msgspec.Struct, frozen=True, kw_only=True):
     """What the configuration says."""
 
@@ -109,7 +113,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """None: no prefill node can be reached."""
     max_remote_tokens: int | None = None
     """What the node has memory to receive; None: as much as its pool holds."""
-    max_tokens: int = 1 << 17
+    max_tokens: int = MAX_TOKENS
     """Of any sequence."""
     ttft_target_s: float
     """What is left of it."""
@@ -311,7 +315,8 @@ def _predicted(situation: Situation, here: Way | None, there: Way | None) -> Pre
 def breakeven_tokens(situation: Situation) -> int | None:
     """From how many tokens on an uncached prompt would cost less elsewhere now; None until both ways are known.
 
-    The first such length, as far as doubling finds it; at most the longest prompt there may be: then it does not pay at all.
+    Up to the longest prompt there may be; that one, where it does not pay even then. Short prompts may pay besides, if long ones miss a
+    target on either way.
     """
     if situation.local is None or situation.remote is None or situation.offer is None:
         return None
@@ -322,15 +327,14 @@ def breakeven_tokens(situation: Situation) -> int | None:
         here, there = _here(uncached), _there(uncached)
         return here is not None and there is not None and there.cost_s < here.cost_s
 
-    high = 1
-    while high < situation.max_tokens and not pays(high):  # where both ways are hopeless it may pay no more
-        high = min(2 * high, situation.max_tokens)
-    low = high // 2 + 1
+    high = situation.max_tokens
+    if not pays(high):
+        return high
+    low = high // 2
+    while low and pays(low):
+        low, high = low // 2, low
+    low += 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if pays(middle) else (middle + 1, high)
     return low
-
-
-MAX_BREAKEVEN = 1 << 17
-"""Tokens that are thought of where nobody says how long a sequence may be."""

@@ -297,10 +297,11 @@ class Engine:
         """Whether `need` blocks may be promised to another node for a parked `sequence` now.
 
         Growth comes first, then the preempted, then grants, those with an earmark before those without. A place among the running
-        must come free too: not counting those of the `num_granted` grants that are out, and of older sequences that wait here.
+        must come free too: not counting those of the `num_granted` grants that are out, and of older sequences that wait here. An
+        earmark that is kept from one of these would have it wait for the other grant, and that for it: such a one does not count.
         """
         before = self._scheduler.earmarked_before(sequence)
-        older = sum(waiting.arrival < sequence.arrival for waiting in self._scheduler.waiting)
+        older = sum(waiting.arrival < sequence.arrival and not self._scheduler.kept_from(waiting) for waiting in self._scheduler.waiting)
         if self.num_running + num_granted + older + len(before) >= self.limits.max_sequences:
             return False
         return self.pool.room_for_grant(need + sum(before) + self._scheduler.blocks_owed(), self.num_running)

@@ -211,12 +211,12 @@ class Scheduler:
         """
         need = self._pool.blocks_for(len(sequence.tokens)) - len(cached) + self._pool.num_unheld(cached)
         growing = sum(not other.reserve for other in self.running)
-        kept = self._kept_from(sequence)
+        kept = self.kept_from(sequence)
         if len(self.running) + len(kept) >= self._limits.max_sequences:
             return False
         return self._pool.num_available >= need + growing + sum(kept)
 
-    def _kept_from(self, sequence: Sequence) -> list[int]:
+    def kept_from(self, sequence: Sequence) -> list[int]:
         """The blocks kept for each older sequence. From the preempted nothing is kept: they were here before."""
         if sequence.num_preemptions:
             return []

@@ -169,8 +169,8 @@ class DecodeRole:
     @_on_frame.register
     def _(self, frame: RequestGrant, link: LinkId) -> None:
         placed = self._current(frame.seq, frame.attempt)
-        if placed is None:
-            return self._outbox.send(link, Released(frame.seq, frame.attempt, "unknown sequence"))
+        if placed is None or placed.sequence.state is not SequenceState.QUEUED:  # a router of ours asks for none that is computed here
+            return self._outbox.send(link, Released(frame.seq, frame.attempt, "no such sequence waits for a grant"))
         if placed.grant is not None:  # given with `NeedPrefill`; that the router asks again says that it forwarded it to nobody
             self._granting.withdraw(placed)
         if not self._granting.can_land(placed):

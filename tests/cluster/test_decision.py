@@ -5,7 +5,7 @@ import pytest
 
 from disaggd.cluster.decision import (
     FORGOTTEN,
-    MAX_BREAKEVEN,
+    MAX_TOKENS,
     UNTRIED,
     Decision,
     DecisionRule,
@@ -261,6 +261,6 @@ def test_a_longer_wait_and_a_slower_wire_move_it_up() -> None:
 
 
 def test_what_never_pays_is_told_by_the_longest_and_what_is_unknown_not_at_all() -> None:
-    assert breakeven_tokens(situation(1000, offer=offer(wait=1000.0))) == MAX_BREAKEVEN
+    assert breakeven_tokens(situation(1000, offer=offer(wait=1000.0))) == MAX_TOKENS
     assert breakeven_tokens(situation(1000, local=None)) is None
     assert breakeven_tokens(situation(1000, offer=None)) is None

@@ -22,7 +22,8 @@ from disaggd.engine.sequence import SequenceState
 from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
-from tests.support.decode_scripts import AGENT, P0, PLACE, S, delivered, generate, granted, is_empty, landed, make_decode_node
+from disaggd.transfer.notification import FirstToken
+from tests.support.decode_scripts import AGENT, P0, PLACE, Node, S, delivered, generate, granted, is_empty, landed, make_decode_node
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, expected, next_token, prompt
 
 # ── decisions ──
@@ -176,7 +177,7 @@ def test_a_fenced_agent_is_granted_no_more() -> None:
 def test_a_grant_for_an_unknown_sequence_is_released() -> None:
     node = make_decode_node()
     node.say(RequestGrant(S, 0, P0))
-    assert node.last(Released) == Released(S, 0, "unknown sequence")
+    assert node.last(Released) == Released(S, 0, "no such sequence waits for a grant")
 
 
 # ── room ──
@@ -366,3 +367,43 @@ def test_opening_a_pair_again_touches_no_grant() -> None:
     granted(node)
     node.say(OpenPair(P0, Incarnation("p0-first")))
     assert not node.frames(Released) and node.role.gauges().blocks_granted == 6
+
+
+@pytest.mark.parametrize("order", [("old", "young"), ("young", "old")])
+@pytest.mark.parametrize("num_local", [6, 8, 10])
+def test_earmarks_out_of_order_and_older_prompts_between_them_do_not_wait_for_each_other(order: tuple[str, str], num_local: int) -> None:
+    """One did not go before older local prompts, these not before the other, and that not before the one: all stood still."""
+    node = make_decode_node(16)
+    node.say(generate(prompt(50, 9), SeqId("busy"), policy="local", max_tokens=6))
+    node.step()
+    node.say(generate(prompt(38, 1), SeqId("old"), policy="remote", max_tokens=2))
+    for i in range(num_local):
+        node.say(generate(prompt(38, 2 + i), SeqId(f"local-{i}"), policy="local", max_tokens=2))
+    node.say(generate(prompt(30, 77), SeqId("young"), policy="remote", max_tokens=2))
+    node.say(*(RequestGrant(SeqId(name), 0, P0, earmark=True) for name in order))
+    for _ in range(100):
+        node.step()
+        node.after(0.1)
+        for name in order:
+            grant_and_land(node, SeqId(name))
+    assert is_empty(node)
+
+
+def grant_and_land(node: Node, seq: SeqId) -> None:
+    """The router asks again for whoever waits for a grant, and what is granted lands at once."""
+    placed = node.role._placed.get(seq)
+    if placed is None or placed.sequence.state is not SequenceState.QUEUED:
+        return
+    if placed.grant is None:
+        node.say(RequestGrant(seq, 0, P0, earmark=True))
+    if (token := placed.grant) is not None:
+        node.event(transfer.Landed(token, FirstToken(5), 0))
+
+
+def test_a_grant_for_a_sequence_that_is_computed_here_is_refused_and_nothing_else() -> None:
+    """No router of ours asks for one; whoever else has found the port may."""
+    node = make_decode_node()
+    node.say(generate(prompt(10), policy="local"), RequestGrant(S, 0, P0, earmark=True), RequestGrant(S, 0, P0))
+    assert len(node.frames(Released)) == 2 and not node.frames(Granted)
+    node.run()
+    assert delivered(node) == expected(prompt(10), 4)

@@ -44,9 +44,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard disaggd/k
 	$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# What runs is among it: so that the kernels are compiled once, not twice.
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
 	$(INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 $(VENV)/triton-3.6/.installed: Makefile | $(BIN)/python
 	rm -rf $(@D)

@@ -38,23 +38,25 @@ def wait_until(what: str, condition: Callable[[], bool], deadline_s: float, ever
 def free_port(host: str = "127.0.0.1") -> int:
     """Below the ephemeral ports: a router that dials one of those, before its node listens, may get it for its own end."""
     while True:
-        port = random.randrange(12_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind((host, port))
+        port = random.randrange(12_000, 18_000)
+        if can_listen(port, host):
             return port
 
 
 def free_port_range(size: int = 100) -> str:
-    """A range below the ephemeral ports, where nobody listens now."""
+    """A range below the ephemeral ports and beyond those of `free_port`, all of it to be had now."""
     while True:
-        first = random.randrange(12_000, 32_000 - size)
-        if all(_is_free(port) for port in range(first, first + size)):
+        first = random.randrange(18_000, 32_000 - size)
+        if all(can_listen(port) for port in range(first, first + size)):
             return f"{first}-{first + size - 1}"
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+def can_listen(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a program that ends soon may have the port: nobody has it, and no connection of another's lingers there."""
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind((host, port))
+        return True
+    return False
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 
 from disaggd.transfer.environment import transfer_environment
 from disaggd.transfer.messages import TransferCommand, TransferEvent
+from tests.support.clusters import can_listen
 
 DEADLINE_S = 20.0
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,8 @@ def start_node(make_node: Callable[..., Node], request: pytest.FixtureRequest) -
 
 @pytest.fixture
 def port_range() -> tuple[int, int]:
-    """Sixteen ports below the kernel's ephemeral ones, others than the last test's: those linger for a minute."""
-    first = random.randrange(20000, 31000, 16)
-    return first, first + 15
+    """Sixteen ports below the kernel's ephemeral ones, none of which lingers from another test, as they do for a minute."""
+    while True:
+        first = random.randrange(20000, 31000, 16)
+        if all(can_listen(port) for port in range(first, first + 16)):
+            return first, first + 15

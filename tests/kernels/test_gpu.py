@@ -7,6 +7,8 @@ process either interprets Triton's functions or compiles them, from its first im
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,23 +44,29 @@ class Triton:
         assert process.returncode == 0, process.stdout + process.stderr
 
 
-@pytest.fixture(params=["installed", OLDEST])
-def triton(request: pytest.FixtureRequest) -> Triton:
-    if request.param == "installed":
-        return Triton(metadata.version("triton"), None)
+@pytest.fixture
+def tritons() -> list[Triton]:
+    """The installed one, and the oldest."""
     folder = Path(sys.prefix) / f"triton-{OLDEST}"
     if not folder.is_dir():
         unmet = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         unmet(f"{folder} is not there: `make test` installs it")
-    return Triton(OLDEST, folder)
+    return [Triton(metadata.version("triton"), None), Triton(OLDEST, folder)]
 
 
-def test_the_kernels_pass_in_the_interpreter(triton: Triton):
+def at_once(run: Callable[[Triton], None], tritons: list[Triton]) -> None:
+    """On a core for each: these two tests take as long as most others together."""
+    with ThreadPoolExecutor(len(tritons)) as pool:
+        list(pool.map(run, tritons))
+
+
+def test_the_kernels_pass_in_the_interpreter(tritons: list[Triton]) -> None:
     """Takes 25 s: tests/kernels/gpu has some 150 tests, of programs interpreted at 5–9 ms each."""
     numpy_by_triton_3_6 = "ignore:Conversion of an array with ndim:DeprecationWarning"  # an error from numpy 2.4 on
-    triton.run("pytest", "-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, HERE / "gpu", TRITON_INTERPRET="1")
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, HERE / "gpu")
+    at_once(lambda triton: triton.run("pytest", *arguments, TRITON_INTERPRET="1"), tritons)
 
 
-def test_the_kernels_compile_for_sm_90(triton: Triton):
+def test_the_kernels_compile_for_sm_90(tritons: list[Triton]) -> None:
     """Takes 30 s: 60 kernels at half a second. Its output is the table of what each takes."""
-    triton.run("tests.kernels.compile_sm90")
+    at_once(lambda triton: triton.run("tests.kernels.compile_sm90"), tritons)

@@ -58,7 +58,6 @@ class Job:
     begun: float | None = None
     """When its first step began."""
     is_computing: bool = True
-    is_pushing: bool = False
     failure: str = ""
     """Why it came to nothing, if it did."""
 
@@ -146,7 +145,6 @@ class PrefillRole:
         job = Job(link, sequence, frame.grant, self._clock())
         self._jobs[job.key] = job
         if frame.grant is not None:
-            job.is_pushing = True
             self._pushed[frame.grant.token] = job
             self._pushing.begin(frame.grant, link)
         if frame.prefix is not None:
@@ -214,7 +212,6 @@ class PrefillRole:
     def _(self, event: transfer.PushEnded) -> None:
         self._pushing.ended(event)
         job = self._pushed.pop(event.token)
-        job.is_pushing = False
         self._pool.touch(job.sequence.digests)
         if not (event.clean and event.finished):
             self._stop(job, "the push was stopped" if event.clean else "the push failed")
@@ -256,7 +253,7 @@ class PrefillRole:
             if job.begun is None:
                 job.begun = self._turn_began
                 self._prefixes.begun(job.key)
-            if job.grant is not None and job.is_pushing:
+            if job.grant is not None and job.grant.token in self._pushed:
                 is_ready = is_ready or self._mark()
                 self._push(job.grant, chunk, layers, is_ready)
         self._pushing.renew_leases()
@@ -320,11 +317,10 @@ class PrefillRole:
             job.is_computing = False
             self._prefixes.drop(job.key, reason)
             self._engine.abort(job.sequence)
-        if job.is_pushing:
-            assert job.grant is not None
-            self._pushing.stop(job.grant.token)
-        elif job.grant is None:
+        if job.grant is None:
             self._end(job)
+        elif job.grant.token in self._pushed:
+            self._pushing.stop(job.grant.token)
 
     def _end(self, job: Job, kv_bytes: int = 0, first_post_at: float | None = None, last_done_at: float | None = None) -> None:
         """Both halves have ended: the report returns the job's credit."""

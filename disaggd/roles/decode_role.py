@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.decision import DecisionRule
-from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairReady
+from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -134,8 +134,9 @@ class DecodeRole:
         self._on_frame(frame, link)
 
     @singledispatchmethod
-    def _on_frame(self, frame: object, link: LinkId) -> None:
-        log.warning("a decode node has no use for %s", type(frame).__name__)
+    def _on_frame(self, frame: ToNode, link: LinkId) -> None:
+        if not self._pushing.on_frame(frame):
+            log.warning("a decode node has no use for %s", type(frame).__name__)
 
     @_on_frame.register
     def _(self, frame: Generate, link: LinkId) -> None:
@@ -244,22 +245,15 @@ class DecodeRole:
         if self._pushing.cancel(frame, link):
             self._pushing.stop(frame.token)
 
-    @_on_frame.register
-    def _(self, frame: ConnectPair, link: LinkId) -> None:
-        self._pushing.connect(frame)
-
-    @_on_frame.register
-    def _(self, frame: PairReady, link: LinkId) -> None:
-        self._pushing.ready(frame)
-
     # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_event(self, event: transfer.TransferEvent) -> None:
         self._on_event(event)
 
     @singledispatchmethod
-    def _on_event(self, event: object) -> None:
-        raise AssertionError(f"nobody told the transfer thread to send {event!r}")
+    def _on_event(self, event: transfer.TransferEvent) -> None:
+        if not self._pushing.on_event(event):
+            raise AssertionError(f"nobody told the transfer thread to send {event!r}")
 
     @_on_event.register
     def _(self, event: transfer.Landed) -> None:
@@ -296,18 +290,6 @@ class DecodeRole:
             placed = self._placed.get(record.seq_id)
             if placed is not None and placed.grant == record.token:
                 self._release(placed, "its prefill node was fenced", is_fenced=True)
-
-    @_on_event.register
-    def _(self, event: transfer.PairConnected) -> None:
-        log.info("probing the KV path to %s", event.peer)
-
-    @_on_event.register
-    def _(self, event: transfer.PairFailed) -> None:
-        self._pushing.pair_failed(event)
-
-    @_on_event.register
-    def _(self, event: transfer.HandleDone) -> None:
-        self._pushing.handle_done(event)
 
     @_on_event.register
     def _(self, event: transfer.PushEnded) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
-from disaggd.cluster.hello import ConnectPair, OpenPair, PairReady
+from disaggd.cluster.hello import OpenPair
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -124,8 +124,9 @@ class PrefillRole:
         self._on_frame(frame, link)
 
     @singledispatchmethod
-    def _on_frame(self, frame: object, link: LinkId) -> None:
-        log.warning("a prefill node has no use for %s", type(frame).__name__)
+    def _on_frame(self, frame: ToNode, link: LinkId) -> None:
+        if not self._pushing.on_frame(frame):
+            log.warning("a prefill node has no use for %s", type(frame).__name__)
 
     @_on_frame.register
     def _(self, frame: Prefill, link: LinkId) -> None:
@@ -168,14 +169,6 @@ class PrefillRole:
             self._stop(self._pushed[frame.token], "cancelled by decode")
 
     @_on_frame.register
-    def _(self, frame: ConnectPair, link: LinkId) -> None:
-        self._pushing.connect(frame)
-
-    @_on_frame.register
-    def _(self, frame: PairReady, link: LinkId) -> None:
-        self._pushing.ready(frame)
-
-    @_on_frame.register
     def _(self, frame: OpenPair, link: LinkId) -> None:
         self._prefixes.open(frame)
 
@@ -193,20 +186,9 @@ class PrefillRole:
         self._on_event(event)
 
     @singledispatchmethod
-    def _on_event(self, event: object) -> None:
-        raise AssertionError(f"nobody told the transfer thread to send {event!r}")
-
-    @_on_event.register
-    def _(self, event: transfer.PairConnected) -> None:
-        log.info("probing the KV path to %s", event.peer)
-
-    @_on_event.register
-    def _(self, event: transfer.PairFailed) -> None:
-        self._pushing.pair_failed(event)
-
-    @_on_event.register
-    def _(self, event: transfer.HandleDone) -> None:
-        self._pushing.handle_done(event)
+    def _on_event(self, event: transfer.TransferEvent) -> None:
+        if not self._pushing.on_event(event):
+            raise AssertionError(f"nobody told the transfer thread to send {event!r}")
 
     @_on_event.register
     def _(self, event: transfer.PushEnded) -> None:

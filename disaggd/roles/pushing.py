@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from disaggd.cluster.hello import ConnectPair, PairLost, PairReady
-from disaggd.cluster.protocol import Cancel, Grant, Progress, Quiesced
+from disaggd.cluster.protocol import Cancel, Grant, Progress, Quiesced, ToNode
 from disaggd.engine.blocks import BlockPool
 from disaggd.errors import InvalidRequest
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName
@@ -85,15 +85,37 @@ class Pushing:
 
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def connect(self, frame: ConnectPair) -> None:
+    def on_frame(self, frame: ToNode) -> bool:
+        """Whether it is a frame about the pairs that this node writes over: then it is dealt with, whatever the node's role."""
+        match frame:
+            case ConnectPair():
+                self._connect(frame)
+            case PairReady(peer, agent_id):
+                self._ready[peer] = agent_id
+            case _:
+                return False
+        return True
+
+    def on_event(self, event: transfer.TransferEvent) -> bool:
+        """Whether it is an event of those pairs, or of a handle: then it is dealt with. The end of a push is its role's matter too."""
+        match event:
+            case transfer.PairConnected(peer):
+                log.info("probing the KV path to %s", peer)
+            case transfer.PairFailed():
+                self._pair_failed(event)
+            case transfer.HandleDone(_, source):
+                self._pool.release(source)
+                self._count_reads(source, -1)
+            case _:
+                return False
+        return True
+
+    def _connect(self, frame: ConnectPair) -> None:
         if self._ready.get(frame.peer) != frame.agent_id:  # else another router asks for what is there: probe once more for it
             self._ready.pop(frame.peer, None)
         self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.agent_id, frame.metadata, frame.place))
 
-    def ready(self, frame: PairReady) -> None:
-        self._ready[frame.peer] = frame.agent_id
-
-    def pair_failed(self, event: transfer.PairFailed) -> None:
+    def _pair_failed(self, event: transfer.PairFailed) -> None:
         if self._ready.get(event.peer) == event.agent_id:
             del self._ready[event.peer]
         self._outbox.broadcast(PairLost(event.peer, event.agent_id, event.reason))
@@ -163,10 +185,6 @@ class Pushing:
         """A grant came that is not to be written: its target hears so, once nothing is in flight."""
         if self.cancel(Cancel(grant.token, grant.writer, grant.target), link):
             self.stop(grant.token)
-
-    def handle_done(self, event: transfer.HandleDone) -> None:
-        self._pool.release(event.source)
-        self._count_reads(event.source, -1)
 
     def ended(self, event: transfer.PushEnded) -> Push:
         """Nothing is in flight for this grant any more, and nothing will be: whoever asked is told."""

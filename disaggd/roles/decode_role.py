@@ -14,7 +14,6 @@ A sequence is either the engine's alone (prefilled here, or landed), or QUEUED t
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.decision import DecisionRule
@@ -27,7 +26,6 @@ from disaggd.cluster.protocol import (
     Generate,
     Granted,
     Landed,
-    LocalPrefill,
     NeedPrefill,
     NoRoom,
     PrefillLost,
@@ -44,7 +42,7 @@ from disaggd.cluster.protocol import (
 )
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
-from disaggd.engine.sequence import Sequence, SequenceState
+from disaggd.engine.sequence import SequenceState
 from disaggd.errors import InvalidRequest
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.arrival import read_sequence
@@ -52,6 +50,7 @@ from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.deciding import Decider, measured
 from disaggd.roles.gauges import node_gauges
 from disaggd.roles.granting import Granting, Placed
+from disaggd.roles.local_prefills import LocalPrefills
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
@@ -61,17 +60,6 @@ log = logging.getLogger(__name__)
 
 COPY_POLL_S = 200e-6
 """A prompt's KV is copied into a GPU's memory in 0.1 to 20 ms, and CUDA has no event that wakes a thread with an inbox."""
-
-
-@dataclass(slots=True)
-class LocalSpan:
-    """A prompt that is prefilled here, until its first token."""
-
-    arrived: float
-    plain_ttft_s: float | None
-    """What the arithmetic said of its first token, before it was corrected by experience."""
-    begun: float | None = None
-    """When its first step began."""
 
 
 class DecodeRole:
@@ -107,7 +95,7 @@ class DecodeRole:
         """Grants that were answered `NoRoom`, the last time that they were asked for."""
         self._thought_full: set[LinkId] = set()
         """Routers that were answered `NoRoom`, and not told `Room` since."""
-        self._prefilling: dict[Sequence, LocalSpan] = {}
+        self._local_prefills = LocalPrefills(self._decider, outbox, clock)
         self._turn_began = 0.0
         """A step begins right after the tick."""
         self._has_resumed = False
@@ -157,7 +145,7 @@ class DecodeRole:
         if not decision.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed
-            self._prefilling[sequence] = LocalSpan(self._clock(), plain_ttft_s)
+            self._local_prefills.arrived(sequence, plain_ttft_s)
             self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, decision.reason, num_cached, decision.predicted))
             return
         grant = None
@@ -303,18 +291,15 @@ class DecodeRole:
     def layers_done(self, plan: StepPlan, layers: range) -> None:
         """Nothing leaves a decode node that it computes just now; prompts begin to be prefilled."""
         self._pushing.renew_leases()
-        if layers.start or not self._prefilling:
-            return
-        for chunk in plan.chunks:
-            if (span := self._prefilling.get(chunk.sequence)) is not None and span.begun is None:
-                span.begun = self._turn_began
+        if not layers.start:
+            self._local_prefills.step_began(plan, self._turn_began)
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
         """One frame per router, with the new tokens of all its sequences."""
         runs: dict[LinkId, list[TokenRun]] = {}
         for output in outputs:
             placed = self._placed[output.sequence.seq_id]
-            self._report_prefill(placed)
+            self._local_prefills.tokens_came(placed.sequence, placed.link)
             runs.setdefault(placed.link, []).append(
                 TokenRun(placed.seq, placed.attempt, output.start, output.tokens, output.logprobs, output.finish_reason)
             )
@@ -322,15 +307,6 @@ class DecodeRole:
                 del self._placed[placed.seq]
         for link, batch in runs.items():
             self._outbox.send(link, Tokens(tuple(batch)))
-
-    def _report_prefill(self, placed: Placed) -> None:
-        """Its first token is here, if it was prefilled here."""
-        if (span := self._prefilling.pop(placed.sequence, None)) is not None and span.begun is not None:
-            now = self._clock()
-            if span.plain_ttft_s is not None and not placed.sequence.num_preemptions:
-                self._decider.first_token_came(span.plain_ttft_s, now - span.arrived)
-            wait_ms, prefill_ms = (span.begun - span.arrived) * 1e3, (now - span.begun) * 1e3
-            self._outbox.send(placed.link, LocalPrefill(placed.seq, placed.attempt, placed.sequence.num_cached, wait_ms, prefill_ms))
 
     def tick(self) -> None:
         """Sequences whose KV is there, leases that ran out, agents to fence, room for those who were refused."""
@@ -391,7 +367,7 @@ class DecodeRole:
     def _forget(self, placed: Placed, reason: str) -> None:
         """The sequence ends here. Blocks that a prefill node may still write go into quarantine, not back to the pool."""
         del self._placed[placed.seq]
-        self._prefilling.pop(placed.sequence, None)
+        self._local_prefills.forget(placed.sequence)
         self._refused.pop(placed.seq, None)
         self._engine.abort(placed.sequence)
         if (record := self._granting.give_up(placed, reason)) is not None:

@@ -10,7 +10,7 @@ import msgspec
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.layout import KVSpec, PoolPlace
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -28,10 +28,26 @@ class RouterHello(Frame, frozen=True):
     incarnation: Incarnation
     model_id: str
     """What the router serves: `ModelDirectory.served_id`; a node with another refuses."""
+    node: NodeName = NodeName("")
+    """Whom it means to reach. The defaults are those of routers older than this version, which is told them."""
+    nonce: bytes = b""
+    """Fresh for every link: the node's proof is about it."""
+
+
+class Challenge(Frame, frozen=True):
+    """The engine node's first answer: what the router's proof must be about."""
+
+    nonce: bytes
+
+
+class Proof(Frame, frozen=True):
+    """The sender knows the cluster's secret and has heard all that was said before: see `handshake.py`."""
+
+    mac: bytes
 
 
 class NodeHello(Frame, frozen=True):
-    """The engine node's answer, or `HelloRejected`."""
+    """What the engine node is, once the router has proved that it may know; before its own proof."""
 
     version: int
     name: NodeName

@@ -5,21 +5,19 @@ called on the same thread, in order, with exactly one `on_down` for each `on_up`
 
 ```
 router: dial()                                 engine node: serve_links()
-   │  ── HTTP upgrade, Authorization: secret ──►  │   401 if the secret is wrong
-   │  ── RouterHello ──────────────────────────►  │   HelloRejected if we cannot work together
-   │  ◄──────────────────────────── NodeHello ──  │
+   │  ── HTTP upgrade, over TLS if configured ─►  │
+   │  ◄═ RouterHello … NodeHello, with proofs ═►  │   `handshake.py`: who is there, and do both know the secret
    │  ◄═══════════ frames, and a Ping every ═══►  │   `missed_heartbeats` silent intervals close the link
    │               `heartbeat_s` from each end    │
 ```
 """
 
 import asyncio
-import hmac
 import http
 import logging
 import os
 import random
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Never, TypeVar
@@ -28,11 +26,12 @@ import msgspec
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from disaggd.cluster.hello import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello
+from disaggd.cluster.handshake import SECRET_FIELD, Greeting, UnexpectedFrame, meet_node, meet_router
+from disaggd.cluster.hello import Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.protocol import ToNode, ToRouter
 from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
@@ -45,6 +44,9 @@ LINK_PATH = "/link"
 HEALTH_PATH = "/health"
 
 _MAX_CLOSE_REASON_BYTES = 120  # a WebSocket close frame has room for 123
+_MAX_GREETING_BYTES = 2**16  # what somebody who has proved nothing yet may make us hold
+_MAX_REMEMBERED = 1000
+"""Addresses and causes of refusals; then the oldest is told anew."""
 _FAREWELLS = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 
 # The library logs a traceback for every port scan and health probe; what matters of it is logged here instead.
@@ -97,13 +99,6 @@ class LinkClosed(Exception):
         super().__init__(reason)
         self.is_farewell = is_farewell
         """An end in good order, which a peer may choose at any time."""
-
-
-class SecretRefused(Exception):
-    """The node said 401."""
-
-    def __init__(self) -> None:
-        super().__init__("the cluster secrets differ")
 
 
 class Link(Generic[Out, In, Hello]):
@@ -245,12 +240,13 @@ class LinkServer:
         on_up: Callable[[NodeLink], None],
         on_frame: Callable[[NodeLink, ToNode], None],
         on_down: Callable[[NodeLink, str], None],
+        on_refused: Callable[[str, int], None],
         settings: LinkSettings,
     ) -> None:
         self._hello = hello
         self._callbacks = (on_up, on_frame, on_down)
         self._settings = settings
-        self._refusals = _Repeated()
+        self._refusals = Refusals(on_refused)
         self._server: Server | None = None
 
     async def listen(self, address: Address) -> None:
@@ -261,7 +257,6 @@ class LinkServer:
                 address.host,
                 address.port,
                 process_request=self._admit,
-                max_size=self._settings.max_frame_bytes,
                 **_SOCKET_OPTIONS,
             )
         except OSError as error:
@@ -278,9 +273,6 @@ class LinkServer:
             return socket.respond(http.HTTPStatus.OK, "ok\n")
         if request.path != LINK_PATH:
             return socket.respond(http.HTTPStatus.NOT_FOUND, f"nothing here but {HEALTH_PATH} and {LINK_PATH}\n")
-        if not _is_authorized(request.headers.get_all("Authorization"), self._settings.secret):
-            self._refusals.log(logging.WARNING, f"refused a link from {_remote(socket)}: wrong cluster secret")
-            return socket.respond(http.HTTPStatus.UNAUTHORIZED, "wrong cluster secret\n")
         return None
 
     async def _serve_one(self, socket: ServerConnection) -> None:
@@ -295,30 +287,18 @@ class LinkServer:
 
     async def _greet(self, socket: ServerConnection) -> RouterHello | None:
         """The router's hello, answered; None if it was refused or never came."""
+        peer = _remote(socket)
         try:
             async with asyncio.timeout(self._settings.hello_timeout_s):
-                theirs = _from_router.decode(await _recv_bytes(socket))
-                if not isinstance(theirs, RouterHello):
-                    raise LinkClosed(f"{type(theirs).__name__} before the hello")
-                reply = self._answer(theirs)
-                await socket.send(_encode(reply))
-        except (TimeoutError, ConnectionClosed, msgspec.MsgspecError, LinkClosed) as error:
-            self._refusals.log(logging.WARNING, f"no hello from {_remote(socket)}: {_why(error)}")
+                theirs, refusal = await meet_router(_greeting(socket, self._settings), self._hello)
+        except (TimeoutError, ConnectionClosed, msgspec.MsgspecError, UnexpectedFrame) as error:
+            self._refusals.note("no_hello", peer, f"no hello from {peer}: {_why(error)}")
             return None
-        if isinstance(reply, HelloRejected):
-            self._refusals.log(
-                logging.WARNING, f"refused router {theirs.router}: {reply.field} differs (ours {reply.ours}, theirs {reply.theirs})"
-            )
+        if refusal is not None:
+            self._refusals.note(refusal.field, peer, f"refused router {theirs.router:.63} at {peer}: {_differs(refusal)}")
             return None
+        _lift_limit(socket, self._settings)
         return theirs
-
-    def _answer(self, theirs: RouterHello) -> NodeHello | HelloRejected:
-        if theirs.version != PROTOCOL_VERSION:
-            return HelloRejected("version", str(PROTOCOL_VERSION), str(theirs.version))
-        reply = self._hello(theirs)
-        if isinstance(reply, NodeHello) and reply.model_id != theirs.model_id:
-            return HelloRejected("model_id", reply.model_id, theirs.model_id)
-        return reply
 
 
 async def serve_links(
@@ -329,12 +309,13 @@ async def serve_links(
     on_frame: Callable[[NodeLink, ToNode], None],
     on_down: Callable[[NodeLink, str], None],
     settings: LinkSettings,
+    on_refused: Callable[[str, int], None] = lambda *_: None,
 ) -> LinkServer:
-    """Listens for routers at `listen` until the server is closed. `hello` answers a router whose version is ours.
+    """Listens for routers at `listen` until the server is closed. `hello` answers a router that knows the cluster's secret.
 
-    Raises ResourceError if the port is taken.
+    `on_refused` is told the cause of each refusal, and how often that was one. Raises ResourceError if the port is taken.
     """
-    server = LinkServer(hello, on_up, on_frame, on_down, settings)
+    server = LinkServer(hello, on_up, on_frame, on_down, on_refused, settings)
     await server.listen(listen)
     return server
 
@@ -351,8 +332,10 @@ async def dial(
     on_down: Callable[[RouterLink, str], None],
     settings: LinkSettings,
     accept: Callable[[NodeHello], None] = lambda _: None,
+    on_refused: Callable[[str], None] = lambda _: None,
 ) -> Never:
-    """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello.
+    """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello;
+    `on_refused` is told the field over which either end refused the other.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
     Each standing trouble is logged once; that a node is not there yet is none for `patience_s`.
@@ -364,10 +347,11 @@ async def dial(
     while True:
         try:
             link = await _connect(node, hello, accept, settings)
-        except (HelloRefused, SecretRefused) as error:
+        except HelloRefused as error:
+            on_refused(error.field)
             troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: {error}")
             pause_s = settings.refused_s
-        except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError) as error:
+        except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError, UnexpectedFrame) as error:
             if isinstance(error, OSError) and now() < missed_from:
                 troubles.log(logging.INFO, f"waiting for {node.name} at {node.listen}")
             else:
@@ -382,23 +366,10 @@ async def dial(
 
 
 async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeHello], None], settings: LinkSettings) -> RouterLink:
-    headers = {"Authorization": f"Bearer {settings.secret}"} if settings.secret is not None else {}
     async with asyncio.timeout(settings.hello_timeout_s):
+        socket = await connect(f"ws://{node.listen}{LINK_PATH}", proxy=None, **_SOCKET_OPTIONS)
         try:
-            socket = await connect(
-                f"ws://{node.listen}{LINK_PATH}",
-                additional_headers=headers,
-                proxy=None,
-                max_size=settings.max_frame_bytes,
-                **_SOCKET_OPTIONS,
-            )
-        except InvalidStatus as error:
-            if error.response.status_code == http.HTTPStatus.UNAUTHORIZED:
-                raise SecretRefused from error
-            raise
-        try:
-            await socket.send(_encode(hello))
-            theirs = _check_hello(node, hello, _from_node.decode(await _recv_bytes(socket)))
+            theirs = await meet_node(_greeting(socket, settings), hello, node)
             accept(theirs)
         except BaseException as error:  # also cancellation and the timeout: no socket is left behind
             try:
@@ -407,20 +378,8 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
             finally:
                 socket.transport.abort()
             raise
+    _lift_limit(socket, settings)
     return Link(socket, node.name, theirs, _from_node.decode, settings, farewell_level=logging.WARNING)
-
-
-def _check_hello(node: NodeConfig, ours: RouterHello, theirs: ToRouter) -> NodeHello:
-    """Raises HelloRefused naming the field in which the two ends differ."""
-    if isinstance(theirs, HelloRejected):
-        raise HelloRefused(theirs.field, theirs.theirs, theirs.ours)
-    if not isinstance(theirs, NodeHello):
-        raise HelloRefused("hello", "NodeHello", type(theirs).__name__)
-    expected = {"version": ours.version, "model_id": ours.model_id, "name": node.name, "role": node.role}
-    for field, value in expected.items():
-        if getattr(theirs, field) != value:
-            raise HelloRefused(field, value, getattr(theirs, field))
-    return theirs
 
 
 # ── both sides ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -429,6 +388,7 @@ _SOCKET_OPTIONS: dict[str, Any] = {
     "compression": None,  # token ids barely compress; deflate would only cost the loop time
     "ping_interval": None,  # heartbeats are frames of our own
     "close_timeout": 1.0,
+    "max_size": _MAX_GREETING_BYTES,
     "max_queue": 64,
     "write_limit": 2**20,
     "logger": _websockets_log,
@@ -450,6 +410,24 @@ class _Repeated:
         self._last = None
 
 
+class Refusals:
+    """Counts whom a listener refused, by cause, and logs each cause once for each address."""
+
+    def __init__(self, on_refused: Callable[[str, int], None]) -> None:
+        self._on_refused = on_refused
+        self._totals = Counter[str]()
+        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def note(self, cause: str, address: str, message: str) -> None:
+        if (cause, address) not in self._told:
+            log.warning("%s", message)
+            self._told[cause, address] = None
+        if len(self._told) > _MAX_REMEMBERED:
+            self._told.popitem(last=False)
+        self._totals[cause] += 1
+        self._on_refused(cause, self._totals[cause])
+
+
 async def _recv_bytes(socket: Connection) -> bytes:
     message = await socket.recv(decode=False)
     assert isinstance(message, bytes)
@@ -460,15 +438,24 @@ async def _close(socket: Connection, code: CloseCode, reason: str) -> None:
     await socket.close(code, reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
 
 
-def _is_authorized(given: list[str], secret: str | None) -> bool:
-    if secret is None:
-        return True
-    return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Bearer {secret}".encode())
+def _greeting(socket: Connection, settings: LinkSettings) -> Greeting:
+    return Greeting(socket.send, lambda: _recv_bytes(socket), settings.secret)
+
+
+def _lift_limit(socket: Connection, settings: LinkSettings) -> None:
+    """The peer has proved who it is: from now on it may send whole frames."""
+    socket.protocol.max_message_size = settings.max_frame_bytes
 
 
 def _remote(socket: Connection) -> str:
     address = socket.remote_address
     return str(address[0]) if address else "a peer that left"
+
+
+def _differs(refusal: HelloRejected) -> str:
+    if refusal.field == SECRET_FIELD:
+        return "wrong cluster secret"
+    return f"{refusal.field} differs (ours {refusal.ours}, theirs {refusal.theirs})"
 
 
 def _why(error: BaseException) -> str:

@@ -28,14 +28,11 @@ import msgspec
 from disaggd.cluster.hello import (
     ConnectPair,
     Frame,
-    HelloRejected,
-    NodeHello,
     OpenPair,
     PairAgent,
     PairLost,
     PairReady,
     Ping,
-    RouterHello,
 )
 from disaggd.cluster.offer import Predicted, PrefillCost, RemoteOffer
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
@@ -386,8 +383,7 @@ class Measured(Frame, frozen=True):
 
 
 ToNode = (
-    RouterHello
-    | Ping
+    Ping
     | OpenPair
     | ConnectPair
     | PairReady
@@ -402,12 +398,10 @@ ToNode = (
     | PrefillLost
     | CacheSnapshot
 )
-"""What a router may send."""
+"""What a router may send, once the two ends know each other (`handshake.py`)."""
 
 ToRouter = (
-    NodeHello
-    | HelloRejected
-    | Ping
+    Ping
     | PairAgent
     | PairReady
     | PairLost

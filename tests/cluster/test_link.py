@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from disaggd.cluster.handshake import Greeting, meet_node
 from disaggd.cluster.hello import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.link import Link, LinkServer, LinkSettings, dial, serve_links
 from disaggd.cluster.protocol import Abort, Credit
@@ -69,9 +70,9 @@ def node_at(port: int) -> NodeConfig:
 
 @contextlib.asynccontextmanager
 async def serving(
-    port: int, end: End, hello: NodeHello | HelloRejected = NODE, settings: LinkSettings = SETTINGS
+    port: int, end: End, hello: NodeHello | HelloRejected = NODE, settings: LinkSettings = SETTINGS, **options: Any
 ) -> AsyncIterator[LinkServer]:
-    server = await serve_links(Address(f"127.0.0.1:{port}"), hello=lambda _: hello, settings=settings, **end.callbacks)
+    server = await serve_links(Address(f"127.0.0.1:{port}"), hello=lambda _: hello, settings=settings, **end.callbacks, **options)
     try:
         yield server
     finally:
@@ -95,9 +96,14 @@ async def dialling(
 async def raw_router(port: int) -> AsyncIterator[ClientConnection]:
     """A router by hand: it has said hello, and sends nothing of itself."""
     async with connect(f"ws://127.0.0.1:{port}/link", proxy=None, ping_interval=None, compression=None) as socket:
-        await socket.send(msgspec.msgpack.encode(ROUTER))
-        assert isinstance(msgspec.msgpack.decode(await socket.recv(decode=False), type=NodeHello), NodeHello)
+        await meet_node(Greeting(socket.send, lambda: received(socket), None), ROUTER, node_at(port))
         yield socket
+
+
+async def received(socket: ClientConnection) -> bytes:
+    message = await socket.recv(decode=False)
+    assert isinstance(message, bytes)
+    return message
 
 
 async def logged(caplog: pytest.LogCaptureFixture, text: str) -> str:
@@ -123,7 +129,7 @@ def test_frames_arrive_in_order_both_ways(free_port: Callable[[], int]) -> None:
         async with serving(port, node), dialling(port, router):
             to_node, to_router = await router.up.get(), await node.up.get()
             assert to_node.peer == NODE
-            assert to_router.peer == ROUTER
+            assert (to_router.peer.router, to_router.peer.incarnation) == (ROUTER.router, ROUTER.incarnation)
             for abort in aborts(500):
                 to_node.send(abort)
                 to_router.send(Credit(int(abort.seq[2:])))
@@ -219,7 +225,7 @@ def test_a_differing_hello_is_refused_by_name_and_logged_once(
 
     run(scenario())
     assert sum("hello refused" in record.getMessage() for record in caplog.records) == 1
-    assert sum("refused router r0" in record.getMessage() for record in caplog.records) == 1
+    assert sum(f"refused router r0 at 127.0.0.1: {field} differs" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_node_of_another_name_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
@@ -247,23 +253,86 @@ def test_the_router_may_refuse_a_nodes_geometry(free_port: Callable[[], int], ca
     assert levels(caplog, "link to r0 is down") == {"WARNING"}
 
 
-def test_a_wrong_secret_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+SECRET = replace(SETTINGS, secret="correct horse battery")
+
+
+def test_a_wrong_secret_is_refused_logged_once_and_counted(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         port, wrong, missing, right = free_port(), End(), End(), End()
-        secret = replace(SETTINGS, secret="correct horse battery")
+        counts: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        seen: list[str] = []
         async with (
-            serving(port, End(), settings=secret),
-            dialling(port, wrong, settings=replace(SETTINGS, secret="wrong horse battery")),
+            serving(port, End(), settings=SECRET, on_refused=lambda *count: counts.put_nowait(count)),
+            dialling(port, wrong, settings=replace(SETTINGS, secret="wrong horse battery"), on_refused=seen.append),
             dialling(port, missing),
         ):
-            await logged(caplog, "the cluster secrets differ")
-            async with dialling(port, right, settings=secret):
+            assert [await counts.get() for _ in range(5)] == [("secret", number) for number in range(1, 6)]
+            async with dialling(port, right, settings=SECRET):  # the node goes on serving others
                 await right.up.get()
-        assert (wrong.ups, missing.ups) == (0, 0)
+            await logged(caplog, "the cluster secrets differ")
+        assert (wrong.ups, missing.ups, set(seen)) == (0, 0, {"secret"})
 
     run(scenario())
-    assert "correct horse" not in caplog.text
-    assert sum("wrong cluster secret" in record.getMessage() for record in caplog.records) == 1
+    assert "horse" not in caplog.text
+    refused = [record.getMessage() for record in caplog.records if "refused router" in record.getMessage()]
+    assert refused == ["refused router r0 at 127.0.0.1: wrong cluster secret"]
+
+
+def test_a_node_that_does_not_know_the_secret_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    """A process that has taken the node's address, and says whatever a node would."""
+
+    async def scenario() -> None:
+        port, router = free_port(), End()
+        async with (
+            serving(port, node := End(), settings=replace(SETTINGS, secret="wrong horse battery")),
+            dialling(port, router, settings=SECRET),
+        ):
+            await logged(caplog, "no link to p0")
+        assert (router.ups, node.ups) == (0, 0)
+
+    run(scenario())
+
+
+def test_a_handshake_that_somebody_recorded_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    """The very bytes that gave a router its link, sent again, give nobody another one."""
+
+    async def scenario() -> None:
+        port, node, recorded = free_port(), End(), list[bytes]()
+        address = f"ws://127.0.0.1:{port}/link"
+        async with serving(port, node, settings=SECRET):
+            async with connect(address, proxy=None) as socket:
+
+                async def record(message: bytes) -> None:
+                    recorded.append(message)
+                    await socket.send(message)
+
+                await meet_node(Greeting(record, lambda: received(socket), SECRET.secret), ROUTER, node_at(port))
+                await node.up.get()
+            await node.down.get()
+            async with connect(address, proxy=None) as replayed:
+                for message in recorded:
+                    await replayed.send(message)
+                await received(replayed)  # the challenge, which is another one
+                refusal = msgspec.msgpack.decode(await received(replayed), type=HelloRejected)
+            assert (len(recorded), refusal) == (2, HelloRejected("secret", "", ""))
+            assert await logged(caplog, "refused router") == "refused router r0 at 127.0.0.1: wrong cluster secret"
+        assert node.ups == 1
+
+    run(scenario())
+
+
+def test_a_stranger_cannot_make_a_node_hold_much_and_a_router_can(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        port, node, router = free_port(), End(), End()
+        large = Abort(SeqId("x" * 2**17), 0)
+        async with serving(port, node), connect(f"ws://127.0.0.1:{port}/link", proxy=None) as stranger:
+            await stranger.send(msgspec.msgpack.encode(large))
+            await logged(caplog, "no hello from 127.0.0.1: ")
+            async with dialling(port, router):
+                (await router.up.get()).send(large)
+                assert await node.frames.get() == large
+
+    run(scenario())
 
 
 def test_a_router_may_leave_but_a_node_is_missed(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
@@ -356,7 +425,7 @@ def test_garbage_instead_of_a_hello_is_refused(free_port: Callable[[], int], cap
         port, node = free_port(), End()
         async with serving(port, node), connect(f"ws://127.0.0.1:{port}/link", proxy=None) as socket:
             await socket.send(msgspec.msgpack.encode(Ping()))
-            assert "Ping before the hello" in await logged(caplog, "no hello from 127.0.0.1")
+            assert "Invalid value 'Ping'" in await logged(caplog, "no hello from 127.0.0.1")
         assert node.ups == 0
 
     run(scenario())

@@ -20,6 +20,9 @@ Incarnation = NewType("Incarnation", str)
 AgentId = NewType("AgentId", str)
 """Drawn for every NIXL agent: rebuilding an agent gives a new one."""
 
+HandleId = NewType("HandleId", int)
+"""A write of one NIXL agent; counted per agent."""
+
 GrantToken = NewType("GrantToken", bytes)
 """16 random bytes that name one grant on the wire; never used twice."""
 

@@ -1,10 +1,10 @@
 """The decode node's process: its role, with the engine and the staging memory that the file asks for."""
 
-import time
 from collections.abc import Callable
 
 import uvloop
 
+from disaggd.clock import lease_clock
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.kv_staging import KVStaging
@@ -27,7 +27,7 @@ def run(config: Config, node: NodeConfig) -> None:
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,
-            clock=time.monotonic,
+            clock=lease_clock,
             staging=staging,
         )
 

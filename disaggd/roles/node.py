@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from disaggd.clock import lease_clock
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
 from disaggd.cluster.protocol import ToNode
@@ -67,7 +68,7 @@ class EngineNode:
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, staging, outbox, self._transfer.submit)
-        self._compute = ComputeThread(self._loaded.engine, role, outbox, time.monotonic, self._fail, self._loaded.stream.enter)
+        self._compute = ComputeThread(self._loaded.engine, role, outbox, lease_clock, self._fail, self._loaded.stream.enter)
 
     async def serve(self) -> None:
         """Run until SIGTERM or a failure, which is raised; SIGINT ends it by a KeyboardInterrupt."""

@@ -1,10 +1,10 @@
 """The prefill node's process: its role, with the engine that the file asks for."""
 
-import time
 from collections.abc import Callable
 
 import uvloop
 
+from disaggd.clock import lease_clock
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.engine.kv_staging import KVStaging
@@ -31,7 +31,7 @@ def run(config: Config, node: NodeConfig) -> None:
             outbox=outbox,
             submit=submit,
             mark=loaded.stream.mark,
-            clock=time.monotonic,
+            clock=lease_clock,
         )
 
     uvloop.run(run_engine_node(config, node, make_role))

@@ -194,6 +194,8 @@ class Pushing:
             self._outbox.send(link, Quiesced(event.token, push.grant.target, event.clean))
         if not event.finished:  # the target may have no router that could ask for it
             self._submit(transfer.QuiesceByWire(event.token, push.grant.target, event.clean))
+        elif event.clean:  # its last piece may lie in the kernel's buffers for a while, and nobody renews the lease from now on
+            self._outbox.send(push.link, Progress((event.token,)))
         return push
 
     def link_down(self, link: LinkId) -> None:

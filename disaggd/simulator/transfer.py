@@ -8,7 +8,7 @@ notifications go one after another, and no byte exists. Nobody dies here, so an 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, NodeName
 from disaggd.simulator.events import Action, EventLoop
 from disaggd.simulator.wire import Wire
 from disaggd.transfer import messages as m
@@ -183,7 +183,7 @@ class SimulatedTransfer:
         if (outlet := self._outlets.pop(peer, None)) is None:
             return
         for push in [push for push in self._pushes.values() if push.agent_id == outlet.agent_id]:
-            push.drain()
+            push.lose_pair()
             self._settle(push)
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +221,8 @@ class SimulatedTransfer:
             return self.post(m.HandleDone(command.token, command.source, 0))
         push, outlet = live
         kv_bytes = len(command.source) * self.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
-        piece = Piece(command.token, 0, push.posted(self._now), kv_bytes)
+        piece = Piece(command.token, 0, push.num_pieces, kv_bytes)
+        push.posted(self._now)
         left_at = outlet.wire.send(kv_bytes, self._now)
         self.fabric.loop.at(outlet.wire.arrival(left_at), lambda: self._written(push, outlet, piece, command.source))
         return None
@@ -241,9 +242,15 @@ class SimulatedTransfer:
         if live is None:
             return
         push, outlet = live
-        seq = push.finish()
+        last = HandleId(push.num_pieces)
+        seq = push.finish({last})
         piece = Piece(token, 0, seq, 0, total=seq + 1, first=first)
-        self._notify(push.peer, lambda: outlet.peer._land(push.agent_id, piece))
+        self._notify(push.peer, lambda: self._last_is_there(push, outlet, piece, last))
+
+    def _last_is_there(self, push: Push, outlet: _Outlet, piece: Piece, last: HandleId) -> None:
+        """And with it everything that was sent before it."""
+        outlet.peer._land(push.agent_id, piece)
+        push.behind.discard(last)
         self._settle(push)
 
     def _settle(self, push: Push) -> None:

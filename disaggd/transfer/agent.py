@@ -8,7 +8,6 @@ Of everything NIXL offers to stop a peer's writes only one thing does: destroyin
 
 import uuid
 import weakref
-from typing import NewType
 
 from nixl._api import nixl_agent, nixl_agent_config, nixl_xfer_handle
 from nixl._bindings import (
@@ -21,11 +20,9 @@ from nixl._bindings import (
 )
 
 from disaggd.errors import ResourceError
-from disaggd.ids import AgentId
+from disaggd.ids import AgentId, HandleId
 from disaggd.transfer.pool import Indices, Pool
 from disaggd.transfer.ports import Port, PortRange, is_free
-
-HandleId = NewType("HandleId", int)
 
 _LINK_ERRORS = (nixlRemoteDisconnectError, nixlNotFoundError, nixlBackendError)
 _METADATA_ERRORS = (*_LINK_ERRORS, nixlInvalidParamError, nixlMismatchError, nixlNotAllowedError)
@@ -49,7 +46,7 @@ class Agent:
         self.port = port
         self._pool = pool
         self._handles: dict[HandleId, nixl_xfer_handle] = {}
-        self._num_posted = 0
+        self._num_prepared = 0
         self._nixl = nixl_agent(self.agent_id, nixl_agent_config(enable_prog_thread=False, backends=[]))
         # A range of one port: UCX raises if it is taken, where it would search a longer, exhausted range forever.
         self._nixl.create_backend("UCX", {"engine_config": f"TCP_PORT_RANGE={port.number}-{port.number}"})
@@ -84,17 +81,23 @@ class Agent:
         except _LINK_ERRORS as error:
             raise PeerLost(f"a notification cannot be sent: {error}") from error
 
-    def write(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
-        """Post a write of descriptors; `message` arrives after its bytes. To be polled until it ends. Raises `PeerLost`."""
-        handle = self._nixl.make_prepped_xfer("WRITE", self._sources, sources, self._targets, targets, message)
+    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        """Make a write of descriptors ready to be posted, or discarded; `message` arrives after its bytes."""
+        handle_id = HandleId(self._num_prepared)
+        self._num_prepared += 1
+        self._handles[handle_id] = self._nixl.make_prepped_xfer("WRITE", self._sources, sources, self._targets, targets, message)
+        return handle_id
+
+    def post(self, handle_id: HandleId) -> None:
+        """The bytes go out, and nothing but the agent's end stops them: to be polled until the write ends. Raises `PeerLost`."""
         try:
-            self._nixl.transfer(handle)
+            self._nixl.transfer(self._handles[handle_id])
         except _LINK_ERRORS as error:
             raise PeerLost(f"a write cannot be posted: {error}") from error
-        handle_id = HandleId(self._num_posted)
-        self._num_posted += 1
-        self._handles[handle_id] = handle
-        return handle_id
+
+    def discard(self, handle_id: HandleId) -> None:
+        """Let go of a write that was never posted."""
+        self._nixl.release_xfer_handle(self._handles.pop(handle_id))
 
     def poll(self, handle_id: HandleId) -> bool:
         """Whether the write has ended DONE; this is also what sends its notification. Raises `PeerLost` when it failed.

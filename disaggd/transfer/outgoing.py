@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from disaggd.ids import AgentId, BlockId, GrantToken, NodeName
-from disaggd.transfer.agent import Agent, HandleId, PeerLost
+from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, NodeName
+from disaggd.transfer.agent import Agent, PeerLost
 from disaggd.transfer.messages import (
     BeginPush,
     ConnectPair,
@@ -106,12 +106,12 @@ class Outgoing:
         pair.agent.port.release()
         ended = [flight for flight in self._flights if flight.pair is pair]
         self._flights = [flight for flight in self._flights if flight.pair is not pair]
+        for push in self._pushes_of(pair):
+            push.lose_pair()
         for flight in ended:
             self._end(flight, None)
-        for push in list(self._pushes.values()):
-            if push.agent_id == pair.remote_id:
-                push.drain()
-                self._settle(push)
+        for push in self._pushes_of(pair):
+            self._settle(push)
 
     def close_all(self) -> None:
         for peer in list(self._pairs):
@@ -215,12 +215,8 @@ class Outgoing:
     def _advance(self, push: Push) -> None:
         """Obey in order what waits, as far as can be now. Any write may lose the pair, and end the push by that."""
         self._load(push)
-        while push.loaded and push.loaded[0].load.is_ready():
-            now = self._clock()
-            push.expire(now)
-            if not push.may_post:
-                break
-            self._write(push, push.loaded.popleft(), now)
+        while push.may_post and push.loaded and push.loaded[0].load.is_ready():
+            self._write(push, push.loaded[0])
         if push.waiting and not push.loaded and isinstance(command := push.waiting[0], FinishPush):
             push.expire(self._clock())
             if push.may_post:
@@ -239,25 +235,38 @@ class Outgoing:
             push.loaded.append(Loaded(command, load))
 
     def _send_last(self, push: Push, command: FinishPush) -> None:
-        seq = push.finish()
+        """It travels behind what the pair has in flight, others' bytes too: it has gone out when those have arrived."""
+        pair = self._pairs[push.peer]
+        seq = push.finish({flight.handle for flight in self._flights if flight.pair is pair})
         piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
-        self._notify(self._pairs[push.peer], encode(piece))
+        self._notify(pair, encode(piece))
 
-    def _write(self, push: Push, loaded: Loaded, now: float) -> None:
+    def _write(self, push: Push, loaded: Loaded) -> None:
+        """Post it, unless the lease has run out by the time that nothing is left to do but that.
+
+        A process that was stopped, or whose machine slept, wakes up anywhere: the later it looks at the clock, the less it may write
+        into a grant that was given up meanwhile. What is posted all the same, only the target's fence keeps out.
+        """
         command, load = loaded.command, loaded.load
         pair = self._pairs[push.peer]
         kv_bytes = self._pool.bytes_of(command.layers, len(command.source))
-        piece = Piece(push.token, self._rank, push.posted(now), kv_bytes)
-        targets = pair.remote.indices(command.layers, command.target)
+        piece = Piece(push.token, self._rank, push.num_pieces, kv_bytes)
+        handle = pair.agent.prepare(load.indices, pair.remote.indices(command.layers, command.target), encode(piece))
+        flight = _Flight(pair, handle, push, command.source, load, kv_bytes)
+        now = self._clock()
+        push.expire(now)
+        if not push.may_post:
+            pair.agent.discard(handle)
+            return
+        push.posted(now)
+        push.loaded.popleft()
+        self._flights.append(flight)
         try:
-            handle = pair.agent.write(load.indices, targets, encode(piece))
+            pair.agent.post(handle)
         except PeerLost as error:
             reason = str(error)
         else:
-            self._flights.append(_Flight(pair, handle, push, command.source, load, kv_bytes))
             return
-        push.ended(None, self._clock())
-        self._let_go(loaded)
         self._lose(pair, reason)
 
     def _poll(self, flight: _Flight) -> None:
@@ -280,6 +289,13 @@ class Outgoing:
         self.sent_bytes += kv_bytes or 0
         self._post(HandleDone(flight.push.token, flight.source, kv_bytes or 0))
         self._settle(flight.push)
+        for push in self._pushes_of(flight.pair):
+            if flight.handle in push.behind:
+                push.behind.discard(flight.handle)
+                self._settle(push)
+
+    def _pushes_of(self, pair: _Pair) -> list[Push]:
+        return [push for push in self._pushes.values() if push.agent_id == pair.remote_id]
 
     def _settle(self, push: Push) -> None:
         if not push.may_post:

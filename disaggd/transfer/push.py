@@ -9,7 +9,7 @@ from collections import deque
 
 import msgspec
 
-from disaggd.ids import AgentId, GrantToken, NodeName
+from disaggd.ids import AgentId, GrantToken, HandleId, NodeName
 from disaggd.transfer.messages import FinishPush, PushBlocks
 from disaggd.transfer.source import Load
 
@@ -56,6 +56,9 @@ class Push(msgspec.Struct, kw_only=True):
     """Commands in order, the first of which writes blocks that are not computed yet or have nowhere to be loaded to."""
     loaded: deque[Loaded] = msgspec.field(default_factory=deque)
     """Commands before those, to be written in order."""
+    behind: set[HandleId] = msgspec.field(default_factory=set)
+    """Handles, others' too, that must end before the last piece can arrive. Until then the push is not over, and its lease is renewed:
+    on a slow wire that may be long after its own handles have ended."""
 
     def renew(self, now: float) -> None:
         """The lease starts anew, if it has not run out: an expired one was given up by the receiver too."""
@@ -72,14 +75,13 @@ class Push(msgspec.Struct, kw_only=True):
         """Whether a handle may be posted, given that `expire` was asked just now."""
         return self.state is PushState.ACTIVE and not self.finished
 
-    def posted(self, now: float) -> int:
-        """A handle is about to be posted: its number."""
+    def posted(self, now: float) -> None:
+        """A handle is about to be posted; its piece has the number `num_pieces`."""
         assert self.may_post and now < self.lease_until
         self.num_in_flight += 1
         self.num_pieces += 1
         if self.first_post_at is None:
             self.first_post_at = now
-        return self.num_pieces - 1
 
     def ended(self, kv_bytes: int | None, now: float) -> None:
         """A posted handle ended: DONE with that many bytes, or with an exception (None)."""
@@ -91,10 +93,11 @@ class Push(msgspec.Struct, kw_only=True):
         self.kv_bytes += kv_bytes
         self.last_done_at = now
 
-    def finish(self) -> int:
-        """The last piece is about to be sent: its number. Nothing is posted after it."""
+    def finish(self, behind: set[HandleId]) -> int:
+        """The last piece is about to be sent, behind those handles: its number. Nothing is posted after it."""
         assert self.may_post
         self.finished = True
+        self.behind = behind
         self.num_pieces += 1
         return self.num_pieces - 1
 
@@ -103,9 +106,15 @@ class Push(msgspec.Struct, kw_only=True):
         if self.state is PushState.ACTIVE:
             self._move(PushState.DRAINING)
 
+    def lose_pair(self) -> None:
+        """Nothing more goes out: neither handles nor a last piece that is behind some."""
+        self.finished = self.finished and not self.behind
+        self.drain()
+
     def settle(self) -> bool:
         """Whether the push is over with this: nothing is in flight and nothing more will be."""
-        if self.num_in_flight or self.state is PushState.DONE or (self.state is PushState.ACTIVE and not self.finished):
+        has_more = self.state is PushState.ACTIVE and (not self.finished or self.behind)
+        if self.num_in_flight or self.state is PushState.DONE or has_more:
             return False
         self._move(PushState.DONE)
         return True

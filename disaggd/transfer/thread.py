@@ -7,12 +7,12 @@ which commands come is the role's affair.
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 
 import msgspec
 
+from disaggd.clock import lease_clock
 from disaggd.errors import DisaggdError, ResourceError
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import open_agent
@@ -61,7 +61,7 @@ class TransferThread:
         kv: KVSpec,
         post: Callable[[m.TransferEvent], None],
         port_range: tuple[int, int],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = lease_clock,
         rank: int = 0,
         on_start: Callable[[], None] = lambda: None,
         staging: Staging | None = None,

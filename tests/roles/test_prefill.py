@@ -378,6 +378,19 @@ def test_a_job_that_waits_behind_a_long_one_is_renewed_during_its_steps() -> Non
     assert node.frames(Progress) == [Progress((T, waiting))]
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_lease_is_renewed_once_more_when_all_of_the_push_has_gone_out(clean: bool) -> None:
+    """The last piece may be on its way for a while; of a push that failed nothing is."""
+    node = ready_node()
+    node.say(prefill(prompt(10), grant_for(10)))
+    node.run()
+    handles_done(node)
+    node.clear()
+    push_ended(node, clean=clean)
+    node.outbox.flush()
+    assert node.frames(Progress) == ([Progress((T,))] if clean else [])
+
+
 def test_nothing_is_renewed_when_nothing_is_pushed() -> None:
     node = ready_node()
     node.say(prefill(prompt(10), grant_for(10)))

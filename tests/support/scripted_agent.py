@@ -1,9 +1,10 @@
 """`ScriptedAgent`: stands where an `Agent` stands, records what it is asked, and moves nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from disaggd.ids import AgentId
-from disaggd.transfer.agent import HandleId, PeerLost
+from disaggd.ids import AgentId, HandleId
+from disaggd.transfer.agent import PeerLost
 from disaggd.transfer.notification import AnyNotification, decode, encode
 from disaggd.transfer.pool import Indices, Pool
 
@@ -25,6 +26,9 @@ class ScriptedAgent:
     done: set[HandleId] = field(default_factory=set)
     is_lost: bool = False
     is_destroyed: bool = False
+    on_prepare: Callable[[], None] = lambda: None
+    """What happens to the writer between the preparation of a write and its post."""
+    _prepared: AnyNotification | None = None
 
     @property
     def metadata(self) -> bytes:
@@ -44,11 +48,22 @@ class ScriptedAgent:
         self._reach()
         self.sent.append(decode(message))
 
-    def write(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
-        """Handles are numbered by their place in `sent`."""
+    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        """Handles are numbered by their place in `sent`: what is prepared is posted or discarded before anything else is sent."""
+        assert not self.is_destroyed and self._prepared is None
+        self._prepared = decode(message)
+        self.on_prepare()
+        return HandleId(len(self.sent))
+
+    def post(self, handle: HandleId) -> None:
+        assert handle == len(self.sent) and self._prepared is not None
+        prepared, self._prepared = self._prepared, None
         self._reach()
-        self.sent.append(decode(message))
-        return HandleId(len(self.sent) - 1)
+        self.sent.append(prepared)
+
+    def discard(self, handle: HandleId) -> None:
+        assert handle == len(self.sent) and self._prepared is not None
+        self._prepared = None
 
     def poll(self, handle: HandleId) -> bool:
         self._reach()

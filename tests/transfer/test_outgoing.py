@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, NodeName
 from disaggd.transfer import messages as m
-from disaggd.transfer.agent import HandleId
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import Outgoing
@@ -211,6 +210,54 @@ def test_no_handle_is_posted_after_the_lease(bench: Bench) -> None:
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)]
     bench.agents[0].done.add(HandleId(1))
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES), ended(True, False, WRITE_BYTES, 0.0, 5.0)]
+
+
+def test_a_lease_that_runs_out_between_preparing_and_posting_posts_nothing(bench: Bench) -> None:
+    """A process that was stopped goes on wherever it was: the last thing before the post is to look at the clock."""
+    bench.begin()
+
+    def sleep() -> None:
+        bench.now += 5.0
+
+    bench.agents[0].on_prepare = sleep
+    bench.outgoing.push_blocks(WRITE)
+    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
+
+
+def test_a_renewal_that_is_read_after_the_lease_does_not_revive_it(bench: Bench) -> None:
+    bench.begin()
+    bench.now = 5.0
+    bench.outgoing.renew(TOKEN)
+    bench.outgoing.push_blocks(WRITE)
+    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
+
+
+def test_a_push_is_over_when_what_its_last_piece_is_behind_has_ended(bench: Bench) -> None:
+    """Else nobody would renew its lease while others' bytes hold its last piece up."""
+    other = GrantToken(b"another".ljust(16))
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 1), BLOCKS, BLOCKS))
+    bench.agents[0].done.add(HandleId(1))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES)]
+    bench.agents[0].done.add(HandleId(2))
+    assert bench.turn() == [m.HandleDone(other, BLOCKS, WRITE_BYTES), ended(True, True, WRITE_BYTES, 0.0, 0.0)]
+
+
+def test_a_last_piece_that_is_behind_others_bytes_is_lost_with_its_pair(bench: Bench) -> None:
+    other = GrantToken(b"another".ljust(16))
+    bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    bench.begin()
+    bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
+    assert bench.turn() == []
+    bench.outgoing.close(D0)
+    assert ended(True, False) in bench.turn(), "what landed of it may be used again, but it has not landed whole"
 
 
 def test_lease_that_runs_out_while_nothing_is_in_flight_ends_the_push(bench: Bench) -> None:

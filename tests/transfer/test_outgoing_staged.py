@@ -13,9 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, NodeName
 from disaggd.transfer import messages as m
-from disaggd.transfer.agent import HandleId
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import FirstToken, Piece
 from disaggd.transfer.outgoing import Outgoing
@@ -37,13 +36,18 @@ class ReadingAgent(ScriptedAgent):
     """Sees what its writes read."""
 
     memory: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    prepared: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     written: dict[HandleId, tuple[Indices, np.ndarray]] = field(default_factory=dict)
     """Of each write that is in flight, where it reads, and what was there when it was posted."""
 
-    def write(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
-        handle = super().write(sources, targets, message)
-        self.written[handle] = (sources, self.memory[sources].copy())
+    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        handle = super().prepare(sources, targets, message)
+        self.prepared = sources
         return handle
+
+    def post(self, handle: HandleId) -> None:
+        super().post(handle)
+        self.written[handle] = (self.prepared, self.memory[self.prepared].copy())
 
     def poll(self, handle: HandleId) -> bool:
         if not super().poll(handle):

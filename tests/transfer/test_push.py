@@ -2,7 +2,7 @@
 
 import pytest
 
-from disaggd.ids import AgentId, GrantToken, NodeName
+from disaggd.ids import AgentId, GrantToken, HandleId, NodeName
 from disaggd.transfer.push import MOVES, Push, PushState
 
 
@@ -12,7 +12,9 @@ def push() -> Push:
 
 
 def test_pieces_are_numbered_in_order_and_the_first_token_closes_the_count(push: Push) -> None:
-    assert [push.posted(0.0), push.posted(0.1), push.finish()] == [0, 1, 2]
+    push.posted(0.0)
+    push.posted(0.1)
+    assert push.finish(set()) == 2
     assert not push.may_post
 
 
@@ -20,7 +22,7 @@ def test_done_only_when_finished_and_every_handle_has_ended(push: Push) -> None:
     push.posted(1.0)
     push.posted(2.0)
     push.ended(10, 3.0)
-    push.finish()
+    push.finish(set())
     assert not push.settle()
     push.ended(20, 4.0)
     assert push.settle()
@@ -78,12 +80,37 @@ def test_renewed_lease_starts_anew_but_an_expired_one_does_not_come_back(push: P
 
 def test_finished_push_needs_no_lease(push: Push) -> None:
     push.posted(0.0)
-    push.finish()
+    push.finish(set())
     push.expire(1e6)
     assert push.state is PushState.ACTIVE
     push.ended(10, 1e6)
     assert push.settle()
     assert push.finished
+
+
+def test_a_finished_push_is_not_over_before_what_its_last_piece_is_behind(push: Push) -> None:
+    push.finish({HandleId(3), HandleId(4)})
+    assert not push.settle()
+    push.behind.discard(HandleId(3))
+    assert not push.settle()
+    push.behind.discard(HandleId(4))
+    assert push.settle() and push.finished
+
+
+def test_a_last_piece_that_is_behind_others_bytes_goes_down_with_the_pair(push: Push) -> None:
+    push.finish({HandleId(3)})
+    push.lose_pair()
+    assert push.settle()
+    assert (push.clean, push.finished) == (True, False)
+
+
+def test_a_last_piece_that_has_gone_out_survives_the_pair(push: Push) -> None:
+    push.posted(0.0)
+    push.finish(set())
+    push.lose_pair()
+    push.ended(10, 1.0)
+    assert push.settle()
+    assert (push.clean, push.finished) == (True, True)
 
 
 def test_table_of_moves_is_the_drawn_one() -> None:

@@ -62,7 +62,14 @@ class Staging:
         self.num_done = len(self.copies)
 
 
-def make_decode_node(num_blocks: int = 64, staging: Staging | None = None, hasher: PrefixHasher | None = None) -> Node:
+def make_decode_node(
+    num_blocks: int = 64,
+    staging: Staging | None = None,
+    hasher: PrefixHasher | None = None,
+    *,
+    bytes_per_block: int = BYTES_PER_BLOCK,
+    lease_s: float = LEASE_S,
+) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> DecodeRole:
@@ -70,9 +77,9 @@ def make_decode_node(num_blocks: int = 64, staging: Staging | None = None, hashe
         granting = Granting(
             NodeName("d0"),
             engine,
-            lease_s=LEASE_S,
+            lease_s=lease_s,
             quiesce_s=QUIESCE_S,
-            bytes_per_block=BYTES_PER_BLOCK,
+            bytes_per_block=bytes_per_block,
             submit=submit,
             clock=clock,
             staging=staging,

@@ -42,7 +42,14 @@ class Node:
         """Events that no `expect` has taken yet, in their order."""
 
     def call(self, name: str, *arguments: object) -> Any:
+        self.ask(name, *arguments)
+        return self.answer(name)
+
+    def ask(self, name: str, *arguments: object) -> None:
+        """Also of a process that is stopped: it reads that when it goes on. To be followed by `answer`."""
         self._connection.send((name, arguments))
+
+    def answer(self, name: str) -> Any:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             message = self._receive(deadline)

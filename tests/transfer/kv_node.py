@@ -123,6 +123,11 @@ class KVNode:
         """Of the pool, one per descriptor: layer by layer, block by block."""
         return [zlib.crc32(block) for block in self._memory.read()]
 
+    def num_strange(self, *seeds: int) -> int:
+        """Bytes of the pool that are in none of these fillings at their place."""
+        fillings = [np.random.default_rng(seed).integers(0, 256, self._shape, dtype=np.uint8) for seed in seeds]
+        return int(np.logical_and.reduce([self._memory.read() != filling for filling in fillings]).sum())
+
     def cpu_s(self) -> float:
         return time.process_time()
 

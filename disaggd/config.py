@@ -143,6 +143,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """So many silent heartbeats and a link counts as lost."""
     reconnect_max_s: Seconds = 1.0
     """The longest pause between two attempts to reach a node."""
+    drain_s: Seconds = 30.0
+    """A node that is told to stop finishes what it has, for so long at most. Whoever kills it must wait longer: `TimeoutStopSec` of its
+    systemd unit."""
     secret: Secret | None = None
     """Shared by all nodes; required once any node listens beyond loopback."""
 

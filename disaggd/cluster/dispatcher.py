@@ -18,7 +18,7 @@ from disaggd.cluster import hello, protocol
 from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
 from disaggd.cluster.offer import Predicted
-from disaggd.cluster.peers import DecodePeer, Peer, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, Peer, PrefillPeer, is_any_serving
 from disaggd.cluster.protocol import ToRouter
 from disaggd.cluster.request import Phase, Request, RoutedSequence, Sink, Timeline
 from disaggd.errors import InvalidRequest, RequestError, Unavailable
@@ -60,9 +60,9 @@ class Dispatcher:
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request, sink: Sink) -> SeqId:
-        """Place a new sequence. Raises `Unavailable` when no decode node is up."""
-        if not self.decodes:
-            raise Unavailable("no decode node is up")
+        """Place a new sequence. Raises `Unavailable` when no decode node takes any."""
+        if not is_any_serving(self.decodes):
+            raise Unavailable("every decode node is draining" if self.decodes else "no decode node is up")
         now = self._clock()
         seq = SeqId(f"{self._incarnation}-{next(self._counter)}")
         record = RoutedSequence(seq, request, sink, now + self._rules.request_timeout_s, Timeline(arrived=now))
@@ -110,7 +110,7 @@ class Dispatcher:
         prefill, decode = self.prefills.pop(name, None), self.decodes.pop(name, None)
         for record in list(self.sequences.values()):
             if decode is not None and record.decode == name:
-                self._moves.decode_lost(record)
+                self._moves.decode_lost(record, decode)
             elif prefill is not None and record.prefill == name:
                 self._moves.prefill_lost(record)
         if prefill is not None:
@@ -153,7 +153,8 @@ class Dispatcher:
         record.was_remote, record.reason, record.cached_at_decode = True, frame.reason, frame.num_cached
         _note_prediction(record, peer, frame.predicted)
         record.timeline.decided = record.timeline.queued = self._clock()
-        if frame.grant is not None and (prefill := self.prefills.get(frame.grant.writer)) is not None:
+        prefill = None if frame.grant is None else self.prefills.get(frame.grant.writer)
+        if frame.grant is not None and prefill is not None and prefill.duty is Duty.SERVING:
             return self._moves.forward(record, prefill, frame.grant)
         self.credits.give_back(record)
         return self._moves.enqueue(record)
@@ -181,7 +182,11 @@ class Dispatcher:
             return self._moves.drop(frame)  # its sequence was aborted there: decode cancels the grant, and we answer for it
         peer.earmarks.pop(record.seq, None)
         prefill = self.prefills.get(frame.grant.writer)
-        return self._moves.arbitrate(record) if prefill is None else self._moves.forward(record, prefill, frame.grant)
+        if prefill is None:
+            return self._moves.arbitrate(record)
+        if prefill.duty is not Duty.SERVING:
+            return self._moves.wait_again(record)  # that another grant is asked for takes this one back
+        return self._moves.forward(record, prefill, frame.grant)
 
     @_from_decode.register
     def _(self, frame: protocol.NoRoom, peer: DecodePeer) -> None:
@@ -205,10 +210,10 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: protocol.Released, peer: DecodePeer) -> None:
+        self.grants.over((frame.seq, frame.attempt), peer.name)  # unless a `Cancel` ended it already
         record = self._moves.current(frame)
         if record is None:
             return self._moves.drop(frame)
-        self.grants.over(record.job, peer.name)  # unless a `Cancel` ended it already
         log.warning("%s: prefill on %s came to nothing: %s", record.request.id, record.prefill, frame.reason)
         failure = f"prefill on {record.prefill} came to nothing: {frame.reason}"
         return self._moves.again(record, failure) if frame.is_fenced else self._moves.retry(record, failure)
@@ -296,6 +301,10 @@ class Dispatcher:
     @_from_either.register
     def _(self, frame: protocol.Gauges, peer: Peer) -> None:
         peer.gauges = frame
+
+    @_from_either.register
+    def _(self, frame: protocol.Draining, peer: Peer) -> None:
+        self._moves.drain(peer)
 
     @_from_either.register
     def _(self, frame: protocol.CacheEvents, peer: Peer) -> None:

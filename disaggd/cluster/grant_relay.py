@@ -38,6 +38,10 @@ class GrantRelay:
         """The job's grant of `target` landed, or was fenced: nobody will cancel it."""
         self._forwarded = {token: to for token, to in self._forwarded.items() if (to.job, to.target) != (job, target)}
 
+    def concerns(self, name: NodeName) -> bool:
+        """Whether a grant is out that the node gave, or was given: what it wrote may not have been taken in yet."""
+        return any(name in (to.target, to.writer.name) for to in self._forwarded.values())
+
     def target_down(self, name: NodeName) -> None:
         self._forwarded = {token: to for token, to in self._forwarded.items() if to.target != name}
 

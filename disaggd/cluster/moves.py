@@ -16,7 +16,7 @@ from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.learning import Learning
 from disaggd.cluster.pairing import PairBook
-from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, Peer, PrefillPeer, able_to_decode, is_any_serving
 from disaggd.cluster.placement import Cached, Placement, prefill_s
 from disaggd.cluster.prefill_queue import Job, PrefillQueue
 from disaggd.cluster.prefix_push import PrefixPolicy, PrefixPushes
@@ -178,9 +178,10 @@ class Moves:
     def _cut_off(self, record: RoutedSequence) -> None:
         """No prefill node reaches its decode node: it waits a while for one that is up, and is then prefilled by decode."""
         assert record.timeline.queued is not None
-        if not self.prefills or self._clock() - record.timeline.queued > self._rules.grant_patience_s:
+        has_any = is_any_serving(self.prefills)
+        if not has_any or self._clock() - record.timeline.queued > self._rules.grant_patience_s:
             self.queue.take(record.seq)
-            reason = "can reach" if self.prefills else "is up to reach"
+            reason = "can reach" if has_any else "is up to reach"
             self.again(record, f"no prefill node {reason} {record.decode}", f"no_prefill_node: none {reason} {record.decode}")
 
     def _may_ask(self, record: RoutedSequence, job: Job, decode: DecodePeer) -> bool:
@@ -202,6 +203,10 @@ class Moves:
         decode.is_full = True
         if record.no_room_since is None:
             record.no_room_since = self._clock()
+        self.wait_again(record)
+
+    def wait_again(self, record: RoutedSequence) -> None:
+        """No prefill node gets the job for now: it returns to its place in the queue."""
         self.credits.give_back(record)
         self.enqueue(record)
 
@@ -314,7 +319,7 @@ class Moves:
         self.credits.leave(record)
         record.next_attempt(self._clock(), failure)
         record.forced_local = forced_local
-        if self.decodes:
+        if able_to_decode(self.decodes):
             return self.place(record)
         record.decode, record.prefill = None, None  # until one is back, or patience ends
         record.homeless_until = self._clock() + DECODE_PATIENCE_S
@@ -335,9 +340,15 @@ class Moves:
 
     # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def decode_lost(self, record: RoutedSequence) -> None:
-        log.warning("%s: decode node %s is lost after %d tokens", record.request.id, record.decode, len(record.sent))
-        self.retry(record, f"decode node {record.decode} was lost")
+    def decode_lost(self, record: RoutedSequence, decode: DecodePeer) -> None:
+        if record.phase is Phase.PREFILLING and record.grant is None:
+            record.placed_tokens = 0  # of the node that left; the only token comes from the prefill node
+        elif decode.duty is Duty.SERVING:
+            log.warning("%s: decode node %s is lost after %d tokens", record.request.id, decode.name, len(record.sent))
+            self.retry(record, f"decode node {decode.name} was lost")
+        else:
+            log.warning("%s: decode node %s has stopped after %d tokens", record.request.id, decode.name, len(record.sent))
+            self.again(record, f"decode node {decode.name} has stopped")
 
     def prefill_lost(self, record: RoutedSequence) -> None:
         if record.phase in (Phase.GRANTING, Phase.PREFILLING):
@@ -353,16 +364,43 @@ class Moves:
         assert record.decode is not None
         return self.decodes[record.decode].send(protocol.PrefillLost(record.seq, record.attempt))
 
+    # ── nodes that are about to stop ─────────────────────────────────────────────────────────────────────────────────
+
+    def drain(self, peer: Peer) -> None:
+        """It is about to stop, and keeps what it has begun; what it has not goes elsewhere, if there is a node to have it."""
+        log.info("%s is draining", peer.name)
+        peer.duty = Duty.DRAINING
+        if isinstance(peer, DecodePeer) and is_any_serving(self.decodes):
+            not_begun = (Phase.PLACED, Phase.QUEUED, Phase.GRANTING)
+            for record in [r for r in self.sequences.values() if r.decode == peer.name and r.phase in not_begun]:
+                self.again(record, f"decode node {peer.name} is draining")
+        self.dispatch()
+        self._dismiss(peer)
+
+    def _dismiss(self, peer: Peer) -> None:
+        """Let it stop, if nothing of ours is there any more, and all that it wrote has been taken in."""
+        if isinstance(peer, PrefillPeer):
+            is_needed = bool(peer.jobs)
+        else:
+            is_needed = any(record.decode == peer.name for record in self.sequences.values())
+        if not is_needed and not self.grants.concerns(peer.name):
+            peer.duty = Duty.DISMISSED
+            peer.send(protocol.Dismiss())
+
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def tick(self) -> None:
-        """Deadlines, requests without a node, jobs that no prefill node will take."""
+        """Deadlines, requests without a node, jobs that no prefill node will take, nodes that may stop."""
         now = self._clock()
         for record in [r for r in self.sequences.values() if now > r.deadline]:
             self.fail(record, RequestFailed(f"not finished within {self._rules.request_timeout_s:g} s", code="timeout"))
         for record in [r for r in self.sequences.values() if r.decode is None and now > r.homeless_until]:
             self.fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
         self.dispatch()
+        peers: list[Peer] = [*self.prefills.values(), *self.decodes.values()]
+        for peer in peers:
+            if peer.duty is Duty.DRAINING:
+                self._dismiss(peer)
 
     # ── bookkeeping ──────────────────────────────────────────────────────────────────────────────────────────────────
 

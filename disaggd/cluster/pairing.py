@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
-from disaggd.cluster.peers import DecodePeer, Pair, PairState, Peer, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, Pair, PairState, Peer, PrefillPeer
 from disaggd.ids import NodeName
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class PairBook:
         return self._pairs.get((prefill, decode))
 
     def reachable(self, decode: NodeName) -> list[PrefillPeer]:
-        """Prefill nodes that may push to `decode` now."""
-        return [peer for name, peer in self._prefills.items() if self.is_ready(name, decode)]
+        """Prefill nodes that take jobs, and may push to `decode` now."""
+        return [peer for name, peer in self._prefills.items() if peer.duty is Duty.SERVING and self.is_ready(name, decode)]
 
     def prefill_up(self, peer: PrefillPeer, now: float) -> None:
         for decode in self._decodes.values():

@@ -1,7 +1,7 @@
 """What the router knows of each engine node: its link, its geometry, its credit, its pairs. Runs on the router's loop."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -13,6 +13,16 @@ from disaggd.cluster.protocol import Gauges, ToNode
 from disaggd.ids import AgentId, NodeName, SeqId
 
 Send = Callable[[ToNode], None]
+
+
+class Duty(enum.Enum):
+    """Whether a node takes what comes."""
+
+    SERVING = "serving"
+    DRAINING = "draining"
+    """It is about to stop: it finishes what it has, and gets nothing that another node could have."""
+    DISMISSED = "dismissed"
+    """It was told that it may stop: it gets nothing at all."""
 
 
 class PairState(enum.Enum):
@@ -67,6 +77,7 @@ class PrefillPeer:
     name: NodeName
     hello: NodeHello
     send: Send
+    duty: Duty = Duty.SERVING
     gauges: Gauges | None = None
     credit_tokens: int = 0
     """Prompt tokens that this router may have there at once."""
@@ -87,7 +98,7 @@ class PrefillPeer:
 
     def has_credit(self, num_tokens: int) -> bool:
         """One job always fits an idle node; more only within the credit, so that jobs wait in the queue."""
-        if self.credit_tokens == 0:
+        if self.credit_tokens == 0 or self.duty is not Duty.SERVING:
             return False
         return not self.jobs or self.tokens_in_hand + num_tokens <= self.credit_tokens
 
@@ -112,6 +123,7 @@ class DecodePeer:
     name: NodeName
     hello: NodeHello
     send: Send
+    duty: Duty = Duty.SERVING
     gauges: Gauges | None = None
     is_full: bool = False
     """It answered `NoRoom`, and no `Room` since."""
@@ -139,3 +151,14 @@ class DecodePeer:
 
 
 Peer = PrefillPeer | DecodePeer
+
+
+def is_any_serving(peers: Mapping[NodeName, PrefillPeer] | Mapping[NodeName, DecodePeer]) -> bool:
+    """Whether one of them takes what comes."""
+    return any(peer.duty is Duty.SERVING for peer in peers.values())
+
+
+def able_to_decode(decodes: Mapping[NodeName, DecodePeer]) -> dict[NodeName, DecodePeer]:
+    """Who may get a sequence that is under way: those that serve; if none does, those that are draining, for there is nowhere else."""
+    by_duty = {duty: {name: peer for name, peer in decodes.items() if peer.duty is duty} for duty in Duty}
+    return by_duty[Duty.SERVING] or by_duty[Duty.DRAINING]

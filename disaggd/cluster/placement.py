@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from disaggd.cluster.learning import Learning
 from disaggd.cluster.offer import RemoteOffer
 from disaggd.cluster.pairing import PairBook
-from disaggd.cluster.peers import DecodePeer, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, PrefillPeer, able_to_decode
 from disaggd.cluster.prefill_queue import Job, PrefillQueue
 from disaggd.cluster.request import RoutedSequence
 from disaggd.cluster.routing import (
@@ -53,9 +53,9 @@ class Placement:
         self._sessions = SessionTable(MAX_SESSIONS)
 
     def decode_for(self, record: RoutedSequence, cached: Cached) -> DecodePeer:
-        """The cheapest decode node, or the conversation's own. One must be up."""
+        """The cheapest decode node, or the conversation's own. One must be able to (`able_to_decode`)."""
         session = record.request.session
-        candidates = [_decode_candidate(peer, record, cached[name]) for name, peer in self._decodes.items()]
+        candidates = [_decode_candidate(peer, record, cached[name]) for name, peer in able_to_decode(self._decodes).items()]
         if self._turns is not None:
             return self._decodes[self._turns.choose(candidates)]
         name = choose_decode(candidates, self._weights, self._sessions.node_of(session))
@@ -116,7 +116,8 @@ class Placement:
 
     def has_room_elsewhere(self, record: RoutedSequence) -> bool:
         """Whether another decode node than its own has blocks for the sequence."""
-        return any(name != record.decode and not peer.lacks_room(record.num_tokens) for name, peer in self._decodes.items())
+        others = (peer for name, peer in self._decodes.items() if name != record.decode and peer.duty is Duty.SERVING)
+        return any(not peer.lacks_room(record.num_tokens) for peer in others)
 
 
 def prefill_s(peer: PrefillPeer, record: RoutedSequence, cached: Cached) -> float:

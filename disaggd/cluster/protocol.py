@@ -15,6 +15,7 @@ both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
 engine nodes also send Gauges, Measured and CacheEvents, which a router may ask for with CacheSnapshot
+an engine node that is told to stop sends Draining, and stops when every router has answered Dismiss
 ```
 """
 
@@ -356,6 +357,14 @@ class Gauges(Frame, frozen=True):
     prefix_evicted_blocks: int = 0
 
 
+class Draining(Frame, frozen=True):
+    """Engine node → router: give me nothing new; I finish what I have, and stop when all routers have answered `Dismiss`."""
+
+
+class Dismiss(Frame, frozen=True):
+    """Router → engine node, once: nothing of mine is with you any more, nobody waits for what you wrote, and nothing new will come."""
+
+
 class CacheSnapshot(Frame, frozen=True):
     """Router → engine node: a number is missing among your `CacheEvents`: send a snapshot."""
 
@@ -397,6 +406,7 @@ ToNode = (
     | Quiesced
     | PrefillLost
     | CacheSnapshot
+    | Dismiss
 )
 """What a router may send, once the two ends know each other (`handshake.py`)."""
 
@@ -426,5 +436,6 @@ ToRouter = (
     | Gauges
     | CacheEvents
     | Measured
+    | Draining
 )
 """What an engine node may send."""

@@ -19,7 +19,7 @@ from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
 from disaggd.log import configure_logging
 from disaggd.sampling import SamplingParams
-from disaggd.supervisor import Supervisor, banner, check_ports, local_nodes, node_command
+from disaggd.supervisor import STOP_GRACE_S, Supervisor, banner, check_ports, local_nodes, node_command
 from disaggd.trace import DEFAULT_URL, show
 
 _CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"
@@ -75,13 +75,14 @@ def _serve(role: Role | None, name: str | None, config_path: Path | None) -> Non
 @_config_option
 @click.pass_obj
 def up(outer_path: Path | None, config_path: Path | None) -> int:
-    """Start every node of the file that lives on this host; one Ctrl-C ends them all."""
+    """Start every node of the file that lives on this host. Ctrl-C ends them all when their requests have ended, a second one at once."""
     path = find_config(config_path or outer_path)
     config = load_config(path)
     with naming(path):
         nodes = local_nodes(config.nodes)
     check_ports(nodes)
-    supervisor = Supervisor(nodes, node_command(path), lambda router, view: click.echo(banner(config, router, view)))
+    grace_s = config.cluster.drain_s + STOP_GRACE_S
+    supervisor = Supervisor(nodes, node_command(path), lambda router, view: click.echo(banner(config, router, view)), grace_s=grace_s)
     interrupts_raise()
     return asyncio.run(supervisor.run())
 

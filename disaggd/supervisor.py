@@ -29,7 +29,7 @@ from disaggd.log import NODE_STYLES, WARNING_STYLE, paint, styled
 from disaggd.units import Address
 
 STOP_GRACE_S = 10.0
-"""Between SIGTERM and SIGKILL."""
+"""Between SIGTERM and SIGKILL, beside the time that nodes may take to drain."""
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 RESTART_PAUSE_S = 0.5
@@ -135,7 +135,10 @@ class Supervisor:
         self._is_ready = False
 
     async def run(self) -> int:
-        """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM. Returns the exit code."""
+        """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM: once they are drained; at once on a second signal.
+
+        Returns the exit code.
+        """
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt, EXIT_INTERRUPTED)
         loop.add_signal_handler(signal.SIGTERM, self._interrupt, 0)
@@ -224,7 +227,8 @@ class Supervisor:
             self._on_ready(router, await _view(router.listen))
 
     async def _end_children(self) -> None:
-        """Routers first, so that no engine node is asked for anything more; what outlives its grace is killed."""
+        """Routers first: they take nothing new and end when their requests have, for which they need the engine nodes. What outlives
+        its grace is killed."""
         routers = [node for node in self._nodes if node.role == "router"]
         engines = [node for node in self._nodes if node.role != "router"]
         for nodes in (routers, engines):
@@ -285,7 +289,7 @@ def banner(config: Config, router: NodeConfig, view: ClusterView) -> str:
     counts = ", ".join((f"{len(config.nodes_of('router'))} router", view.count("prefill"), view.count("decode")))
     body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0.5, "stream": true}}'
     return (
-        f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them. Try:\n\n"
+        f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them, their requests first; a second one at once. Try:\n\n"
         f"  curl -N http://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from disaggd.cluster.protocol import CacheSnapshot, Gauges, ToNode, ToRouter
+from disaggd.cluster.protocol import CacheSnapshot, Dismiss, Draining, Gauges, ToNode, ToRouter
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
 from disaggd.roles.cache_report import CacheReport
@@ -43,11 +43,16 @@ class FrameIn:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """The node is to stop: finish what there is, and have the routers bring nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Leave the loop after this turn."""
 
 
-Message = LinkUp | LinkDown | FrameIn | TransferEvent
+Message = LinkUp | LinkDown | FrameIn | TransferEvent | Drain
 
 Batch = list[tuple[LinkId, ToRouter]]
 
@@ -93,6 +98,9 @@ class Role(Protocol):
         """When `tick` has something to do next, if nothing comes in before."""
 
     def gauges(self) -> Gauges: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no sequence, and pushes nothing."""
 
 
 class Compute:
@@ -106,6 +114,13 @@ class Compute:
         self._gauges: Gauges | None = None
         self._gauges_due = 0.0
         self._cache_reports: dict[LinkId, CacheReport] = {}
+        self._undismissed: set[LinkId] | None = None
+        """Routers that may still need this node, once it drains."""
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the node was told to drain, every router has let it go, and it has nothing left."""
+        return self._undismissed is not None and not self._undismissed and self._role.is_idle
 
     @property
     def has_work(self) -> bool:
@@ -122,10 +137,15 @@ class Compute:
             case FrameIn(link, CacheSnapshot()):
                 self._report_cache()
                 self._send_snapshot(link)
+            case FrameIn(link, Dismiss()):
+                if self._undismissed is not None:
+                    self._undismissed.discard(link)
             case FrameIn(link, frame):
                 self._role.on_frame(link, frame)
             case LinkUp(link):
                 self._outbox.links.add(link)
+                if self._undismissed is not None:
+                    self._ask_to_go(link)
                 self._gauges = None  # a new router knows none yet
                 self._report_cache()
                 self._cache_reports[link] = CacheReport(self._engine.pool)
@@ -133,10 +153,16 @@ class Compute:
                 self._role.link_up(link)
             case LinkDown(link):
                 self._outbox.links.discard(link)
+                if self._undismissed is not None:
+                    self._undismissed.discard(link)
                 del self._cache_reports[link]
                 self._role.link_down(link)
             case TransferEvent():
                 self._role.on_event(message)
+            case Drain():
+                self._undismissed = set()
+                for link in self._outbox.links:
+                    self._ask_to_go(link)
 
     def turn(self) -> None:
         """Do what is due, compute one step, hand its tokens out."""
@@ -147,6 +173,11 @@ class Compute:
         self._report_cache()
         self._report_gauges()
         self._outbox.flush()
+
+    def _ask_to_go(self, link: LinkId) -> None:
+        assert self._undismissed is not None
+        self._undismissed.add(link)
+        self._outbox.send(link, Draining())
 
     def _send_snapshot(self, link: LinkId) -> None:
         """Once all changes up to now are reported: one that is undone later would be in the snapshot and in no change."""
@@ -171,7 +202,7 @@ class Compute:
 class ComputeThread:
     """Runs a role's engine until `stop`. An error in here ends the node: `fail` is called with it, on this thread.
 
-    `on_start` is called on it first.
+    `on_start` is called on it first; `drained`, once, when a node that drains has nothing left.
     """
 
     def __init__(
@@ -182,12 +213,15 @@ class ComputeThread:
         clock: Callable[[], float],
         fail: Callable[[BaseException], None],
         on_start: Callable[[], None] = lambda: None,
+        drained: Callable[[], None] = lambda: None,
     ) -> None:
         self.inbox: queue.SimpleQueue[Message | Stop] = queue.SimpleQueue()
         self._compute = Compute(engine, role, outbox, clock)
         self._clock = clock
         self._fail = fail
         self._on_start = on_start
+        self._drained = drained
+        self._is_drained = False
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
 
@@ -212,6 +246,9 @@ class ComputeThread:
         """Take what came in, do what is due, compute one step, hand its tokens out."""
         self._take_inbox()
         self._compute.turn()
+        if self._compute.is_drained and not self._is_drained:
+            self._is_drained = True
+            self._drained()
 
     def _take_inbox(self) -> None:
         """Handle every message there is; with nothing to compute, wait for one, or for the next deadline."""

@@ -332,6 +332,11 @@ class DecodeRole:
         deadlines = (self._grants.next_deadline(), self._pushing.next_deadline(), asked_again)
         return min((at for at in deadlines if at is not None), default=None)
 
+    @property
+    def is_idle(self) -> bool:
+        """What others may still write here, for nobody, is of no interest: with the process it ends."""
+        return not self._placed and self._pushing.is_idle
+
     def gauges(self) -> Gauges:
         return node_gauges(
             self._engine,

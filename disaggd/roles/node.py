@@ -8,7 +8,7 @@ import asyncio
 import gc
 import itertools
 import logging
-import signal
+import os
 import sys
 import threading
 import time
@@ -26,7 +26,8 @@ from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.engine.self_measurement import measure_steps
 from disaggd.errors import DisaggdError
 from disaggd.ids import Incarnation
-from disaggd.roles.compute import Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
+from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
+from disaggd.roles.stopping import StopSignals
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
 from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
@@ -52,6 +53,7 @@ class EngineNode:
         self._links: dict[LinkId, NodeLink] = {}
         self._link_ids: dict[NodeLink, LinkId] = {}
         self._counter = itertools.count(1)
+        self._signals = StopSignals(self._drain, self._end_at_once)
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
@@ -68,12 +70,19 @@ class EngineNode:
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, staging, outbox, self._transfer.submit)
-        self._compute = ComputeThread(self._loaded.engine, role, outbox, lease_clock, self._fail, self._loaded.stream.enter)
+        self._compute = ComputeThread(
+            self._loaded.engine,
+            role,
+            outbox,
+            lease_clock,
+            self._fail,
+            on_start=self._loaded.stream.enter,
+            drained=lambda: self._call_soon(self._ended.set),
+        )
 
     async def serve(self) -> None:
-        """Run until SIGTERM or a failure, which is raised; SIGINT ends it by a KeyboardInterrupt."""
-        self._loop.add_signal_handler(signal.SIGTERM, self._ended.set)
-        self._loop.add_signal_handler(signal.SIGINT, self._end, KeyboardInterrupt())
+        """Run until a signal has it drained, or a failure, which is raised. If it was SIGINT, KeyboardInterrupt is."""
+        self._signals.catch(self._loop)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()  # weights, modules, the block pool: nothing that a collection needs to walk again
@@ -90,6 +99,7 @@ class EngineNode:
             await asyncio.to_thread(self._stop_threads)
         if self._failure is not None:
             raise self._failure
+        self._signals.raise_interrupt()
 
     def _pool_size(self) -> tuple[int, int]:
         pool = self._loaded.engine.pool
@@ -109,6 +119,24 @@ class EngineNode:
         if not self._compute.stop(STOP_TIMEOUT_S):
             log.warning("the step under way did not end within %g s", STOP_TIMEOUT_S)
         self._transfer.stop()
+
+    # ── the end (asyncio thread) ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _drain(self) -> None:
+        limit_s = self._config.cluster.drain_s
+        log.info("draining: it ends when nothing is left here, or in %g s; one more signal ends it at once", limit_s)
+        self._compute.inbox.put(Drain())
+        self._loop.call_later(limit_s, self._drained_too_late)
+
+    def _drained_too_late(self) -> None:
+        if not self._ended.is_set():
+            log.warning("not drained within %g s: routers take what is left elsewhere", self._config.cluster.drain_s)
+            self._ended.set()
+
+    def _end_at_once(self) -> None:
+        """Whatever its threads are doing: nothing waits for them. That the process is gone is what stops its peers' writes."""
+        log.warning("ended at once by a second signal")
+        os._exit(self._signals.exit_code)
 
     # ── links (asyncio thread) ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -284,6 +284,10 @@ class PrefillRole:
         deadlines = (self._pushing.next_deadline(), self._prefixes.next_deadline())
         return min((at for at in deadlines if at is not None), default=None)
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs and self._pushing.is_idle
+
     def gauges(self) -> Gauges:
         granted, quarantined = self._prefixes.blocks_granted, self._prefixes.blocks_quarantined
         return node_gauges(

@@ -232,6 +232,11 @@ class Pushing:
         self._outbox.flush()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._pushes
+
+    @property
     def num_blocks_held(self) -> int:
         """Blocks that only pushes hold on to."""
         return sum(self._pool.references(block) == reads for block, reads in self._reading.items())

@@ -7,12 +7,13 @@ module carries: frames to links, tokens to the coroutines that stream them, what
 import asyncio
 import gc
 import logging
-import signal
+import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from collections.abc import Sequence as ReadOnlySequence
+from contextlib import contextmanager
 
 import uvicorn
 import uvloop
@@ -23,7 +24,7 @@ import disaggd
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import RouterLink, dial, link_settings
-from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
 from disaggd.cluster.protocol import Gauges, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig
@@ -39,6 +40,7 @@ from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
 from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.observer import Observer, block_counts
+from disaggd.roles.stopping import StopSignals
 from disaggd.sampling import FinishReason, TokenLogprob
 from disaggd.transfer.layout import kv_spec
 from disaggd.units import Address
@@ -50,10 +52,10 @@ GC_THRESHOLD = 50_000
 """Allocations between two collections: at 40,000 tokens a second the default of 700 collects every few milliseconds."""
 STARTING_S = 20.0
 """A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
-DRAIN_S = 3.0
-"""Streams under way may go on for so long after SIGTERM."""
 STOP_TIMEOUT_S = 5
-"""Connections that are open even then are cut."""
+"""Once drained: connections that take the last of their replies for longer are cut."""
+LAST_WORDS_S = 1
+"""The same after a second signal, when each stream's last event is an error."""
 
 
 class DeltaQueue:
@@ -112,7 +114,7 @@ class RouterBackend:
         self._sequence_of: dict[int, SeqId] = {}
         """By `id()` of the GenerationRequest, which `generate` keeps alive."""
         self._starting_until = time.monotonic() + STARTING_S
-        self._stopping_since: float | None = None
+        self._draining_since: float | None = None
 
     # ── the gateway's side ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -130,7 +132,7 @@ class RouterBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         """See `Backend.generate`."""
-        if self._stopping_since is not None:
+        if self._draining_since is not None:
             raise Unavailable("the router is stopping")
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
@@ -170,8 +172,8 @@ class RouterBackend:
         return self._observer.trace(seconds, self.dispatcher.sequences.values())
 
     def ready(self) -> bool:
-        """A decode node is there; and, while the cluster starts, everything else that the file names."""
-        if not self.dispatcher.decodes:
+        """A decode node is there; and, while the cluster starts, everything else that the file names. Not while the router drains."""
+        if self._draining_since is not None or not is_any_serving(self.dispatcher.decodes):
             return False
         if self._is_complete():
             self._starting_until = 0.0
@@ -189,6 +191,7 @@ class RouterBackend:
         return {
             "model": self.model_name,
             "router": self.incarnation,
+            "state": "serving" if self._draining_since is None else "draining",
             "nodes": [
                 {
                     "name": node.name,
@@ -238,19 +241,26 @@ class RouterBackend:
     def on_down(self, link: RouterLink, reason: str) -> None:
         self._observer.node_down(link.name, link.peer, reason)
         self.dispatcher.node_down(link.name)
-        if link.peer.role == "prefill" and not self.dispatcher.prefills and self._stopping_since is None:
+        if link.peer.role == "prefill" and not self.dispatcher.prefills and self._draining_since is None:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
 
     def drain(self) -> None:
-        """Admit nothing more; after `DRAIN_S`, end each stream that still runs with an error that says why."""
-        if self._stopping_since is None:
-            self._stopping_since = time.monotonic()
-        if time.monotonic() - self._stopping_since > DRAIN_S:
-            for seq in list(self.dispatcher.sequences):
-                self.dispatcher.fail(seq, Unavailable("the router is stopping"))
+        """Admit nothing more; what is under way after `drain_s` ends with an error that says why."""
+        self._draining_since = time.monotonic()
+
+    @property
+    def is_drained(self) -> bool:
+        return self._draining_since is not None and not self.dispatcher.sequences
+
+    def end_all(self) -> None:
+        """End every sequence that still runs, with an error for its client."""
+        for seq in list(self.dispatcher.sequences):
+            self.dispatcher.fail(seq, Unavailable("the router is stopping"))
 
     def tick(self) -> None:
         self.dispatcher.tick()
+        if self._draining_since is not None and time.monotonic() - self._draining_since > self._config.cluster.drain_s:
+            self.end_all()
         self._observer.tick(self.dispatcher)
 
     def _on_update(self, record: RoutedSequence) -> None:
@@ -271,7 +281,11 @@ def _asked(request: GenerationRequest) -> Request:
 
 def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
     gauges = peer.gauges
-    load: dict[str, object] = {"num_blocks": peer.hello.num_blocks, "incarnation": peer.hello.incarnation}
+    load: dict[str, object] = {
+        "state": "serving" if peer.duty is Duty.SERVING else "draining",
+        "num_blocks": peer.hello.num_blocks,
+        "incarnation": peer.hello.incarnation,
+    }
     if gauges is None:
         return load
     return {**load, "waiting": gauges.waiting, "running": gauges.running, "queued": gauges.queued, "blocks": block_counts(gauges)}
@@ -281,7 +295,7 @@ def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
 
 
 def run(config: Config, node: NodeConfig) -> None:
-    """Serve the router until SIGTERM or SIGINT. Raises DisaggdError."""
+    """Serve the router until a signal has it drained. Raises DisaggdError, and KeyboardInterrupt after SIGINT."""
     directory = open_directory(config.model.path)
     uvloop.run(_serve(config, node, directory, directory.spec(config.model.dtype)))
 
@@ -295,8 +309,9 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     listener = _bind(node.listen)
-    server = _http_server(app)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it once more at its end
+    server = _HttpServer(_http_settings(app))
+    ending = _Ending(backend, server, config.cluster.drain_s)
+    ending.signals.catch(asyncio.get_running_loop())
     gc.collect()
     gc.freeze()  # the tokenizer's tables and every module: nothing that a collection needs to walk again
     gc.set_threshold(GC_THRESHOLD)
@@ -307,14 +322,39 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
         await server.serve(sockets=[listener])
         for task in background:
             task.cancel()
+    ending.signals.raise_interrupt()
 
 
 async def _tick(backend: RouterBackend, server: uvicorn.Server) -> None:
     while True:
         await asyncio.sleep(TICK_S)
-        if server.should_exit:
-            backend.drain()
         backend.tick()
+        if backend.is_drained:
+            server.should_exit = True
+
+
+class _Ending:
+    """What signals do to a router: it serves on, refusing new requests, until the streams under way have ended."""
+
+    def __init__(self, backend: RouterBackend, server: uvicorn.Server, drain_s: float) -> None:
+        self.signals = StopSignals(self._drain, self._end)
+        self._backend = backend
+        self._server = server
+        self._drain_s = drain_s
+
+    def _drain(self) -> None:
+        self._backend.drain()
+        if count := len(self._backend.dispatcher.sequences):
+            log.info("draining: %d requests may take %g s more; one more signal ends them at once", count, self._drain_s)
+
+    def _end(self) -> None:
+        """A second signal: each client still hears why. One more, or only the last bytes are to be sent: not even that."""
+        if self._server.should_exit:
+            os._exit(self.signals.exit_code)
+        log.warning("ended at once by a second signal")
+        self._backend.end_all()
+        self._server.config.timeout_graceful_shutdown = LAST_WORDS_S
+        self._server.should_exit = True
 
 
 async def _keep_link(config: Config, engine: NodeConfig, hello: RouterHello, backend: RouterBackend) -> None:
@@ -339,9 +379,16 @@ def _bind(address: Address) -> socket.socket:
         raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
-def _http_server(app: ASGIApp) -> uvicorn.Server:
-    """Serves until SIGTERM or SIGINT."""
-    settings = uvicorn.Config(
+class _HttpServer(uvicorn.Server):
+    """Leaves signals alone: uvicorn would stop listening at the first of them, and a new request would find nobody to refuse it."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _http_settings(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         http="httptools",
         ws="none",
@@ -352,4 +399,3 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
-    return uvicorn.Server(settings)

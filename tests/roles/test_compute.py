@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 
-from disaggd.cluster.protocol import Abort, CacheEvents, CacheSnapshot, Credit, Gauges, NoRoom, ToNode, ToRouter
+from disaggd.cluster.protocol import Abort, CacheEvents, CacheSnapshot, Credit, Dismiss, Draining, Gauges, NoRoom, ToNode, ToRouter
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import Limits, StepPlan
 from disaggd.engine.sequence import Sequence as EngineSequence
 from disaggd.ids import SeqId
-from disaggd.roles.compute import GAUGES_PERIOD_S, Batch, ComputeThread, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Stop
+from disaggd.roles.compute import GAUGES_PERIOD_S, Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Stop
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.messages import Fenced, TransferEvent
 from tests.support.role_nodes import HASHER, FakeRunner, prompt
@@ -27,6 +27,7 @@ class NotingRole:
         self.notes: list[object] = []
         self.deadline: float | None = None
         self.num_free = 0
+        self.is_idle = True
         self._outbox = outbox
 
     def link_up(self, link: LinkId) -> None:
@@ -69,7 +70,15 @@ class Loop:
         self.role = NotingRole(outbox)
         self.engine = Engine(FakeRunner(), pool or BlockPool(16, 4), Limits(16, 8, 100))
         self.failures: list[BaseException] = []
-        self.thread = ComputeThread(self.engine, self.role, outbox, lambda: self.now, self.failures.append)
+        self.num_drained = 0
+        self.thread = ComputeThread(
+            self.engine,
+            self.role,
+            outbox,
+            lambda: self.now,
+            self.failures.append,
+            drained=lambda: setattr(self, "num_drained", self.num_drained + 1),
+        )
 
     def turn(self, *messages: object) -> None:
         for message in messages:
@@ -188,6 +197,48 @@ def test_stop_ends_the_loop_after_its_turn() -> None:
     loop.thread.inbox.put(Stop())
     loop.thread._main()
     assert loop.role.notes[-1] == "deliver 1" and not loop.failures
+
+
+# ── a node that is to stop ──
+
+
+def drain_frames(loop: Loop) -> list[LinkId]:
+    """Routers that were told, in order."""
+    return [link for batch in loop.batches for link, frame in batch if isinstance(frame, Draining)]
+
+
+def test_a_node_without_routers_is_drained_at_once_and_says_so_once() -> None:
+    loop = Loop()
+    loop.turn(Drain())
+    loop.turn(FrameIn(A, Abort(SeqId("x"), 0)))
+    assert loop.num_drained == 1
+
+
+def test_a_node_is_drained_when_all_routers_have_let_it_go_and_it_has_nothing_left() -> None:
+    loop = Loop()
+    loop.role.is_idle = False
+    loop.turn(LinkUp(A), LinkUp(B), Drain())
+    assert sorted(drain_frames(loop)) == [A, B]
+    loop.turn(FrameIn(A, Dismiss()))
+    loop.role.is_idle = True
+    loop.turn(FrameIn(A, Abort(SeqId("x"), 0)))
+    assert loop.num_drained == 0, "the other router may have sent something already"
+    loop.role.is_idle = False
+    loop.turn(FrameIn(B, Dismiss()))
+    assert loop.num_drained == 0, "something is still pushed"
+    loop.role.is_idle = True
+    loop.turn(FrameIn(A, Abort(SeqId("x"), 0)))
+    assert loop.num_drained == 1
+    assert not any(isinstance(note, tuple) and note[1] == Dismiss() for note in loop.role.notes)
+
+
+def test_a_router_that_is_lost_need_not_let_go_and_one_that_comes_must() -> None:
+    loop = Loop()
+    loop.turn(LinkUp(A), Drain(), LinkUp(B), LinkDown(A))
+    assert drain_frames(loop) == [A, B]
+    assert loop.num_drained == 0
+    loop.turn(LinkDown(B))
+    assert loop.num_drained == 1
 
 
 # ── what the prefix cache holds ──

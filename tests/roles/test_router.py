@@ -1,6 +1,7 @@
 """The router's view of the cluster for the gateway: geometry checks, request ids that come twice, draining."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Gauges, Generate, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest
@@ -28,6 +29,8 @@ CONFIG = parse_config(
     dtype = "float32"
     [router]
     max_requests = 2
+    [cluster]
+    drain_s = 7
     [[node]]
     name = "front"
     role = "router"
@@ -158,10 +161,43 @@ def test_a_draining_router_admits_nothing_and_lets_streams_go_on_for_a_while() -
         front.backend.drain()
         with pytest.raises(Unavailable, match="stopping"):
             await anext(front.backend.generate(front.request("b")))
+        assert not front.backend.is_drained and not front.backend.ready()
+        assert front.backend.cluster()["state"] == "draining"
         front.tokens(front.generates()[0], 1, 10, 11, 12, finish=True)
         assert [delta.finish_reason async for deltas in stream for delta in deltas] == ["length"]
+        assert front.backend.is_drained
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("seconds", "is_over"), [(6.9, False), (7.1, True)])
+def test_what_is_not_through_within_drain_s_ends_with_an_error(seconds: float, is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        front = Front()
+        stream = await front.begin(front.request("a"))
+        front.backend.drain()
+        now = time.monotonic() + seconds
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        front.backend.tick()
+        assert front.backend.is_drained == is_over
+        if is_over:
+            with pytest.raises(Unavailable, match="the router is stopping"):
+                await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_node_is_shown_as_such_and_with_no_other_the_router_is_not_ready() -> None:
+    front = Front()
+    front.backend._starting_until = 0.0
+    states = []
+    for frames in ([], [Draining()]):
+        for frame in frames:
+            front.backend.dispatcher.on_frame(NodeName("d0"), frame)
+        (node,) = front.backend.cluster()["nodes"]  # type: ignore[misc]
+        states.append((node["state"], front.backend.ready()))  # type: ignore[index]
+    assert states == [("serving", True), ("draining", False)]
 
 
 def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:

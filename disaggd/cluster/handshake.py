@@ -8,8 +8,8 @@ router                                            engine node
   │ ◄──────────────────────── NodeHello, Proof ──  │   the router refuses: another secret, node, role or model
 ```
 
-A proof is an HMAC, keyed by the cluster's secret, over everything that both ends have said on this link so far and the side that
-says it. So the secret never crosses the wire, a recorded handshake answers no other nonce, a proof that is sent back proves
+A proof is an HMAC, keyed by the cluster's secret, over everything that both ends have said on this link so far, earlier proofs
+included. So the secret never crosses the wire, a recorded handshake answers no other nonce, a proof that is sent back proves
 nothing, and one that was meant for p0 convinces only p0. Whoever does not know the secret learns no more than our version.
 Frames after the handshake carry no proof: that is TLS's part.
 """
@@ -17,15 +17,13 @@ Frames after the handshake carry no proof: that is TLS's part.
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from disaggd.cluster.hello import PROTOCOL_VERSION, Challenge, Frame, HelloRejected, NodeHello, Proof, RouterHello
 from disaggd.config import NodeConfig
 from disaggd.errors import HelloRefused
-
-Side = Literal["router", "node"]
 
 SECRET_FIELD = "secret"
 """Of a `HelloRejected` for a wrong proof; it tells no value."""
@@ -76,22 +74,18 @@ class Greeting:
         self._note(message)
         return frame
 
-    async def prove(self, side: Side) -> None:
-        await self.say(Proof(self._proof_of(side)))
+    async def prove(self) -> None:
+        """That we know the secret, and heard what the peer said."""
+        await self.say(Proof(self._said.digest()))
 
-    async def is_proven(self, side: Side) -> bool:
-        """Whether the peer's next frame proves that it knows the secret, and heard what we said."""
-        expected = self._proof_of(side)
+    async def is_proven(self) -> bool:
+        """Whether the peer's next frame proves the same."""
+        expected = self._said.digest()
         return hmac.compare_digest(expected, (await self.hear(Proof)).mac)
 
     def _note(self, message: bytes) -> None:
         """With its length: two messages never read as one."""
         self._said.update(len(message).to_bytes(4, "big") + message)
-
-    def _proof_of(self, side: Side) -> bytes:
-        proof = self._said.copy()
-        proof.update(side.encode())
-        return proof.digest()
 
 
 async def meet_router(
@@ -105,10 +99,10 @@ async def meet_router(
     refusal = HelloRejected("version", str(PROTOCOL_VERSION), str(theirs.version)) if theirs.version != PROTOCOL_VERSION else None
     if refusal is None:
         await greeting.say(Challenge(secrets.token_bytes(_NONCE_BYTES)))
-        reply = _answer(theirs, answer) if await greeting.is_proven("router") else HelloRejected(SECRET_FIELD, "", "")
+        reply = _answer(theirs, answer) if await greeting.is_proven() else HelloRejected(SECRET_FIELD, "", "")
         if isinstance(reply, NodeHello):
             await greeting.say(reply)
-            await greeting.prove("node")
+            await greeting.prove()
             return theirs, None
         refusal = reply
     await greeting.say(refusal)
@@ -132,9 +126,9 @@ async def meet_node(greeting: Greeting, hello: RouterHello, node: NodeConfig) ->
     ours = msgspec.structs.replace(hello, node=node.name, nonce=secrets.token_bytes(_NONCE_BYTES))
     await greeting.say(ours)
     await greeting.hear(Challenge)
-    await greeting.prove("router")
+    await greeting.prove()
     theirs = await greeting.hear(NodeHello)
-    if not await greeting.is_proven("node"):
+    if not await greeting.is_proven():
         raise SecretRefused
     expected = {"version": ours.version, "model_id": ours.model_id, "name": node.name, "role": node.role}
     for field, value in expected.items():

@@ -327,7 +327,7 @@ def test_a_stranger_cannot_make_a_node_hold_much_and_a_router_can(free_port: Cal
         large = Abort(SeqId("x" * 2**17), 0)
         async with serving(port, node), connect(f"ws://127.0.0.1:{port}/link", proxy=None) as stranger:
             await stranger.send(msgspec.msgpack.encode(large))
-            await logged(caplog, "no hello from 127.0.0.1: ")
+            assert "bytes" in await logged(caplog, "no hello from 127.0.0.1: "), "too large to be looked at"
             async with dialling(port, router):
                 (await router.up.get()).send(large)
                 assert await node.frames.get() == large

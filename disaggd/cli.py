@@ -13,13 +13,14 @@ from urllib.parse import urlsplit
 import click
 
 import disaggd
-from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, naming, single_node
+from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
 from disaggd.describe import describe
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
 from disaggd.log import configure_logging
 from disaggd.sampling import SamplingParams
 from disaggd.supervisor import STOP_GRACE_S, Supervisor, banner, check_ports, local_nodes, node_command
+from disaggd.toml_file import naming
 from disaggd.trace import DEFAULT_URL, show
 
 _CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"

@@ -4,13 +4,9 @@
 Knows nothing of roles' code, torch or asyncio.
 """
 
-import difflib
 import os
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,6 +15,7 @@ import msgspec
 
 from disaggd.errors import ConfigError
 from disaggd.ids import NodeName
+from disaggd.toml_file import convert, naming, parse_toml, place, read_text
 from disaggd.units import Address, PortRange, Size
 
 Role = Literal["router", "prefill", "decode"]
@@ -250,28 +247,11 @@ def single_node() -> Config:
     return Config(nodes=(NodeConfig(name=NodeName("local"), role="decode", listen=Address("127.0.0.1:8101")),))
 
 
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """A ConfigError in the body says which file it is about."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
 def load_config(path: str | Path) -> Config:
     """Reads and checks the file at `path`; a relative model path in it starts from its directory. Raises ConfigError."""
     with naming(path):
-        return _anchored(parse_config(_read(Path(path))), Path(path).absolute().parent)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"no such file (name one with --config or ${CONFIG_VARIABLE})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}") from error
+        text = read_text(Path(path), if_absent=f" (name one with --config or ${CONFIG_VARIABLE})")
+        return _anchored(parse_config(text), Path(path).absolute().parent)
 
 
 def _anchored(config: Config, directory: Path) -> Config:
@@ -284,110 +264,24 @@ def _anchored(config: Config, directory: Path) -> Config:
 
 def parse_config(text: str) -> Config:
     """The cluster that `text` describes. Raises ConfigError."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML: {error}") from error
-    _refuse_unknown_keys(raw, Config, "")
-    try:
-        config = msgspec.convert(raw, Config, dec_hook=_parse_value)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_located(str(error), raw)) from error
+    raw = parse_toml(text)
+    config = convert(raw, Config)
+    for index, node in enumerate(raw.get("node", ())):
+        _refuse_engine_keys(node, place("node", index, node))
     for check in _CHECKS:
         check(config)
     return config
 
 
-def _parse_value(kind: type, raw: object) -> object:
-    if kind in (Size, Address, PortRange):
-        return kind.parse(raw)
-    raise NotImplementedError(kind)  # msgspec's contract: a type that is not ours to parse
+# ── what the file says as a whole ────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── a mistake in one place ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _located(message: str, raw: dict[str, Any]) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.node[1].threads`" as "node[1] (p0).threads: expected int, got str"."""
-    what, _, where = message.partition(" - at ")
-    path = where.strip("`").removeprefix("$").removeprefix(".")
-    if not path:
-        return _in_words(what)
-    if "matching regex" in what:
-        what = f"expected {_description(_kind_at(path))}"
-    elif invalid := re.fullmatch("Invalid enum value '(.*)'", what, re.DOTALL):
-        what = f"{invalid[1]!r} is not one of {_choices(invalid[1], get_args(_kind_at(path)))}"
-    return f"{_with_names(path, raw)}: {_in_words(what)}"
-
-
-def _in_words(what: str) -> str:
-    return (what[:1].lower() + what[1:]).replace("`", "").replace("object", "table")
-
-
-def _kind_at(path: str) -> Any:
-    """The annotation of the key at `path`, such as `node[1].role`."""
-    kind: Any = Config
-    for part in path.split("."):
-        key, bracket, _ = part.partition("[")
-        kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == key)
-        kind = get_args(kind)[0] if bracket else kind
-    return kind
-
-
-def _description(kind: Any) -> str:
-    """What `Annotated[str, Meta(description=…)]`, or None, wants."""
-    annotated = next(one for one in (kind, *get_args(kind)) if hasattr(one, "__metadata__"))
-    return str(annotated.__metadata__[0].description)
-
-
-def _choices(value: str, valid: Iterable[str]) -> str:
-    """The valid values, the nearest of them marked."""
-    valid = list(valid)
-    nearest = difflib.get_close_matches(value, valid, n=1)
-    return ", ".join(valid) + (f" ({nearest[0]}?)" if nearest else "")
-
-
-def _with_names(path: str, raw: dict[str, Any]) -> str:
-    return re.sub(r"^node\[(\d+)\]", lambda match: _place(int(match[1]), raw["node"][int(match[1])]), path)
-
-
-def _place(index: int, node: object) -> str:
-    """`node[1] (p0)`: nodes are counted by us and named by the user."""
-    name = node.get("name") if isinstance(node, dict) else None
-    return f"node[{index}] ({name})" if isinstance(name, str) else f"node[{index}]"
-
-
-def _refuse_unknown_keys(raw: object, table: type[msgspec.Struct], path: str) -> None:
-    """Walks the tables that `raw` has against those that it may have; wrong types are left to the conversion."""
-    if not isinstance(raw, dict):
-        return
-    known = {field.encode_name: field.type for field in msgspec.structs.fields(table)}
-    for key, value in raw.items():
-        where = f"{path}.{key}" if path else key
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{where}: unknown key ({nearest[0]}?)" if nearest else f"{where}: unknown key (known: {', '.join(known)})")
-        _descend(value, known[key], where)
-
-
-def _descend(value: object, kind: Any, where: str) -> None:
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        _refuse_unknown_keys(value, kind, where)
-    elif kind == tuple[NodeConfig, ...] and isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_unknown_keys(item, NodeConfig, _place(index, item))
-            _refuse_engine_keys(item, _place(index, item))
-
-
-def _refuse_engine_keys(node: object, where: str) -> None:
+def _refuse_engine_keys(node: dict[str, object], where: str) -> None:
     """Looks at what the file says, before defaults make every node alike."""
-    if isinstance(node, dict) and node.get("role") == "router":
+    if node["role"] == "router":
         for key in node:
             if key not in _ROUTER_KEYS:
                 raise ConfigError(f"{where}.{key}: has no meaning for a router, which neither computes nor holds KV; remove it")
-
-
-# ── what the file says as a whole ────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_roles(config: Config) -> None:

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from disaggd.config import Config, NodeConfig, naming
+from disaggd.config import Config, NodeConfig
 from disaggd.errors import ConfigError
 from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.launch import node_environment
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.supervisor import is_local
+from disaggd.toml_file import naming
 from disaggd.transfer.layout import KVSpec, kv_spec
 from disaggd.transfer.source import staging_blocks
 

@@ -130,6 +130,7 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Take a sequence on, to be computed here: WAITING. Raises ContextTooLong."""
         self._register(sequence)
+        self.cache.find(sequence)  # how much of it is left to compute is told while it waits
         self._scheduler.wait(sequence)
 
     def park(self, sequence: Sequence) -> None:
@@ -309,8 +310,13 @@ class Engine:
     def load(self) -> EngineLoad:
         """One pass over all that run or wait."""
         decoding = [sequence.num_tokens for sequence in self._scheduler.running if sequence.num_uncomputed <= 1]
-        prefilling = [sequence for sequence in (*self._scheduler.running, *self._scheduler.waiting) if sequence.num_uncomputed > 1]
-        return EngineLoad(len(decoding), sum(decoding), tuple((sequence.num_uncomputed, sequence.num_computed) for sequence in prefilling))
+        return EngineLoad(len(decoding), sum(decoding), tuple(self._prompts_left()))
+
+    def _prompts_left(self) -> Iterator[tuple[int, int]]:
+        """`Sequence.to_prefill` of each that runs or waits, and does not decode."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        yield from (sequence.to_prefill for sequence in running if sequence.num_uncomputed > 1)
+        yield from (sequence.to_prefill for sequence in waiting)
 
     def gauges(self) -> EngineGauges:
         """A snapshot for metrics."""
@@ -322,7 +328,7 @@ class Engine:
             blocks_free=self.pool.num_free,
             blocks_cached=self.pool.num_cached,
             preemptions=self._scheduler.num_preemptions,
-            prefill_backlog_tokens=sum(sequence.num_uncomputed for sequence in (*waiting, *running) if sequence.num_uncomputed > 1),
+            prefill_backlog_tokens=sum(num_tokens for num_tokens, _ in self._prompts_left()),
         )
 
     # ── arrival and end ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,9 @@ class PrefixCache:
         """Blocks of its longest cached prefix; the last token is always left to compute, for its logits are wanted. Takes nothing."""
         if self._pool.hasher is None:
             return []
-        return self._pool.find(self._digests(sequence)[: self._most(sequence)])
+        found = self._pool.find(self._digests(sequence)[: self._most(sequence)])
+        sequence.num_found = len(found) * self._pool.block_size
+        return found
 
     def find_all(self, sequence: Sequence) -> list[BlockId] | None:
         """As `find`; None while a running sequence computes the next block that this one lacks: it is to wait for it."""

@@ -80,6 +80,8 @@ class Sequence:
     num_preemptions: int = field(default=0, init=False)
     num_cached: int = field(default=0, init=False)
     """Tokens whose K and V were here already when it first began."""
+    num_found: int = field(default=0, init=False)
+    """Tokens that it would have begun behind when the cache was last asked."""
     digests: list[bytes] = field(default_factory=list, init=False)
     """Of its full blocks, as far as anybody asked (`prefix.py`). Replaced as it grows, never changed."""
     num_registered: int = field(default=0, init=False)
@@ -106,6 +108,12 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Many: it is prefilling. One: it is decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def to_prefill(self) -> tuple[int, int]:
+        """Tokens that are to be computed here before it samples, and those before them; while it waits, by what was last found cached."""
+        start = self.num_found if self.state is SequenceState.WAITING else self.num_computed
+        return self.num_tokens - start, start
 
     @property
     def is_complete(self) -> bool:

@@ -46,6 +46,18 @@ def check(engine: Engine) -> None:
 # ── reuse ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_prompt_that_waits_counts_as_work_for_what_is_not_cached() -> None:
+    engine = cached_engine(max_sequences=1)
+    engine.add(sequence(prompt(1, 37), 1))
+    while engine.has_work:
+        engine.step()
+    engine.add(sequence(prompt(2, 8), 4, name="runs"))
+    engine.step()
+    engine.add(sequence(prompt(1, 37), 1))
+    assert engine.load().prefills == ((1, 36),)
+    assert engine.gauges().prefill_backlog_tokens == 1
+
+
 @both
 def test_a_repeated_prompt_computes_only_its_tail(lookahead: int) -> None:
     engine = cached_engine(lookahead=lookahead)

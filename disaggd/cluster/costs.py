@@ -4,7 +4,7 @@ Plain Python, on the router's loop or a decode node's compute thread. Each fit i
 takes a lone stall for one, and believes a change when several samples agree. Knows no node and no clock.
 """
 
-from disaggd.cluster.offer import PrefillCost, TransferCost
+from disaggd.cluster.offer import PrefillCost, PrefillWork, TransferCost
 from disaggd.least_squares import LeastSquares
 
 LEAST_S = 2e-3
@@ -49,9 +49,9 @@ class PrefillFit:
         """None until enough is known."""
         return PrefillCost(*self._fit.coefficients) if self._fit.num_samples >= self._enough else None
 
-    def learn(self, num_uncached: int, num_cached: int, seconds: float) -> None:
-        """A prompt was computed, `num_uncached` tokens of it."""
-        self._fit.learn((1.0, num_uncached, num_uncached * (num_cached + num_uncached / 2)), seconds)
+    def learn(self, work: PrefillWork, seconds: float) -> None:
+        """All that the node computed in the time: prompts that share steps would else each seem to take as long as all of them."""
+        self._fit.learn((1.0, work.num_tokens, work.context), seconds)
 
 
 class TransferFit:

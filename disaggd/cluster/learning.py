@@ -20,9 +20,8 @@ class Learning:
 
     def prefilled(self, peer: PrefillPeer, record: RoutedSequence, frame: Prefilled) -> None:
         """A prompt has been computed, and its first token came in just now."""
-        in_hand, times = peer.jobs.get(record.job), record.timeline
-        if in_hand is not None and in_hand.num_tokens > frame.num_cached:
-            peer.prefills.learn(in_hand.num_tokens - frame.num_cached, frame.num_cached, frame.prefill_ms / 1e3)
+        times = record.timeline
+        peer.prefills.learn(frame.computed, frame.prefill_ms / 1e3)
         if record.plain_wait_s is not None and times.prefilled is not None and times.queued is not None:
             self.waits.learn(record.plain_wait_s, max(0.0, times.prefilled - times.queued - frame.prefill_ms / 1e3))
 

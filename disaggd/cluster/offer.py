@@ -8,6 +8,14 @@ import msgspec
 from disaggd.ids import NodeName
 
 
+class PrefillWork(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens to compute, of one prompt or of several."""
+
+    num_tokens: int
+    context: float
+    """Σ n · (c + n/2) over n tokens of each behind c others: what they attend to, all together."""
+
+
 class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds to prefill n uncached tokens behind c cached ones: `base + per_token · n + per_token_context · n · (c + n/2)`."""
 

@@ -35,7 +35,7 @@ from disaggd.cluster.hello import (
     PairReady,
     Ping,
 )
-from disaggd.cluster.offer import Predicted, PrefillCost, RemoteOffer
+from disaggd.cluster.offer import Predicted, PrefillCost, PrefillWork, RemoteOffer
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 
@@ -234,6 +234,8 @@ class Prefilled(Frame, frozen=True):
     """Computing the prompt, from the first step that had a part of it."""
     reported_ms: float
     """When this was reported, on the prefill node's clock, since the job came in."""
+    computed: PrefillWork
+    """In the time of `prefill_ms`: the prompt, and what of others shared its steps."""
 
 
 class JobEnded(Frame, frozen=True):

@@ -118,6 +118,10 @@ class Engine:
         self._runner = runner
         self.cache = PrefixCache(pool)
         self.pace = pace or StepPace(None, time.perf_counter)
+        self.prefilled_tokens = 0
+        """Of prompts, whoever's, by all steps that have been settled."""
+        self.prefilled_context = 0.0
+        """Σ n · (start + n/2) over their chunks of n tokens."""
         self._scheduler = Scheduler(pool, limits, self.cache, self.pace)
         self._eos = frozenset(eos_token_ids)
         self._pool_tokens = pool.num_blocks * pool.block_size
@@ -233,6 +237,8 @@ class Engine:
     def _settle(self, step: _Step) -> list[SequenceOutput]:
         drawn = step.results()
         self.pace.settled(step.begun)
+        self.prefilled_tokens += step.begun.load.prefill_tokens
+        self.prefilled_context += step.begun.load.prefill_context
         for chunk, blocks in step.computed:
             if chunk.sequence.block_table is blocks:  # else what the step read may have been overwritten meanwhile
                 self.cache.register(chunk.sequence, chunk.end)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.hello import OpenPair
+from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -55,6 +56,8 @@ class Job:
     sequence: Sequence
     grant: Grant | None
     arrived: float
+    computed_before: PrefillWork
+    """By the engine, for whomever, before its first step."""
     begun: float | None = None
     """When its first step began."""
     is_computing: bool = True
@@ -143,7 +146,7 @@ class PrefillRole:
             if frame.prefix is not None:
                 self._outbox.send(link, PrefixEnded(frame.seq, frame.attempt, "stopped", error.message, 0, 0, 0.0))
             return self._outbox.send(link, JobEnded(frame.seq, frame.attempt, False, error.message, 0, None, None))
-        job = Job(link, sequence, frame.grant, self._clock())
+        job = Job(link, sequence, frame.grant, self._clock(), self._computed)
         self._jobs[job.key] = job
         if frame.grant is not None:
             self._pushed[frame.grant.token] = job
@@ -233,7 +236,7 @@ class PrefillRole:
             if job is None:
                 continue
             if job.begun is None:
-                job.begun = self._turn_began
+                job.begun, job.computed_before = self._turn_began, self._computed
                 self._prefixes.begun(job.key)
             if job.grant is not None and job.grant.token in self._pushed:
                 is_ready = is_ready or self._mark()
@@ -265,14 +268,22 @@ class PrefillRole:
         (token,), logprob = output.tokens, output.logprobs[0] if output.logprobs else None
         now = self._clock()
         prefill_ms, reported_ms = (now - (job.begun or job.arrived)) * 1e3, (now - job.arrived) * 1e3
-        num_cached, reason = job.sequence.num_cached, output.finish_reason
-        self._outbox.send(job.link, Prefilled(seq, attempt, output.start, token, logprob, reason, num_cached, prefill_ms, reported_ms))
+        num_cached, reason, work, before = job.sequence.num_cached, output.finish_reason, self._computed, job.computed_before
+        computed = PrefillWork(work.num_tokens - before.num_tokens, work.context - before.context)
+        self._outbox.send(
+            job.link, Prefilled(seq, attempt, output.start, token, logprob, reason, num_cached, prefill_ms, reported_ms, computed)
+        )
         if job.grant is None:
             self._end(job)
         elif output.finish_reason is None:
             self._pushing.finish(job.grant.token, FirstToken(token, logprob))
         else:  # the sequence is over: decode needs no KV
             self._stop(job, "the first token ended the sequence")
+
+    @property
+    def _computed(self) -> PrefillWork:
+        """By the engine since its start."""
+        return PrefillWork(self._engine.prefilled_tokens, self._engine.prefilled_context)
 
     def tick(self) -> None:
         """What is due for the pushes, in either direction."""

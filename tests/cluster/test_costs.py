@@ -5,7 +5,7 @@ import random
 import pytest
 
 from disaggd.cluster.costs import ENOUGH, DelayFit, PrefillFit, TransferFit
-from disaggd.cluster.offer import PrefillCost
+from disaggd.cluster.offer import PrefillCost, PrefillWork
 
 TRUTH = PrefillCost(0.004, 0.43e-3, 2e-8)
 BYTES_PER_TOKEN = 12_288
@@ -15,7 +15,10 @@ def prefills(fit: PrefillFit, count: int, truth: PrefillCost = TRUTH, seed: int 
     draw = random.Random(seed)
     for _ in range(count):
         num_uncached, num_cached = draw.randrange(16, 3000), draw.choice((0, 0, 512, 2048))
-        fit.learn(num_uncached, num_cached, truth.seconds(num_uncached, num_cached) * draw.gauss(1, 0.05))
+        fit.learn(
+            PrefillWork(num_uncached, num_uncached * (num_cached + num_uncached / 2)),
+            truth.seconds(num_uncached, num_cached) * draw.gauss(1, 0.05),
+        )
 
 
 def error(fit: PrefillFit, num_uncached: int, num_cached: int = 0, truth: PrefillCost = TRUTH) -> float:

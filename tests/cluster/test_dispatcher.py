@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -219,7 +220,7 @@ def test_one_frame_brings_the_tokens_of_many_sequences() -> None:
 def test_frames_of_an_unknown_sequence_are_counted_and_dropped() -> None:
     routing = Routing()
     routing.say(D0, Decided("gone", 0, "", 0), Landed("gone", 0), Tokens((TokenRun("gone", 0, 0, (1,), None, None),)))
-    routing.say(P0, Prefilled("gone", 0, 0, 1, None, None, 0, 0.0, 0.0))
+    routing.say(P0, Prefilled("gone", 0, 0, 1, None, None, 0, 0.0, 0.0, PrefillWork(10, 50.0)))
     assert routing.dispatcher.dropped_frames == {"Decided": 1, "Landed": 1, "TokenRun": 1, "Prefilled": 1}
 
 
@@ -317,7 +318,7 @@ def test_tokens_that_cross_the_end_are_dropped() -> None:
     routing = Routing()
     client = routing.prefilling()
     routing.dispatcher.end(client.seq, "abort")
-    routing.say(P0, Prefilled(client.seq, 0, 0, 5, None, None, 0, 1.0, 1.0))
+    routing.say(P0, Prefilled(client.seq, 0, 0, 5, None, None, 0, 1.0, 1.0, PrefillWork(10, 50.0)))
     routing.say(D0, Landed(client.seq, 0), Tokens((TokenRun(client.seq, 0, 0, (5, 6), None, None),)))
     assert client.tokens == []
 

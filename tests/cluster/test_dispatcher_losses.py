@@ -3,6 +3,7 @@
 import pytest
 
 from disaggd.cluster.moves import DECODE_PATIENCE_S
+from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -57,7 +58,7 @@ def test_frames_of_an_older_attempt_are_dropped() -> None:
     released(routing, client)
     phase = routing.record(client).phase
     routing.clear()
-    routing.say(P0, Prefilled(client.seq, 0, 0, 99, None, None, 0, 1.0, 1.0))
+    routing.say(P0, Prefilled(client.seq, 0, 0, 99, None, None, 0, 1.0, 1.0, PrefillWork(10, 50.0)))
     routing.say(D0, Tokens((TokenRun(client.seq, 0, 0, (99,), None, "stop"),)))
     routing.say(D0, Decided(client.seq, 0, "", 0), NoRoom(client.seq, 0), Landed(client.seq, 0), Released(client.seq, 0, ""))
     routing.say(D0, Granted(client.seq, 0, make_grant(client)))

@@ -3,6 +3,7 @@
 import pytest
 
 from disaggd.cluster.hello import PairLost, PairReady
+from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import Abort, Credit, JobEnded, Prefilled, Progress
 from disaggd.ids import AgentId, BlockId, GrantToken, SeqId
 from disaggd.roles.compute import LinkId
@@ -27,6 +28,16 @@ from tests.support.role_nodes import BLOCK, LAYER_GROUPS, LEASE_S, QUIESCE_S, ne
 # ── a job from its prompt to its report ──
 
 
+def test_prompts_that_share_a_step_tell_of_its_whole_work_and_one_behind_a_full_step_of_what_is_left_of_it() -> None:
+    node = ready_node(max_step_tokens=16)
+    for i, num_tokens in enumerate((4, 8, 12)):
+        node.say(prefill(prompt(num_tokens), grant_for(num_tokens, GrantToken(bytes([i] * 16))), SeqId(f"s{i}")))
+    node.run()
+    first = PrefillWork(16, 4 * 2 + 8 * 4 + 4 * 2)
+    both = PrefillWork(16 + 8, first.context + 8 * (4 + 4))
+    assert [frame.computed for frame in node.frames(Prefilled)] == [first, first, both]
+
+
 def test_the_first_token_is_reported_while_the_push_is_under_way() -> None:
     node = ready_node()
     node.say(prefill(prompt(10), grant_for(10)))
@@ -34,7 +45,7 @@ def test_the_first_token_is_reported_while_the_push_is_under_way() -> None:
     node.now += 0.25
     node.run()
     token = next_token(prompt(10))
-    assert node.last(Prefilled) == Prefilled(S, 0, 0, token, None, None, 0, 250.0, 250.0)
+    assert node.last(Prefilled) == Prefilled(S, 0, 0, token, None, None, 0, 250.0, 250.0, PrefillWork(10, 50.0))
     assert node.commands[-1] == transfer.FinishPush(T, FirstToken(token))
     assert not node.frames(JobEnded) and node.role.gauges().blocks_held == 3
     node.now += 0.75

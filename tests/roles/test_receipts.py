@@ -3,6 +3,7 @@
 import pytest
 
 from disaggd.cluster.offer import Predicted as PredictedSeconds
+from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import Decided, JobEnded, LocalPrefill, NeedPrefill, Prefilled, Released
 from disaggd.cluster.request import RoutedSequence
 from disaggd.errors import Unavailable
@@ -33,7 +34,8 @@ class Story:
     def prefilled(self, *, prefill_ms: float, reported_ms: float, name: str = P0) -> None:
         """The first token of a job that the prefill node says to have had for `reported_ms`."""
         client = self.client
-        self.routing.say(P0 if name == P0 else P1, Prefilled(client.seq, client.attempt, 0, 7, None, None, 0, prefill_ms, reported_ms))
+        frame = Prefilled(client.seq, client.attempt, 0, 7, None, None, 0, prefill_ms, reported_ms, PrefillWork(10, 50.0))
+        self.routing.say(P0 if name == P0 else P1, frame)
 
 
 def remote_story() -> Story:

@@ -9,7 +9,7 @@ import msgspec
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import NodeHello, PairAgent, PairReady
 from disaggd.cluster.moves import DispatchRules
-from disaggd.cluster.offer import RemoteOffer
+from disaggd.cluster.offer import PrefillWork, RemoteOffer
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.protocol import (
     Credit,
@@ -176,9 +176,10 @@ class Routing:
         return grant
 
     def first_token(self, client: Client, token: int, finish: FinishReason | None = None, *, start: int = 0) -> None:
-        prefill = self.record(client).prefill
-        assert prefill is not None
-        self.say(prefill, Prefilled(client.seq, client.attempt, start, token, None, finish, 0, 5.0, 5.0))
+        record = self.record(client)
+        assert record.prefill is not None
+        computed = PrefillWork(record.num_tokens, record.num_tokens**2 / 2)
+        self.say(record.prefill, Prefilled(client.seq, client.attempt, start, token, None, finish, 0, 5.0, 5.0, computed))
 
     def job_ended(self, client: Client, name: NodeName = P0, *, clean: bool = True, kv_bytes: int = 0, attempt: int | None = None) -> None:
         attempt = client.attempt if attempt is None else attempt

@@ -285,6 +285,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (Query(of_nodes("disaggd_node_up", "node, role"), "{{node}} ({{role}})"),),
             most=1,
         ),
+        Panel(
+            "Refused links",
+            "By the node or router that refused. With every node up somebody else tries; else the log of either end says what differs.",
+            "reqps",
+            (Query(rate("disaggd_refused_links_total", "by, cause"), "{{by}}: {{cause}}"),),
+        ),
         Panel("Running", "Sequences that engines compute.", "short", (Query(of_nodes("disaggd_num_requests_running"), "{{node}}"),)),
         Panel(
             "Waiting",

@@ -14,7 +14,7 @@ router ──► prefill                        prefill ──► router
 both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
-engine nodes also send Gauges, Measured and CacheEvents, which a router may ask for with CacheSnapshot
+engine nodes also send Gauges, Measured, RefusedLinks and CacheEvents, which a router may ask for with CacheSnapshot
 an engine node that is told to stop sends Draining, and stops when every router has answered Dismiss
 ```
 """
@@ -393,6 +393,16 @@ class Measured(Frame, frozen=True):
     """What each further one adds."""
 
 
+class RefusedLinks(Frame, frozen=True):
+    """Engine node → every router, when it grows and at link up: how many links the node has refused for one cause since its start.
+
+    Causes are fields of a hello that differed, `secret`, and `no_hello`.
+    """
+
+    cause: str
+    total: int
+
+
 ToNode = (
     Ping
     | OpenPair
@@ -439,5 +449,6 @@ ToRouter = (
     | CacheEvents
     | Measured
     | Draining
+    | RefusedLinks
 )
 """What an engine node may send."""

@@ -82,6 +82,7 @@ class Metrics:
 
     def _declare_nodes(self, registry: CollectorRegistry) -> None:
         self._node_up = Gauge("disaggd_node_up", "Whether the node's link is up", ["node", "role"], registry=registry)
+        self._refused_links = Counter("disaggd_refused_links", "Links refused, and who did", ["by", "cause"], registry=registry)
         self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["writer", "target"], registry=registry)
         self._blocks = _per_node("kv_blocks", "KV blocks", registry, "state")
         self._usage = _per_node("kv_cache_usage_perc", "Share of the KV blocks that no new sequence could have: 1 is all", registry)
@@ -194,6 +195,10 @@ class Metrics:
     def set_pair(self, writer: str, target: str, is_ready: bool) -> None:
         """Whether the one node may push KV to the other."""
         self._kv_path_up.labels(writer, target).set(is_ready)
+
+    def count_refused_links(self, by: str, cause: str, total: int) -> None:
+        """Since the start of the node or router that refused them."""
+        self._count_to(self._refused_links, (by, cause), total)
 
     def count_prefix_pushes(self, writer: str, target: str, outcome: str, total: int) -> None:
         """Prefixes that the one was asked to push to the other, and what became of them, since the router's start."""

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from disaggd.clock import lease_clock
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
-from disaggd.cluster.protocol import ToNode
+from disaggd.cluster.protocol import RefusedLinks, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.engine.kv_staging import KVStaging, make_staging
@@ -51,6 +51,8 @@ class EngineNode:
         self._node = node
         self._incarnation = Incarnation(uuid.uuid4().hex)
         self._links: dict[LinkId, NodeLink] = {}
+        self._refused: dict[str, int] = {}
+        """Links, by cause."""
         self._link_ids: dict[NodeLink, LinkId] = {}
         self._counter = itertools.count(1)
         self._signals = StopSignals(self._drain, self._end_at_once)
@@ -112,6 +114,7 @@ class EngineNode:
             on_up=self._on_link_up,
             on_frame=self._on_frame,
             on_down=self._on_link_down,
+            on_refused=self._on_link_refused,
             settings=link_settings(self._config.cluster),
         )
 
@@ -158,6 +161,8 @@ class EngineNode:
     def _on_link_up(self, link: NodeLink) -> None:
         link_id = LinkId(next(self._counter))
         self._links[link_id], self._link_ids[link] = link, link_id
+        for cause, total in self._refused.items():
+            link.send(RefusedLinks(cause, total))
         self._compute.inbox.put(LinkUp(link_id))
 
     def _on_frame(self, link: NodeLink, frame: ToNode) -> None:
@@ -167,6 +172,11 @@ class EngineNode:
         link_id = self._link_ids.pop(link)
         del self._links[link_id]
         self._compute.inbox.put(LinkDown(link_id))
+
+    def _on_link_refused(self, cause: str, total: int) -> None:
+        self._refused[cause] = total
+        for link in self._links.values():
+            link.send(RefusedLinks(cause, total))
 
     def _send(self, batch: Batch) -> None:
         for link_id, frame in batch:

@@ -3,6 +3,7 @@
 `RouterBackend` tells it what happened; nothing here is done per token.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from disaggd.cluster.dispatcher import Dispatcher
@@ -18,12 +19,27 @@ from disaggd.observe.receipts import Receipt, ReceiptBook
 from disaggd.observe.recorder import FlightRecorder, FlownRequest
 from disaggd.roles.receipts import make_receipt
 
+_LINK_CAUSES = frozenset(
+    ("secret", "tls", "version", "name", "role", "model_id", "kv.dtype", "kv.block_size", "kv.head_dim", "kv.groups"),
+)
+
 
 class Observer:
     """`clock` is the dispatcher's; `wall` is seconds since 1970."""
 
-    def __init__(self, model: str, config: RouterConfig, metrics: Metrics, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        model: str,
+        router: NodeName,
+        config: RouterConfig,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
         self._model = model
+        self._router = router
+        self._refused = Counter[str]()
+        """Links that came to nothing because this router or the node refused the other, by cause."""
         self._metrics = metrics
         self._clock = clock
         self._since_epoch_s = wall() - clock()
@@ -48,6 +64,16 @@ class Observer:
     def node_down(self, node: NodeName, hello: NodeHello, reason: str) -> None:
         self._metrics.set_node(node, hello.role, False)
         self._recorder.event(node, "link down", reason=reason)
+
+    def refused_by(self, node: NodeName, cause: str, total: int) -> None:
+        """So many links, since the node's start."""
+        self._metrics.count_refused_links(node, cause, total)
+
+    def refused_here(self, field: str) -> None:
+        """`field` may come from a stranger: only those that we know become a time series."""
+        cause = field if field in _LINK_CAUSES else "other"
+        self._refused[cause] += 1
+        self._metrics.count_refused_links(self._router, cause, self._refused[cause])
 
     def gauges(self, node: NodeName, hello: NodeHello, gauges: Gauges) -> None:
         blocks, sequences = block_counts(gauges), _sequence_counts(gauges)

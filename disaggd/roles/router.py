@@ -25,7 +25,7 @@ from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import RouterLink, dial, link_settings
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
-from disaggd.cluster.protocol import Gauges, ToRouter
+from disaggd.cluster.protocol import Gauges, RefusedLinks, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
@@ -98,7 +98,7 @@ class DeltaQueue:
 class RouterBackend:
     """The cluster, as the gateway sees it."""
 
-    def __init__(self, config: Config, spec: ModelSpec, metrics: Metrics) -> None:
+    def __init__(self, config: Config, node: NodeConfig, spec: ModelSpec, metrics: Metrics) -> None:
         self._config = config
         self._spec = spec
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
@@ -108,7 +108,7 @@ class RouterBackend:
             time.monotonic,
             self._on_update,
         )
-        self._observer = Observer(self.model_name, config.router, metrics, time.monotonic, time.time)
+        self._observer = Observer(self.model_name, node.name, config.router, metrics, time.monotonic, time.time)
         self._running: dict[str, SeqId] = {}
         """The latest of each request id: clients may use one twice at a time."""
         self._sequence_of: dict[int, SeqId] = {}
@@ -234,6 +234,9 @@ class RouterBackend:
         self._observer.node_up(link.name, link.peer)
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
+        if isinstance(frame, RefusedLinks):
+            self._observer.refused_by(link.name, frame.cause, frame.total)
+            return
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
             self._observer.gauges(link.name, link.peer, frame)
@@ -243,6 +246,10 @@ class RouterBackend:
         self.dispatcher.node_down(link.name)
         if link.peer.role == "prefill" and not self.dispatcher.prefills and self._draining_since is None:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
+
+    def on_refused(self, field: str) -> None:
+        """This router and a node refused each other."""
+        self._observer.refused_here(field)
 
     def drain(self) -> None:
         """Admit nothing more; what is under way after `drain_s` ends with an error that says why."""
@@ -304,7 +311,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     metrics = Metrics(registry, disaggd.__version__, config.model.served_name)
-    backend = RouterBackend(config, spec, metrics)
+    backend = RouterBackend(config, node, spec, metrics)
     limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes, trusted_keys=config.router.trusted_keys)
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
@@ -364,6 +371,7 @@ async def _keep_link(config: Config, engine: NodeConfig, hello: RouterHello, bac
         on_up=backend.on_up,
         on_frame=backend.on_frame,
         on_down=backend.on_down,
+        on_refused=backend.on_refused,
         settings=link_settings(config.cluster),
         accept=lambda theirs: backend.accept(engine, theirs),
     )

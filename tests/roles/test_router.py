@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, RefusedLinks, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest
@@ -69,7 +69,8 @@ class Front:
     """A backend with one decode node that answers what the test says."""
 
     def __init__(self) -> None:
-        self.backend = RouterBackend(CONFIG, SPEC, Metrics(CollectorRegistry()))
+        self.registry = CollectorRegistry()
+        self.backend = RouterBackend(CONFIG, CONFIG.node("front"), SPEC, Metrics(self.registry))
         self.sent: list[ToNode] = []
         self.backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), hello(), self.sent.append))
 
@@ -240,3 +241,22 @@ def test_the_trace_has_requests_that_are_over_requests_that_run_and_what_nodes_s
         await running.aclose()
 
     asyncio.run(scenario())
+
+
+def test_refused_links_are_counted_wherever_they_were_refused_and_a_stranger_names_no_series() -> None:
+    front = Front()
+    for total in (1, 2):
+        front.backend.on_frame(LINK, RefusedLinks("secret", total))
+    for field in ("secret", "kv.block_size", "whatever a stranger says", "and says next"):
+        front.backend.on_refused(field)
+
+    def count(by: str, cause: str) -> float | None:
+        return front.registry.get_sample_value("disaggd_refused_links_total", {"by": by, "cause": cause})
+
+    assert [count(*labels) for labels in (("d0", "secret"), ("front", "secret"), ("front", "kv.block_size"), ("front", "other"))] == [
+        2,
+        1,
+        1,
+        2,
+    ]
+    assert count("front", "whatever a stranger says") is None

@@ -82,8 +82,13 @@ def up(outer_path: Path | None, config_path: Path | None) -> int:
     with naming(path):
         nodes = local_nodes(config.nodes)
     check_ports(nodes)
-    grace_s = config.cluster.drain_s + STOP_GRACE_S
-    supervisor = Supervisor(nodes, node_command(path), lambda router, view: click.echo(banner(config, router, view)), grace_s=grace_s)
+    supervisor = Supervisor(
+        nodes,
+        node_command(path),
+        lambda router, view: click.echo(banner(config, router, view)),
+        tls=config.router.scheme == "https",
+        grace_s=config.cluster.drain_s + STOP_GRACE_S,
+    )
     interrupts_raise()
     return asyncio.run(supervisor.run())
 

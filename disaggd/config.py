@@ -66,8 +66,15 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The last so many receipts can be read at `/v1/requests/{id}`."""
     trace_minutes: Annotated[float, msgspec.Meta(ge=0, le=1440)] = 5.0
     """So far back `/v1/cluster/trace` reaches; 0 records nothing."""
+    tls_cert: str | None = None
+    """Certificate chain of the HTTP side, in PEM; with `tls_key`, or neither: plain HTTP. Paths are relative to this file's directory."""
+    tls_key: str | None = None
     trusted_keys: tuple[Secret, ...] = ()
     """Bearer tokens whose holders may override the decision per request (`x-disaggd-policy`); none: everyone may."""
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        return "http" if self.tls_cert is None else "https"
 
 
 class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +151,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A node that is told to stop finishes what it has, for so long at most. Whoever kills it must wait longer: `TimeoutStopSec` of its
     systemd unit."""
     secret: Secret | None = None
-    """Shared by all nodes; required once any node listens beyond loopback."""
+    """Shared by all nodes, and proved by both ends of every link; required once any node listens beyond loopback."""
+    tls_cert: str | None = None
+    """Certificate chain of this host's nodes, in PEM. With `tls_key` and `tls_ca`, or none of the three: links without TLS.
+    Paths are relative to this file's directory."""
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    """The authority that signed every node's certificate, and nobody else's: both ends of a link ask for one."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,12 +267,18 @@ def load_config(path: str | Path) -> Config:
         return _anchored(parse_config(text), Path(path).absolute().parent)
 
 
+_PATHS = {"model": ("path",), "router": ("tls_cert", "tls_key"), "cluster": ("tls_cert", "tls_key", "tls_ca")}
+"""Keys that name files."""
+
+
 def _anchored(config: Config, directory: Path) -> Config:
     """The same from whatever directory it is read: absolute paths, `~` and built-in models stay as they are."""
-    path = config.model.path
-    if path.startswith(("builtin:", "~", "/")):
-        return config
-    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=str(directory / path)))
+    sections: dict[str, msgspec.Struct] = {}
+    for section, names in _PATHS.items():
+        table = getattr(config, section)
+        paths = {name: path for name in names if (path := getattr(table, name)) and not path.startswith(("builtin:", "~", "/"))}
+        sections[section] = msgspec.structs.replace(table, **{name: str(directory / path) for name, path in paths.items()})
+    return msgspec.structs.replace(config, **sections)
 
 
 def parse_config(text: str) -> Config:
@@ -309,6 +328,15 @@ def _check_secret(config: Config) -> None:
             raise ConfigError(f"node {node.name!r} listens beyond loopback ({node.listen}): set cluster.secret (16 or more characters)")
 
 
+def _check_tls(config: Config) -> None:
+    """Files that belong together."""
+    for section, names in _PATHS.items():
+        table = getattr(config, section)
+        absent = [name for name in names if getattr(table, name) is None]
+        if absent and len(absent) < len(names):
+            raise ConfigError(f"{section}.{absent[0]}: is missing; TLS needs {', '.join(names)}")
+
+
 def _check_blocks(config: Config) -> None:
     engines = config.nodes_of("prefill", "decode")
     for node in engines:
@@ -346,7 +374,7 @@ def _check_transfer_ports(config: Config) -> None:
             raise ConfigError(f"node {node.name!r} listens on {node.listen.port}, which is in transfer.port_range {first}-{last}")
 
 
-_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_blocks, _check_weights, _check_transfer_ports)
+_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_tls, _check_blocks, _check_weights, _check_transfer_ports)
 
 
 def _listed(names: Any) -> str:

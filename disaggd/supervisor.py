@@ -11,6 +11,7 @@ import os
 import signal
 import site
 import socket
+import ssl
 import sys
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
@@ -26,6 +27,7 @@ from disaggd.config import Config, NodeConfig, Role
 from disaggd.errors import EXIT_INTERRUPTED, ConfigError, ResourceError
 from disaggd.ids import NodeName
 from disaggd.log import NODE_STYLES, WARNING_STYLE, paint, styled
+from disaggd.tls import blind_context
 from disaggd.units import Address
 
 STOP_GRACE_S = 10.0
@@ -118,6 +120,7 @@ class Supervisor:
         command: Callable[[NodeConfig], list[str]],
         on_ready: OnReady,
         *,
+        tls: bool = False,
         out: TextIO | None = None,
         grace_s: float = STOP_GRACE_S,
         restart_pause_s: float = RESTART_PAUSE_S,
@@ -125,6 +128,8 @@ class Supervisor:
         self._nodes = nodes
         self._command = command
         self._on_ready = on_ready
+        self._tls = blind_context() if tls else None
+        """Routers serve HTTPS."""
         self._out = out or sys.stderr
         self._grace_s = grace_s
         self._restart_pause_s = restart_pause_s
@@ -219,12 +224,12 @@ class Supervisor:
     async def _announce(self) -> None:
         routers = [node for node in self._nodes if node.role == "router"]
         for router in routers:
-            while await _get(router.listen, "/ready") is None:
+            while await _get(router.listen, "/ready", self._tls) is None:
                 if await self._stops_within(READY_POLL_S):
                     return
         self._is_ready = True
         for router in routers:
-            self._on_ready(router, await _view(router.listen))
+            self._on_ready(router, await _view(router.listen, self._tls))
 
     async def _end_children(self) -> None:
         """Routers first: they take nothing new and end when their requests have, for which they need the engine nodes. What outlives
@@ -290,22 +295,22 @@ def banner(config: Config, router: NodeConfig, view: ClusterView) -> str:
     body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0.5, "stream": true}}'
     return (
         f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them, their requests first; a second one at once. Try:\n\n"
-        f"  curl -N http://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
+        f"  curl -N {config.router.scheme}://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
     )
 
 
-async def _view(router: Address) -> ClusterView:
+async def _view(router: Address, tls: ssl.SSLContext | None) -> ClusterView:
     """The cluster as `router` sees it; nothing at all of it if it has just died."""
-    body = await _get(router, "/v1/cluster")
+    body = await _get(router, "/v1/cluster", tls)
     return ClusterView() if body is None else msgspec.json.decode(body, type=ClusterView)
 
 
-async def _get(router: Address, path: str) -> bytes | None:
+async def _get(router: Address, path: str, tls: ssl.SSLContext | None) -> bytes | None:
     """The body of `router`'s answer to `GET path`; None unless it is a 200."""
     host = "127.0.0.1" if router.is_wildcard else router.host
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(2.0):
-            reader, writer = await asyncio.open_connection(host, router.port)
+            reader, writer = await asyncio.open_connection(host, router.port, ssl=tls)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {router}\r\nConnection: close\r\n\r\n".encode())
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")

@@ -110,6 +110,8 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (CLUSTER.replace('"d0"', '"p0"'), "node[1], node[2]: 2 nodes are called 'p0'"),
         (CLUSTER.replace("8102", "8101"), "nodes 'p0' (127.0.0.1:8101) and 'd0' (127.0.0.1:8101) listen on one port"),
         (REMOTE, "node 'd0' listens beyond loopback (10.0.0.2:8102): set cluster.secret"),
+        (f'[router]\ntls_key = "x.key"\n{CLUSTER}', "router.tls_cert: is missing; TLS needs tls_cert, tls_key"),
+        (f'[cluster]\ntls_cert = "x.pem"\ntls_key = "x.key"\n{CLUSTER}', "cluster.tls_ca: is missing; TLS needs tls_cert, tls_key, tls_ca"),
         (CLUSTER + "block_size = 16", "block_size must be the same on all nodes: 'p0' has 64, 'd0' has 16"),
         (CLUSTER + "max_step_tokens = 63", "node 'd0': max_step_tokens is 63, but a step must hold"),
         (
@@ -164,6 +166,16 @@ def test_a_relative_model_path_starts_from_the_files_directory(tmp_path: Path, m
     for spelt in (path, path.relative_to(tmp_path)):
         model = load_config(spelt).model
         assert (model.path, model.served_name) == (f"{tmp_path}/conf/../models/small", "small")
+
+
+def test_the_files_of_tls_start_from_the_files_directory(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text(
+        f'[router]\ntls_cert = "a.pem"\ntls_key = "/b.key"\n[cluster]\ntls_cert = "c"\ntls_key = "d"\ntls_ca = "tls/e"\n{CLUSTER}'
+    )
+    config = load_config(path)
+    assert (config.router.tls_cert, config.router.tls_key, config.router.scheme) == (f"{tmp_path}/a.pem", "/b.key", "https")
+    assert (config.cluster.tls_cert, config.cluster.tls_ca) == (f"{tmp_path}/c", f"{tmp_path}/tls/e")
 
 
 @pytest.mark.parametrize("model", ["builtin:tiny", "~/models/small", "/models/small"])

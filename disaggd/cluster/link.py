@@ -17,7 +17,8 @@ import http
 import logging
 import os
 import random
-from collections import Counter, OrderedDict, deque
+import ssl
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Never, TypeVar
@@ -33,9 +34,12 @@ from websockets.http11 import Request, Response
 from disaggd.cluster.handshake import SECRET_FIELD, Greeting, UnexpectedFrame, meet_node, meet_router
 from disaggd.cluster.hello import Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.protocol import ToNode, ToRouter
+from disaggd.cluster.troubles import Refusals, Repeated
 from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import NodeName
+from disaggd.tls import days_left, mutual_contexts
+from disaggd.tls import reason as tls_reason
 from disaggd.units import Address
 
 log = logging.getLogger(__name__)
@@ -45,8 +49,6 @@ HEALTH_PATH = "/health"
 
 _MAX_CLOSE_REASON_BYTES = 120  # a WebSocket close frame has room for 123
 _MAX_GREETING_BYTES = 2**16  # what somebody who has proved nothing yet may make us hold
-_MAX_REMEMBERED = 1000
-"""Addresses and causes of refusals; then the oldest is told anew."""
 _FAREWELLS = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 
 # The library logs a traceback for every port scan and health probe; what matters of it is logged here instead.
@@ -80,15 +82,24 @@ class LinkSettings:
     """Frames that wait for a slow peer; more closes the link."""
     max_frame_bytes: int = 64 * 2**20
     secret: str | None = None
+    accept_tls: ssl.SSLContext | None = None
+    """A listener's; with `dial_tls`, or neither."""
+    dial_tls: ssl.SSLContext | None = None
 
 
 def link_settings(cluster: ClusterConfig) -> LinkSettings:
+    """Raises ConfigError for files of `cluster` that cannot be used."""
+    accept_tls, dial_tls = None, None
+    if cluster.tls_cert is not None and cluster.tls_key is not None and cluster.tls_ca is not None:
+        accept_tls, dial_tls = mutual_contexts("cluster", cluster.tls_cert, cluster.tls_key, cluster.tls_ca)
     return LinkSettings(
         heartbeat_s=cluster.heartbeat_s,
         missed_heartbeats=cluster.missed_heartbeats,
         reconnect_max_s=cluster.reconnect_max_s,
         refused_s=max(5.0, cluster.reconnect_max_s),
         secret=cluster.secret,
+        accept_tls=accept_tls,
+        dial_tls=dial_tls,
     )
 
 
@@ -246,7 +257,7 @@ class LinkServer:
         self._hello = hello
         self._callbacks = (on_up, on_frame, on_down)
         self._settings = settings
-        self._refusals = Refusals(on_refused)
+        self._refusals = Refusals(log, on_refused)
         self._server: Server | None = None
 
     async def listen(self, address: Address) -> None:
@@ -257,6 +268,7 @@ class LinkServer:
                 address.host,
                 address.port,
                 process_request=self._admit,
+                **_tls_options(self._settings.accept_tls, self._settings),
                 **_SOCKET_OPTIONS,
             )
         except OSError as error:
@@ -298,6 +310,7 @@ class LinkServer:
             self._refusals.note(refusal.field, peer, f"refused router {theirs.router:.63} at {peer}: {_differs(refusal)}")
             return None
         _lift_limit(socket, self._settings)
+        _warn_of_expiry(socket, theirs.router)
         return theirs
 
 
@@ -340,7 +353,7 @@ async def dial(
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
     Each standing trouble is logged once; that a node is not there yet is none for `patience_s`.
     """
-    troubles = _Repeated()
+    troubles = Repeated(log)
     now = asyncio.get_running_loop().time
     missed_from = now() + settings.patience_s
     pause_s = settings.reconnect_min_s
@@ -350,6 +363,10 @@ async def dial(
         except HelloRefused as error:
             on_refused(error.field)
             troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: {error}")
+            pause_s = settings.refused_s
+        except ssl.SSLError as error:
+            on_refused("tls")
+            troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: TLS: {tls_reason(error)}")
             pause_s = settings.refused_s
         except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError, UnexpectedFrame) as error:
             if isinstance(error, OSError) and now() < missed_from:
@@ -367,7 +384,9 @@ async def dial(
 
 async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeHello], None], settings: LinkSettings) -> RouterLink:
     async with asyncio.timeout(settings.hello_timeout_s):
-        socket = await connect(f"ws://{node.listen}{LINK_PATH}", proxy=None, **_SOCKET_OPTIONS)
+        scheme = "ws" if settings.dial_tls is None else "wss"
+        tls = _tls_options(settings.dial_tls, settings)
+        socket = await connect(f"{scheme}://{node.listen}{LINK_PATH}", proxy=None, **tls, **_SOCKET_OPTIONS)
         try:
             theirs = await meet_node(_greeting(socket, settings), hello, node)
             accept(theirs)
@@ -379,6 +398,7 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
                 socket.transport.abort()
             raise
     _lift_limit(socket, settings)
+    _warn_of_expiry(socket, node.name)
     return Link(socket, node.name, theirs, _from_node.decode, settings, farewell_level=logging.WARNING)
 
 
@@ -395,39 +415,6 @@ _SOCKET_OPTIONS: dict[str, Any] = {
 }
 
 
-class _Repeated:
-    """Logs a trouble that repeats itself once, and again when it changes."""
-
-    def __init__(self) -> None:
-        self._last: str | None = None
-
-    def log(self, level: int, message: str) -> None:
-        if message != self._last:
-            log.log(level, "%s", message)
-        self._last = message
-
-    def forget(self) -> None:
-        self._last = None
-
-
-class Refusals:
-    """Counts whom a listener refused, by cause, and logs each cause once for each address."""
-
-    def __init__(self, on_refused: Callable[[str, int], None]) -> None:
-        self._on_refused = on_refused
-        self._totals = Counter[str]()
-        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
-
-    def note(self, cause: str, address: str, message: str) -> None:
-        if (cause, address) not in self._told:
-            log.warning("%s", message)
-            self._told[cause, address] = None
-        if len(self._told) > _MAX_REMEMBERED:
-            self._told.popitem(last=False)
-        self._totals[cause] += 1
-        self._on_refused(cause, self._totals[cause])
-
-
 async def _recv_bytes(socket: Connection) -> bytes:
     message = await socket.recv(decode=False)
     assert isinstance(message, bytes)
@@ -436,6 +423,15 @@ async def _recv_bytes(socket: Connection) -> bytes:
 
 async def _close(socket: Connection, code: CloseCode, reason: str) -> None:
     await socket.close(code, reason.encode()[:_MAX_CLOSE_REASON_BYTES].decode(errors="ignore"))
+
+
+def _tls_options(context: ssl.SSLContext | None, settings: LinkSettings) -> dict[str, Any]:
+    return {} if context is None else {"ssl": context, "ssl_handshake_timeout": settings.hello_timeout_s}
+
+
+def _warn_of_expiry(socket: Connection, name: NodeName) -> None:
+    if (days := days_left(socket.transport.get_extra_info("peercert"))) is not None:
+        log.warning("the certificate of %s expires in %.1f days", name, days)
 
 
 def _greeting(socket: Connection, settings: LinkSettings) -> Greeting:

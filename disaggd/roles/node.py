@@ -56,6 +56,7 @@ class EngineNode:
         self._link_ids: dict[NodeLink, LinkId] = {}
         self._counter = itertools.count(1)
         self._signals = StopSignals(self._drain, self._end_at_once)
+        self._link_settings = link_settings(config.cluster)
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
@@ -115,7 +116,7 @@ class EngineNode:
             on_frame=self._on_frame,
             on_down=self._on_link_down,
             on_refused=self._on_link_refused,
-            settings=link_settings(self._config.cluster),
+            settings=self._link_settings,
         )
 
     def _stop_threads(self) -> None:

@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import socket
+import ssl
 import time
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterator
@@ -23,11 +24,11 @@ from starlette.types import ASGIApp
 import disaggd
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
-from disaggd.cluster.link import RouterLink, dial, link_settings
+from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
 from disaggd.cluster.protocol import Gauges, RefusedLinks, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
-from disaggd.config import Config, NodeConfig
+from disaggd.config import Config, NodeConfig, RouterConfig
 from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
@@ -42,6 +43,7 @@ from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.roles.stopping import StopSignals
 from disaggd.sampling import FinishReason, TokenLogprob
+from disaggd.tls import server_context
 from disaggd.transfer.layout import kv_spec
 from disaggd.units import Address
 
@@ -315,8 +317,9 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes, trusted_keys=config.router.trusted_keys)
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
+    links, tls = link_settings(config.cluster), _http_tls(config.router)
     listener = _bind(node.listen)
-    server = _HttpServer(_http_settings(app))
+    server = _HttpServer(_http_settings(app, tls))
     ending = _Ending(backend, server, config.cluster.drain_s)
     ending.signals.catch(asyncio.get_running_loop())
     gc.collect()
@@ -324,8 +327,8 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     gc.set_threshold(GC_THRESHOLD)
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(_tick(backend, server))]
-        background += [tasks.create_task(_keep_link(config, engine, hello, backend)) for engine in config.nodes_of("prefill", "decode")]
-        log.info("router listens on http://%s", node.listen)
+        background += [tasks.create_task(_keep_link(engine, hello, backend, links)) for engine in config.nodes_of("prefill", "decode")]
+        log.info("router listens on %s://%s", config.router.scheme, node.listen)
         await server.serve(sockets=[listener])
         for task in background:
             task.cancel()
@@ -364,7 +367,7 @@ class _Ending:
         self._server.should_exit = True
 
 
-async def _keep_link(config: Config, engine: NodeConfig, hello: RouterHello, backend: RouterBackend) -> None:
+async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBackend, settings: LinkSettings) -> None:
     await dial(
         engine,
         hello,
@@ -372,7 +375,7 @@ async def _keep_link(config: Config, engine: NodeConfig, hello: RouterHello, bac
         on_frame=backend.on_frame,
         on_down=backend.on_down,
         on_refused=backend.on_refused,
-        settings=link_settings(config.cluster),
+        settings=settings,
         accept=lambda theirs: backend.accept(engine, theirs),
     )
 
@@ -395,8 +398,13 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _http_settings(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
+def _http_tls(router: RouterConfig) -> ssl.SSLContext | None:
+    """None: plain HTTP. Raises ConfigError."""
+    return server_context("router", router.tls_cert, router.tls_key) if router.tls_cert is not None and router.tls_key is not None else None
+
+
+def _http_settings(app: ASGIApp, tls: ssl.SSLContext | None) -> uvicorn.Config:
+    settings = uvicorn.Config(
         app,
         http="httptools",
         ws="none",
@@ -407,3 +415,6 @@ def _http_settings(app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
+    settings.load()
+    settings.ssl = tls
+    return settings

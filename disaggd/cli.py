@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 import disaggd
+from disaggd.api_keys import key_table, new_key, read_key
 from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
 from disaggd.describe import describe
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
@@ -52,7 +53,7 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
     context.obj = config_path
     if context.invoked_subcommand is None:
         if role is None and name is None:
-            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate, trace")
+            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate, trace, key")
         _serve(role, name, config_path)
     elif role is not None or name is not None:
         raise click.UsageError(f"--role and --name mean one node; they do not go with {context.invoked_subcommand!r}")
@@ -133,18 +134,32 @@ def generate(
 
 
 @cli.command()
+@click.argument("name")
+def key(name: str) -> None:
+    """Make an API key for the client NAME: print it, once, and the table that lets it in.
+
+    The table goes into the file that [router] api_keys names, and holds a hash: the key itself is nowhere else.
+    """
+    secret = new_key()
+    table = key_table(name, secret)
+    click.echo(f"The key, which cannot be shown again:\n\n  {secret}\n\nThe table for the file of [router] api_keys:\n", err=True)
+    click.echo(table, nl=False)
+
+
+@cli.command()
 @click.argument("request_id", metavar="[ID]", required=False)
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.", callback=lambda _, __, url: _checked_url(url))
+@click.option("--key-file", type=click.Path(path_type=Path), help="Holds an API key; one with admin sees every request.")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipts as JSON.")
 @click.pass_obj
-def trace(outer_path: Path | None, request_id: str | None, url: str, as_json: bool) -> None:
+def trace(outer_path: Path | None, request_id: str | None, url: str, key_file: Path | None, as_json: bool) -> None:
     """Show what happened to request ID: the decision, and where its time went. Without ID, the latest requests.
 
     ID is a reply's id or x-request-id, or as much of its beginning as tells it from the others. Exit code 1: the router knows
     no such request; 3: no router answers.
     """
     interrupts_raise()
-    show(url, request_id, as_json)
+    show(url, request_id, as_json, None if key_file is None else read_key(key_file))
 
 
 def _checked_url(url: str) -> str:

@@ -69,8 +69,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert: str | None = None
     """Certificate chain of the HTTP side, in PEM; with `tls_key`, or neither: plain HTTP. Paths are relative to this file's directory."""
     tls_key: str | None = None
-    trusted_keys: tuple[Secret, ...] = ()
-    """Bearer tokens whose holders may override the decision per request (`x-disaggd-policy`); none: everyone may."""
+    api_keys: str | None = None
+    """A file of API keys (`disaggd key NAME` makes one), read again when it changes; None: whoever reaches the router may do everything."""
+    metrics: Literal["open", "key"] = "key"
+    """Who may read `/metrics` where there are API keys: everybody, or the holders of keys that have `admin`."""
 
     @property
     def scheme(self) -> Literal["http", "https"]:
@@ -230,6 +232,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Whether decode nodes may push prefixes to this node, or this one may, if it is one."""
         return node.shares_prefixes and self.disaggregation.prefix_push != "never"
 
+    def exposed_without_keys(self, node: NodeConfig) -> bool:
+        """Whether anybody whom `node`, if it is a router, can be reached by may use it."""
+        return node.role == "router" and not node.listen.is_loopback and self.router.api_keys is None
+
     def nodes_of(self, *roles: Role) -> tuple[NodeConfig, ...]:
         return tuple(node for node in self.nodes if node.role in roles)
 
@@ -267,17 +273,20 @@ def load_config(path: str | Path) -> Config:
         return _anchored(parse_config(text), Path(path).absolute().parent)
 
 
-_PATHS = {"model": ("path",), "router": ("tls_cert", "tls_key"), "cluster": ("tls_cert", "tls_key", "tls_ca")}
-"""Keys that name files."""
+_FILES = {"router": ("api_keys", "tls_cert", "tls_key"), "cluster": ("tls_cert", "tls_key", "tls_ca")}
+"""Keys that name files, besides the model's."""
 
 
 def _anchored(config: Config, directory: Path) -> Config:
-    """The same from whatever directory it is read: absolute paths, `~` and built-in models stay as they are."""
+    """The same from whatever directory it is read: absolute paths, `~` and built-in models stay what they are."""
     sections: dict[str, msgspec.Struct] = {}
-    for section, names in _PATHS.items():
+    for section, names in _FILES.items():
         table = getattr(config, section)
-        paths = {name: path for name in names if (path := getattr(table, name)) and not path.startswith(("builtin:", "~", "/"))}
-        sections[section] = msgspec.structs.replace(table, **{name: str(directory / path) for name, path in paths.items()})
+        given = {name: Path(path).expanduser() for name in names if (path := getattr(table, name)) is not None}
+        sections[section] = msgspec.structs.replace(table, **{name: str(directory / path) for name, path in given.items()})
+    path = config.model.path
+    if not path.startswith(("builtin:", "~", "/")):
+        sections["model"] = msgspec.structs.replace(config.model, path=str(directory / path))
     return msgspec.structs.replace(config, **sections)
 
 
@@ -330,11 +339,11 @@ def _check_secret(config: Config) -> None:
 
 def _check_tls(config: Config) -> None:
     """Files that belong together."""
-    for section, names in _PATHS.items():
-        table = getattr(config, section)
-        absent = [name for name in names if getattr(table, name) is None]
-        if absent and len(absent) < len(names):
-            raise ConfigError(f"{section}.{absent[0]}: is missing; TLS needs {', '.join(names)}")
+    for section, names in _FILES.items():
+        wanted = [name for name in names if name.startswith("tls_")]
+        absent = [name for name in wanted if getattr(getattr(config, section), name) is None]
+        if absent and len(absent) < len(wanted):
+            raise ConfigError(f"{section}.{absent[0]}: is missing; TLS needs {', '.join(wanted)}")
 
 
 def _check_blocks(config: Config) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from disaggd.api_keys import KeyFile
 from disaggd.config import Config, NodeConfig
 from disaggd.errors import ConfigError
 from disaggd.gateway.tokenizer import read_tokenizer
@@ -41,12 +42,13 @@ def describe(path: Path, config: Config) -> None:
         for node in config.nodes:
             node_environment(config, node)
             _staging_blocks(config, node, spec)
+        facts = _facts(path, config, directory, spec)
         table = _nodes(config, spec)
     console = Console()
     if not console.is_terminal:
         console.width = _PIPED_WIDTH
     console.print(table)
-    console.print(_facts(path, config, directory, spec), soft_wrap=True)
+    console.print(facts, soft_wrap=True)
     for warning in _warnings(config, spec):
         console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
 
@@ -60,6 +62,8 @@ def _check_model_len(config: Config, spec: ModelSpec) -> None:
 def _warnings(config: Config, spec: ModelSpec) -> Iterator[str]:
     """What a node of this host would stumble over; from elsewhere a loopback address, too, looks like one of this host."""
     for node in config.nodes:
+        if config.exposed_without_keys(node):
+            yield f"node {node.name!r}: anybody who reaches {node.listen} may use the cluster (router.api_keys)"
         if node.role != "router":
             yield from _small_pool(config, node, spec)
             yield from _small_staging(config, node, spec)
@@ -152,9 +156,25 @@ def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpe
         "model id": directory.served_id(config.model.weights),
         "policy": _policy(config),
         "transfer": _transfer(config),
-        "links": f"heartbeat {config.cluster.heartbeat_s:g} s, {'shared secret' if config.cluster.secret else 'no secret: loopback only'}",
+        "http": f"{config.router.scheme}, {_keys(config)}",
+        "links": _links(config),
     }
     return Text("\n").join(Text.assemble((f"{name:<9}", "bold"), value) for name, value in facts.items())
+
+
+def _keys(config: Config) -> str:
+    if config.router.api_keys is None:
+        return "no API keys"
+    metrics = f"metrics for {'everybody' if config.router.metrics == 'open' else 'admins'}"
+    if not any(is_local(node) for node in config.nodes_of("router")):
+        return f"API keys of {config.router.api_keys}, {metrics}"
+    count = len(KeyFile(config.router.api_keys).read())
+    return f"{count} API key{'' if count == 1 else 's'}, {metrics}"
+
+
+def _links(config: Config) -> str:
+    secret = "shared secret" if config.cluster.secret else "no secret: loopback only"
+    return f"heartbeat {config.cluster.heartbeat_s:g} s, {secret}, {'no TLS' if config.cluster.tls_cert is None else 'TLS'}"
 
 
 def _dtype(config: Config, spec: ModelSpec) -> str:

@@ -6,6 +6,7 @@
 ├── `HelloRefused`                             two nodes that cannot work together
 └── `RequestError`                             one request that is refused: an HTTP status and OpenAI's error object
     ├── `InvalidRequest` ─ `ContextTooLong`    400
+    ├── `Unauthorized`, `Forbidden`            401, 403
     ├── `ModelNotFound`                        404
     └── `Unavailable`                          503 or 429, with `Retry-After`
 
@@ -95,6 +96,9 @@ class Unauthorized(RequestError):
 
     status = 401
     kind = "authentication_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
 
 
 class Forbidden(RequestError):

@@ -107,8 +107,8 @@ class ClusterView(msgspec.Struct, frozen=True):
         return f"{up} {role}" if up == len(links) else f"{up} of {len(links)} {role}"
 
 
-OnReady = Callable[[NodeConfig, ClusterView], None]
-"""Called for each router of this host, once all of them are ready."""
+OnReady = Callable[[NodeConfig, ClusterView | None], None]
+"""Called for each router of this host, once all of them are ready; None: it shows the cluster to nobody without a key."""
 
 
 class Supervisor:
@@ -287,22 +287,26 @@ def _child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
 
 
-def banner(config: Config, router: NodeConfig, view: ClusterView) -> str:
-    """What to do with a cluster that is ready, and what it lacks."""
+def banner(config: Config, router: NodeConfig, view: ClusterView | None) -> str:
+    """What to do with a cluster that is ready, and what it lacks as far as that is shown."""
+    if view is None:
+        view = ClusterView(tuple(LinkedNode(node.name, node.role, node.listen, "up") for node in config.nodes))
     host = "127.0.0.1" if router.listen.is_wildcard else router.listen.rpartition(":")[0]
     head = f"Ready, but {styled('without ' + ', '.join(view.missing), WARNING_STYLE)}" if view.missing else "Ready"
+    key = "" if config.router.api_keys is None else " -H 'authorization: Bearer …'"
     counts = ", ".join((f"{len(config.nodes_of('router'))} router", view.count("prefill"), view.count("decode")))
     body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0.5, "stream": true}}'
     return (
         f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them, their requests first; a second one at once. Try:\n\n"
-        f"  curl -N {config.router.scheme}://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json' -d '{body}'\n"
+        f"  curl -N {config.router.scheme}://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json'{key} "
+        f"-d '{body}'\n"
     )
 
 
-async def _view(router: Address, tls: ssl.SSLContext | None) -> ClusterView:
-    """The cluster as `router` sees it; nothing at all of it if it has just died."""
+async def _view(router: Address, tls: ssl.SSLContext | None) -> ClusterView | None:
+    """The cluster as `router` sees it; None if it does not tell, or has just died."""
     body = await _get(router, "/v1/cluster", tls)
-    return ClusterView() if body is None else msgspec.json.decode(body, type=ClusterView)
+    return None if body is None else msgspec.json.decode(body, type=ClusterView)
 
 
 async def _get(router: Address, path: str, tls: ssl.SSLContext | None) -> bytes | None:

@@ -28,12 +28,12 @@ class UnknownRequest(DisaggdError):
     """The router remembers no such request."""
 
 
-def show(url: str, request_id: str | None, as_json: bool) -> None:
+def show(url: str, request_id: str | None, as_json: bool, api_key: str | None = None) -> None:
     """Prints a request's receipt as a waterfall, or the latest requests as a table; `as_json`: what the router answered.
 
     Raises UnknownRequest, ResourceError when no router answers, and DisaggdError for an answer that is none.
     """
-    router = Router(url)
+    router = Router(url, api_key)
     answer = router.find(request_id) if request_id is not None else router.latest(LISTED)
     console = Console(highlight=False)
     if as_json:
@@ -52,9 +52,11 @@ def show(url: str, request_id: str | None, as_json: bool) -> None:
 class Router:
     """What a router at `url` says of requests. Proxies of the environment are for the world outside, and not asked."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url.rstrip("/")
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        if api_key is not None:
+            self._opener.addheaders = [("Authorization", f"Bearer {api_key}")]
 
     def find(self, request_id: str) -> Receipt:
         """By its id, or by as much of it as tells it from the others. Raises UnknownRequest."""

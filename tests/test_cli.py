@@ -10,6 +10,7 @@ import pytest
 
 import disaggd
 from disaggd import cli
+from disaggd.api_keys import key_table
 from disaggd.errors import HelloRefused, ModelError, ResourceError
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +221,28 @@ def test_ctrl_c_during_an_import_is_quiet(config: Path, tmp_path: Path, module: 
     (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')\n")
     process = disaggd_process("--config", str(config), *arguments, path=tmp_path)
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+
+
+def test_a_key_is_shown_once_and_its_table_can_be_appended_to_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("key", "alice") == 0
+    shown = capsys.readouterr()
+    key = next(word for word in shown.err.split() if word.startswith("sk-disaggd-"))
+    assert shown.out == key_table("alice", key)
+    assert run("key", "no name") == 2
+    assert "key[0] (no name).name: expected up to 63" in capsys.readouterr().err
+    (config.parent / "keys.toml").write_text(shown.out)
+    config.write_text('[router]\napi_keys = "keys.toml"\n' + config.read_text())
+    assert run("check", "--config", str(config)) == 0
+    assert "http     http, 1 API key, metrics for admins" in capsys.readouterr().out
+    (config.parent / "keys.toml").write_text("[[key]]")
+    assert run("check", "--config", str(config)) == 2
+    assert f"router.api_keys: {config.parent}/keys.toml: key[0]: table missing required field name" in capsys.readouterr().err
+
+
+def test_check_warns_of_a_router_that_anybody_may_use(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text('[cluster]\nsecret = "0123456789abcdef"\n' + config.read_text().replace("127.0.0.1:8000", "0.0.0.0:8000"))
+    assert run("check", "--config", str(config)) == 0
+    assert "node 'router': anybody who reaches 0.0.0.0:8000 may use the cluster (router.api_keys)" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from urllib.parse import unquote
 
 import msgspec
@@ -18,10 +19,12 @@ class FakeRouter:
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, bytes]] = {}
+        self.keys: list[str | None] = []
         router = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                router.keys.append(self.headers["authorization"])
                 status, body = router.answers.get(unquote(self.path), (404, b"{}"))
                 self.send_response(status)
                 self.send_header("content-length", str(len(body)))
@@ -86,6 +89,16 @@ def test_a_router_that_served_nobody_yet_says_so(router: FakeRouter, capsys: pyt
     router.remember()
     assert run("--url", router.url) == 0
     assert capsys.readouterr().out == "no request yet\n"
+
+
+def test_a_key_from_a_file_is_sent_along(router: FakeRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    router.remember(remote_receipt())
+    (tmp_path / "key").write_text("sk-disaggd-abc\n")
+    assert run("--url", router.url, "--key-file", str(tmp_path / "key")) == 0
+    assert run("--url", router.url) == 0
+    assert router.keys == ["Bearer sk-disaggd-abc", None]
+    assert run("--url", router.url, "--key-file", str(tmp_path / "absent")) == 2
+    assert "absent: no such file" in capsys.readouterr().err
 
 
 def test_json_is_the_receipt_itself(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,21 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (Query(rate("disaggd_http_requests_total", "status", '{status!~"2.."}'), "{{status}}"),),
         ),
         Panel("Open requests", "Near max_requests the next ones are refused.", "short", (Query("sum (disaggd_open_requests)", "open"),)),
+        Panel(
+            "Refused for their API key",
+            "Wrong: a client whose key was withdrawn, or somebody who guesses. Limits: a client that does not hold back.",
+            "reqps",
+            (
+                Query(rate("disaggd_unauthorized_total", "cause"), "{{cause}}"),
+                Query(rate("disaggd_api_key_requests_total", "key, outcome", '{outcome!="admitted"}'), "{{key}}: {{outcome}}"),
+            ),
+        ),
+        Panel(
+            "Tokens by API key",
+            "Of requests that are over.",
+            "short",
+            (Query(rate("disaggd_api_key_tokens_total", "key, kind"), "{{key}}: {{kind}}"),),
+        ),
     ),
     "The decision": (
         Panel(

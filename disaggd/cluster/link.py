@@ -34,12 +34,12 @@ from websockets.http11 import Request, Response
 from disaggd.cluster.handshake import SECRET_FIELD, Greeting, UnexpectedFrame, meet_node, meet_router
 from disaggd.cluster.hello import Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.protocol import ToNode, ToRouter
-from disaggd.cluster.troubles import Refusals, Repeated
 from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import NodeName
 from disaggd.tls import days_left, mutual_contexts
 from disaggd.tls import reason as tls_reason
+from disaggd.troubles import Refusals, Repeated
 from disaggd.units import Address
 
 log = logging.getLogger(__name__)

@@ -155,6 +155,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Smaller goes first."""
     session: str | None = None
     """Requests of one session go to the same decode node when costs tie."""
+    key: str | None = None
+    """The name of the API key that asked."""
 
 
 class PrefixPush(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from disaggd.errors import RequestError
+from disaggd.gateway.access import Access, Guarded, Need
 from disaggd.gateway.backend import Backend
 from disaggd.gateway.connection import ClientGone
 from disaggd.gateway.errors import apologize, refuse, refuse_path
@@ -20,25 +21,34 @@ _CLIENT_GONE = 499
 """nginx's status for a reply that nobody waited for; only the metrics see it."""
 
 
-def create_app(backend: Backend, tokenizer: Tokenizer, metrics: Metrics, limits: GatewayLimits) -> Starlette:
-    """The gateway of one router."""
-    text = TextEndpoints(backend, tokenizer, metrics, limits)
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    limits: GatewayLimits,
+    access: Access | None = None,
+    *,
+    open_metrics: bool = False,
+) -> Starlette:
+    """The gateway of one router. Without `access` everybody may do everything."""
+    access = access or Access(metrics, None)
+    text = TextEndpoints(backend, tokenizer, metrics, limits, access)
     status = StatusEndpoints(backend, metrics)
-    routes: list[tuple[str, str, ASGIApp]] = [
-        ("POST", "/v1/completions", text.completions),
-        ("POST", "/v1/chat/completions", text.chat_completions),
-        ("GET", "/v1/models", request_response(status.models)),
-        ("GET", "/v1/models/{name:path}", request_response(status.model)),
-        ("GET", "/v1/requests", request_response(status.receipts)),
-        ("GET", "/v1/requests/{id:path}", request_response(status.receipt)),
-        ("GET", "/v1/cluster", request_response(status.cluster)),
-        ("GET", "/v1/cluster/trace", request_response(status.trace)),
-        ("GET", "/health", request_response(status.health)),
-        ("GET", "/ready", request_response(status.ready)),
-        ("GET", "/metrics", request_response(status.metrics)),
+    routes: list[tuple[str, str, Need, ASGIApp]] = [
+        ("POST", "/v1/completions", "key", text.completions),
+        ("POST", "/v1/chat/completions", "key", text.chat_completions),
+        ("GET", "/v1/models", "key", request_response(status.models)),
+        ("GET", "/v1/models/{name:path}", "key", request_response(status.model)),
+        ("GET", "/v1/requests", "key", request_response(status.receipts)),
+        ("GET", "/v1/requests/{id:path}", "key", request_response(status.receipt)),
+        ("GET", "/v1/cluster", "admin", request_response(status.cluster)),
+        ("GET", "/v1/cluster/trace", "admin", request_response(status.trace)),
+        ("GET", "/health", "nothing", request_response(status.health)),
+        ("GET", "/ready", "nothing", request_response(status.ready)),
+        ("GET", "/metrics", "nothing" if open_metrics else "admin", request_response(status.metrics)),
     ]
     return Starlette(
-        routes=[Route(path, Counted(app, path, metrics), methods=[method]) for method, path, app in routes],
+        routes=[Route(path, Counted(Guarded(app, access, need), path, metrics), methods=[method]) for method, path, need, app in routes],
         exception_handlers={RequestError: refuse, HTTPException: refuse_path, Exception: apologize},
     )
 

@@ -19,7 +19,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to be generated."""
 
     id: str
-    """What `GET /v1/requests/{id}` asks for. A client may reuse its own: the latest receipt wins."""
+    """What `GET /v1/requests/{id}` asks for. A client may reuse its own: the latest receipt of each key wins."""
     tokens: list[int]
     """The prompt: at least one token, all of them within the vocabulary; never changed."""
     sampling: SamplingParams
@@ -31,6 +31,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Smaller goes first where requests wait."""
     session: str | None = None
     """Requests of one session stay on one node when that costs nothing."""
+    key: str | None = None
+    """The name of the API key that asked; None where there are none."""
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
@@ -80,11 +82,11 @@ class Backend(Protocol):
     def cluster(self) -> dict[str, object]:
         """What `GET /v1/cluster` shows: nodes, roles, load, links; plain JSON values."""
 
-    def receipt(self, request_id: str) -> Receipt | None:
-        """The receipt of a finished or running request, if it is still remembered."""
+    def receipt(self, request_id: str, key: str | None) -> Receipt | None:
+        """The receipt of a finished or running request of `key`, or of whoever's if that is None; if it is still remembered."""
 
-    def receipts(self, limit: int) -> list[Receipt]:
-        """Of the `limit` requests that came last, those that run among them: the last one first."""
+    def receipts(self, limit: int, key: str | None) -> list[Receipt]:
+        """Of the `limit` requests that came last, those that run among them: the last one first. Only those of `key`, unless None."""
 
     def trace(self, seconds: float | None) -> Iterator[bytes]:
         """What the cluster did in the last `seconds`, or as far back as it remembers: pieces of one JSON text, for a trace viewer."""

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from disaggd.errors import InvalidRequest, NotFound, RequestError, RequestFailed, Unavailable
+from disaggd.errors import InvalidRequest, NotFound, RequestError, RequestFailed, Unauthorized, Unavailable
 
 
 def error_object(error: RequestError) -> dict[str, object]:
@@ -19,7 +19,9 @@ def error_object(error: RequestError) -> dict[str, object]:
 def refuse(request: Request, error: Exception) -> Response:
     """The response to a refused request."""
     assert isinstance(error, RequestError)
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Unavailable) else {}
+    headers = {"www-authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(error.retry_after_s)
     return _response(request, error, error.status, headers)
 
 

@@ -40,15 +40,20 @@ class Generation:
 
     def receipts(self) -> list[Receipt]:
         """Those that the cluster has, in the order of the choices."""
-        found = (self._backend.receipt(request.id) for request, _ in self._pairs)
+        found = (self._backend.receipt(request.id, request.key) for request, _ in self._pairs)
         return [receipt for receipt in found if receipt is not None]
+
+    def num_tokens(self) -> tuple[int, int]:
+        """Of all prompts, and of all output so far."""
+        return sum(len(request.tokens) for request, _ in self._pairs), sum(choice.num_tokens for _, choice in self._pairs)
 
     def usage(self) -> Usage:
         """What was used so far."""
         receipts = self.receipts()
+        prompt_tokens, completion_tokens = self.num_tokens()
         return Usage(
-            prompt_tokens=sum(len(request.tokens) for request, _ in self._pairs),
-            completion_tokens=sum(choice.num_tokens for _, choice in self._pairs),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
             cached_tokens=sum(receipt.num_cached for receipt in receipts) if receipts else None,
         )
 

@@ -1,4 +1,4 @@
-"""How much one HTTP request may ask of the gateway, and who may ask for more."""
+"""How much one HTTP request may ask of the gateway."""
 
 import msgspec
 
@@ -9,5 +9,3 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 << 20
     max_prompts: int = 64
     """Prompts in one completion request; each is a sequence of its own."""
-    trusted_keys: tuple[str, ...] = ()
-    """Bearer tokens whose holders may say where a prompt is prefilled; none: everyone may."""

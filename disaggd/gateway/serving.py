@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from disaggd.errors import ContextTooLong, InvalidRequest, RequestError
+from disaggd.gateway.access import Access
 from disaggd.gateway.backend import Backend, GenerationRequest
 from disaggd.gateway.choice import Choice, Transcript
 from disaggd.gateway.connection import read_object, while_connected
@@ -39,11 +40,12 @@ BodyReader = Callable[[dict[str, Any]], Awaitable[tuple[Options, list[Tokens]]]]
 class TextEndpoints:
     """`/v1/completions` and `/v1/chat/completions` as ASGI applications."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, metrics: Metrics, limits: GatewayLimits) -> None:
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, metrics: Metrics, limits: GatewayLimits, access: Access) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._limits = limits
+        self._access = access
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._serve(scope, receive, send, COMPLETION, self._read_completion)
@@ -55,7 +57,7 @@ class TextEndpoints:
         """Raises RequestError until the reply has begun, and ClientGone when nobody waits for it."""
         request = Request(scope, receive)
         with self._metrics.open_request():
-            call = read_headers(request, form.id_prefix, self._limits.trusted_keys)
+            call = read_headers(request, form.id_prefix)
             body = await read_object(request, self._limits.max_body_bytes)
             await while_connected(receive, self._answer(call, form, read, body, send))
 
@@ -86,10 +88,12 @@ class TextEndpoints:
         model = self._backend.model_name
         generation = Generation(self._backend, self._metrics, call.arrived_s, self._sequences(call, options, prompts))
         reply = Reply(form, self._tokenizer, call.id, model, int(time.time()), usage_follows=options.include_usage)
-        if options.stream:
-            await _stream(generation, EventStream(send, reply, {"x-request-id": call.id}), with_usage=options.include_usage)
-        else:
-            await _send_whole(generation, reply, call.id, send)
+        num_reserved = sum(len(tokens) + (options.max_tokens or 0) for tokens in prompts)
+        with self._access.reserved(call.client, len(prompts), num_reserved, generation.num_tokens):
+            if options.stream:
+                await _stream(generation, EventStream(send, reply, {"x-request-id": call.id}), with_usage=options.include_usage)
+            else:
+                await _send_whole(generation, reply, call.id, send)
 
     def _sequences(self, call: Call, options: Options, prompts: list[Tokens]) -> list[tuple[GenerationRequest, Choice]]:
         """One for each prompt; the first has the call's own id."""
@@ -103,6 +107,7 @@ class TextEndpoints:
                     cache_salt=options.cache_salt,
                     priority=options.priority,
                     session=call.session,
+                    key=call.client.name,
                 ),
                 Choice(index, self._tokenizer.detokenizer(tokens), options.stop),
             )

@@ -39,7 +39,7 @@ class StatusEndpoints:
     async def receipt(self, request: Request) -> Response:
         """What happened to a request; 404 when it is unknown or forgotten."""
         request_id = request.path_params["id"]
-        receipt = self._backend.receipt(request_id)
+        receipt = self._backend.receipt(request_id, request.state.client.sees)
         if receipt is None:
             raise NotFound(f"no receipt of a request {request_id!r}: unknown, or long ago", param="id")
         return _json(receipt)
@@ -47,7 +47,7 @@ class StatusEndpoints:
     async def receipts(self, request: Request) -> Response:
         """Of the last requests, newest first: `?limit=`, 20 if it is not said."""
         limit = _number(request, "limit", MAX_RECEIPTS) or DEFAULT_RECEIPTS
-        return _json(ReceiptList(data=tuple(self._backend.receipts(limit))))
+        return _json(ReceiptList(data=tuple(self._backend.receipts(limit, request.state.client.sees))))
 
     async def trace(self, request: Request) -> Response:
         """The flight recorder's last `?seconds=`, or all it has, in Chrome's trace event format."""

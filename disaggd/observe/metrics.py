@@ -35,6 +35,9 @@ class Metrics:
         self._totals: dict[tuple[Counter, tuple[str, ...]], int] = {}
         """Of counts that somebody else keeps: what was told last, by counter and label."""
         self._http_requests = Counter("disaggd_http_requests", "HTTP requests answered", ["route", "status"], registry=registry)
+        self._unauthorized = Counter("disaggd_unauthorized", "HTTP requests without a valid API key", ["cause"], registry=registry)
+        self._key_requests = Counter("disaggd_api_key_requests", "Requests at admission", ["key", "outcome"], registry=registry)
+        self._key_tokens = Counter("disaggd_api_key_tokens", "Tokens of requests that are over", ["key", "kind"], registry=registry)
         self._open_requests = Gauge("disaggd_open_requests", "HTTP requests being served", registry=registry)
         self._first_token_s = _seconds("time_to_first_token", "From a request's arrival to its first token", _FIRST_BUCKETS_S, registry)
         self._inter_token_s = _seconds("inter_token_latency", "Between two deliveries of one sequence", _TOKEN_BUCKETS_S, registry)
@@ -110,6 +113,18 @@ class Metrics:
     def count_http(self, route: str, status: int) -> None:
         """A request was answered; 499 is a client that went before."""
         self._http_requests.labels(route, str(status)).inc()
+
+    def count_unauthorized(self, cause: str, total: int) -> None:
+        self._count_to(self._unauthorized, (cause,), total)
+
+    def count_key_request(self, key: str, outcome: str) -> None:
+        """A request of one API key was admitted, or met one of the key's limits."""
+        self._key_requests.labels(key, outcome).inc()
+
+    def count_key_tokens(self, key: str, prompt_tokens: int, output_tokens: int) -> None:
+        """A request of one API key is over."""
+        self._key_tokens.labels(key, "prompt").inc(prompt_tokens)
+        self._key_tokens.labels(key, "output").inc(output_tokens)
 
     def open_request(self) -> AbstractContextManager[None]:
         """A request is being served for as long as the context lasts."""

@@ -121,6 +121,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/requests/{id}`; the field names are the JSON keys that users rely on."""
 
     id: str
+    key: str | None = None
+    """The name of the API key that asked; None where there are none."""
     model: str
     decision: Decision | None = None
     """None until a decode node has decided. This and the next are of the last attempt."""
@@ -196,18 +198,22 @@ class ReceiptBook:
 
     def __init__(self, capacity: int = 4096) -> None:
         self._capacity = capacity
-        self._receipts: OrderedDict[str, Receipt] = OrderedDict()
+        self._receipts: OrderedDict[tuple[str, str | None], Receipt] = OrderedDict()
+        """By id and API key: nobody's request takes the place of somebody else's."""
 
     def write(self, receipt: Receipt) -> None:
-        """Keep `receipt` as the latest of its id."""
-        self._receipts[receipt.id] = receipt
-        self._receipts.move_to_end(receipt.id)
+        """Keep `receipt` as its key's latest of its id."""
+        self._receipts[receipt.id, receipt.key] = receipt
+        self._receipts.move_to_end((receipt.id, receipt.key))
         if len(self._receipts) > self._capacity:
             self._receipts.popitem(last=False)
 
-    def get(self, request_id: str) -> Receipt | None:
-        """The latest receipt of that id. Reading keeps nothing alive longer."""
-        return self._receipts.get(request_id)
+    def get(self, request_id: str, key: str | None = None) -> Receipt | None:
+        """The latest receipt of that id and `key`; of whichever key if that is None. Reading keeps nothing alive longer."""
+        found = self._receipts.get((request_id, key))
+        if found is None and key is None:
+            found = next((receipt for receipt in reversed(self._receipts.values()) if receipt.id == request_id), None)
+        return found
 
     def __iter__(self) -> Iterator[Receipt]:
         return iter(self._receipts.values())

@@ -126,13 +126,14 @@ class Observer:
         """What happened to it so far."""
         return make_receipt(record, self._model, self._clock(), self._since_epoch_s)
 
-    def find(self, request_id: str) -> Receipt | None:
-        """Of a request that is over, if it is still remembered."""
-        return self._book.get(request_id)
+    def find(self, request_id: str, key: str | None) -> Receipt | None:
+        """Of a request of `key`, or of whoever's if that is None, that is over; if it is still remembered."""
+        return self._book.get(request_id, key)
 
-    def latest(self, limit: int, running: Iterable[RoutedSequence]) -> list[Receipt]:
-        """Those that came last, the last one first."""
+    def latest(self, limit: int, running: Iterable[RoutedSequence], key: str | None) -> list[Receipt]:
+        """Those that came last, the last one first; only those of `key`, unless it is None."""
         receipts = [*self._book, *(self.receipt(record) for record in running)]
+        receipts = [receipt for receipt in receipts if key in (None, receipt.key)]
         return sorted(receipts, key=lambda receipt: receipt.arrived_at, reverse=True)[:limit]
 
     def trace(self, seconds: float | None, running: Iterable[RoutedSequence]) -> Iterator[bytes]:

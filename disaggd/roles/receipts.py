@@ -19,6 +19,7 @@ def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: 
     decision = _decision(record.was_remote, record.reason)
     return Receipt(
         id=record.request.id,
+        key=record.request.key,
         model=model,
         decision=decision,
         reason=record.reason or None,

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from starlette.types import ASGIApp
 
 import disaggd
+from disaggd.api_keys import KeyFile
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
@@ -29,7 +30,8 @@ from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_a
 from disaggd.cluster.protocol import Gauges, RefusedLinks, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
-from disaggd.errors import HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
+from disaggd.errors import ConfigError, HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
+from disaggd.gateway.access import Access
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
 from disaggd.gateway.limits import GatewayLimits
@@ -54,6 +56,7 @@ GC_THRESHOLD = 50_000
 """Allocations between two collections: at 40,000 tokens a second the default of 700 collects every few milliseconds."""
 STARTING_S = 20.0
 """A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
+KEY_FILE_POLL_S = 1.0
 STOP_TIMEOUT_S = 5
 """Once drained: connections that take the last of their replies for longer are cut."""
 LAST_WORDS_S = 1
@@ -111,8 +114,8 @@ class RouterBackend:
             self._on_update,
         )
         self._observer = Observer(self.model_name, node.name, config.router, metrics, time.monotonic, time.time)
-        self._running: dict[str, SeqId] = {}
-        """The latest of each request id: clients may use one twice at a time."""
+        self._running: dict[tuple[str, str | None], SeqId] = {}
+        """The latest of each request id and API key: clients may use one twice at a time."""
         self._sequence_of: dict[int, SeqId] = {}
         """By `id()` of the GenerationRequest, which `generate` keeps alive."""
         self._starting_until = time.monotonic() + STARTING_S
@@ -140,7 +143,7 @@ class RouterBackend:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
         deltas = DeltaQueue()
         seq = self.dispatcher.submit(_asked(request), deltas)
-        self._running[request.id] = seq
+        self._running[request.id, request.key] = seq
         self._sequence_of[id(request)] = seq
         try:
             while True:
@@ -151,23 +154,25 @@ class RouterBackend:
         finally:
             self.dispatcher.end(seq, "abort")
             del self._sequence_of[id(request)]
-            if self._running.get(request.id) == seq:
-                del self._running[request.id]
+            if self._running.get((request.id, request.key)) == seq:
+                del self._running[request.id, request.key]
 
     def stopped(self, request: GenerationRequest) -> None:
         """See `Backend.stopped`."""
         if (seq := self._sequence_of.get(id(request))) is not None:
             self.dispatcher.end(seq, "stop")
 
-    def receipt(self, request_id: str) -> Receipt | None:
+    def receipt(self, request_id: str, key: str | None) -> Receipt | None:
         """See `Backend.receipt`."""
-        seq = self._running.get(request_id)
+        seq = self._running.get((request_id, key))
+        if seq is None and key is None:
+            seq = next((seq for (running, _), seq in reversed(self._running.items()) if running == request_id), None)
         record = self.dispatcher.sequences.get(seq) if seq is not None else None
-        return self._observer.find(request_id) if record is None else self._observer.receipt(record)
+        return self._observer.find(request_id, key) if record is None else self._observer.receipt(record)
 
-    def receipts(self, limit: int) -> list[Receipt]:
+    def receipts(self, limit: int, key: str | None) -> list[Receipt]:
         """See `Backend.receipts`."""
-        return self._observer.latest(limit, self.dispatcher.sequences.values())
+        return self._observer.latest(limit, self.dispatcher.sequences.values(), key)
 
     def trace(self, seconds: float | None) -> Iterator[bytes]:
         """See `Backend.trace`."""
@@ -285,6 +290,7 @@ def _asked(request: GenerationRequest) -> Request:
         cache_salt=request.cache_salt,
         priority=request.priority,
         session=request.session,
+        key=request.key,
     )
 
 
@@ -314,8 +320,11 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     ProcessCollector(registry=registry)
     metrics = Metrics(registry, disaggd.__version__, config.model.served_name)
     backend = RouterBackend(config, node, spec, metrics)
-    limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes, trusted_keys=config.router.trusted_keys)
-    app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits)
+    limits = GatewayLimits(max_body_bytes=config.router.max_body_bytes)
+    key_file = KeyFile(config.router.api_keys) if config.router.api_keys is not None else None
+    access = Access(metrics, None if key_file is None else key_file.read())
+    open_metrics = config.router.metrics == "open"
+    app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits, access, open_metrics=open_metrics)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     links, tls = link_settings(config.cluster), _http_tls(config.router)
     listener = _bind(node.listen)
@@ -327,7 +336,11 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     gc.set_threshold(GC_THRESHOLD)
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(_tick(backend, server))]
+        if key_file is not None:
+            background.append(tasks.create_task(_follow_keys(key_file, access)))
         background += [tasks.create_task(_keep_link(engine, hello, backend, links)) for engine in config.nodes_of("prefill", "decode")]
+        if config.exposed_without_keys(node):
+            log.warning("anybody who reaches %s may use this cluster: see [router] api_keys", node.listen)
         log.info("router listens on %s://%s", config.router.scheme, node.listen)
         await server.serve(sockets=[listener])
         for task in background:
@@ -365,6 +378,20 @@ class _Ending:
         self._backend.end_all()
         self._server.config.timeout_graceful_shutdown = LAST_WORDS_S
         self._server.should_exit = True
+
+
+async def _follow_keys(file: KeyFile, access: Access) -> None:
+    """Keys are added and withdrawn without a restart. A file that cannot be read changes nothing."""
+    while True:
+        await asyncio.sleep(KEY_FILE_POLL_S)
+        if file.has_changed():
+            try:
+                keys = file.read()
+            except ConfigError as error:
+                log.error("%s; the API keys stay as they were", error)
+            else:
+                access.set_keys(keys)
+                log.info("%d API keys", len(keys))
 
 
 async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBackend, settings: LinkSettings) -> None:

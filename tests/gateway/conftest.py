@@ -61,11 +61,13 @@ class ScriptedBackend:
     def cluster(self) -> dict[str, object]:
         return {"nodes": [{"name": "d0", "role": "decode"}]}
 
-    def receipt(self, request_id: str) -> Receipt | None:
-        if request_id not in {request.id for request in self.requests}:
+    def receipt(self, request_id: str, key: str | None) -> Receipt | None:
+        found = [request for request in self.requests if request.id == request_id and key in (None, request.key)]
+        if not found:
             return None
         return Receipt(
             id=request_id,
+            key=found[-1].key,
             model=self.model_name,
             decision="remote",
             reason="threshold",
@@ -76,8 +78,8 @@ class ScriptedBackend:
             kv_bytes=12_600_000,
         )
 
-    def receipts(self, limit: int) -> list[Receipt]:
-        found = (self.receipt(request.id) for request in reversed(self.requests))
+    def receipts(self, limit: int, key: str | None) -> list[Receipt]:
+        found = (self.receipt(request.id, key) for request in reversed(self.requests))
         return [receipt for receipt in found if receipt is not None][:limit]
 
     def trace(self, seconds: float | None) -> Iterator[bytes]:

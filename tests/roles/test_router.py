@@ -205,13 +205,13 @@ def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:
     async def scenario() -> None:
         front = Front()
         stream = await front.begin(front.request("a"))
-        receipt = front.backend.receipt("a")
+        receipt = front.backend.receipt("a", None)
         assert receipt is not None
         assert (receipt.decision, receipt.reason, receipt.output_tokens, receipt.finish_reason) == ("local", "short: it is", 1, None)
         await stream.aclose()
-        receipt = front.backend.receipt("a")
+        receipt = front.backend.receipt("a", None)
         assert receipt is not None and receipt.finish_reason == "abort"
-        assert front.backend.receipt("b") is None
+        assert front.backend.receipt("b", None) is None
 
     asyncio.run(scenario())
 
@@ -221,8 +221,8 @@ def test_receipts_come_newest_first_and_those_of_running_requests_among_them() -
         front = Front()
         over, running = await front.begin(front.request("over")), await front.begin(front.request("running"))
         await over.aclose()
-        assert [(receipt.id, receipt.phase) for receipt in front.backend.receipts(5)] == [("running", "decoding"), ("over", "done")]
-        assert [receipt.id for receipt in front.backend.receipts(1)] == ["running"]
+        assert [(receipt.id, receipt.phase) for receipt in front.backend.receipts(5, None)] == [("running", "decoding"), ("over", "done")]
+        assert [receipt.id for receipt in front.backend.receipts(1, None)] == ["running"]
         await running.aclose()
 
     asyncio.run(scenario())

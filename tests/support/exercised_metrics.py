@@ -13,6 +13,9 @@ def exercise() -> CollectorRegistry:
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1.0", "tiny")
     metrics.count_http("/v1/completions", 200)
+    metrics.count_unauthorized("wrong", 1)
+    metrics.count_key_request("alice", "admitted")
+    metrics.count_key_tokens("alice", 100, 10)
     with metrics.open_request():
         metrics.observe_first_token(0.1)
         metrics.observe_inter_token(0.01)

@@ -1,4 +1,4 @@
-"""What goes wrong on links again and again, and is logged once. Knows no link."""
+"""What goes wrong again and again, and is logged once. Knows nothing of what it is."""
 
 import logging
 from collections import Counter, OrderedDict
@@ -25,7 +25,10 @@ class Repeated:
 
 
 class Refusals:
-    """Counts whom a listener refused, by cause, and logs each cause once for each address."""
+    """Counts who was refused, by cause, and logs each cause once for each address.
+
+    `on_refused` is told the cause, and how often that was one so far.
+    """
 
     def __init__(self, log: logging.Logger, on_refused: Callable[[str, int], None]) -> None:
         self._log = log

@@ -33,6 +33,8 @@ BLOCK_BYTES = 1 << 19
 """Of one layer: a prompt of 15 blocks is 23 MB, more than the sockets between two processes take."""
 LENGTH = 60
 """Tokens of the prompts: 15 of the blocks, and one more for what is generated."""
+NUM_STEPS = 4
+"""That such a prompt takes."""
 LEASE_S = 60.0
 """Longer than a test takes: the transfer threads count it in real time."""
 DEADLINE_S = 20.0
@@ -77,6 +79,7 @@ class LivePair:
         self.dispatcher.prefill_up(PrefillPeer(P0, hello(P0, "first"), self.prefill.frames.append))
         self.dispatcher.decode_up(DecodePeer(D0, hello(D0, "first"), self.decode.frames.append))
         self.prefill.role.link_up(LINK)  # its credit was said before anybody listened
+        self._has_new_owner = False
         self.wait_until(lambda: self.dispatcher.pairs.is_ready(P0, D0))
 
     # ── what may happen ──
@@ -138,29 +141,28 @@ class LivePair:
     # ── what the tests begin with ──
 
     def push_that_nobody_reads(self) -> SeqId:
-        """A prompt that is prefilled, and being written to decode, which is stopped: part of it is in the sockets, the rest is not."""
+        """Most of a prompt is computed, and being written to decode, which is stopped: part of it is in the sockets, the rest is not."""
         self.prefill.fill(1)
         self.decode.fill(2)
         seq = self.submit()
         self.wait_until(lambda: self.prefill.role.engine.has_work)
         self.decode.stop()
-        while self.prefill.role.engine.has_work:
+        for _ in range(NUM_STEPS - 1):
             self.step(self.prefill)
         assert self.prefill.process.find(TransferEvent, 0.2) is None, "no write ends before it is read"
         return seq
 
-    def next_owner_computes(self, filling: int, each_s: float = 0.0) -> None:
-        """Another router's prompt, which wants most of the pool, has its blocks at decode as soon as it can, and its KV in them.
-
-        Whatever is in the other blocks is its business too. `each_s` is as for `wait_until`.
-        """
+    def next_owner_asks(self) -> None:
+        """Another router's prompt, which wants most of decode's pool."""
         link = LinkId(2)
         self.decode.role.link_up(link)
         self.decode.role.say(generate(prompt(LENGTH, seed=7), SeqId("next"), policy="local"), link=link)
-        self.wait_until(self._has_begun, each_s)
-        self.decode.fill(filling)
 
-    def _has_begun(self) -> bool:
+    def next_owner_has_begun(self, filling: int) -> bool:
+        """Whether it has its blocks. Its KV is there at once then, and it minds what is in the others, too."""
         if self.decode.role.engine.has_work:
             self.step(self.decode)
-        return bool(self.decode.role.running_blocks)
+        if not self._has_new_owner and self.decode.role.running_blocks:
+            self._has_new_owner = True
+            self.decode.fill(filling)
+        return self._has_new_owner

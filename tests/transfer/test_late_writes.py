@@ -45,7 +45,8 @@ def test_a_prefill_node_that_was_stopped_mid_push_writes_nothing_into_blocks_wit
     live.decode.go_on()
     live.after(LEASE_S)
     live.dispatcher.end(seq, "abort")  # else it would ask for blocks once more
-    live.next_owner_computes(OWNER, each_s=QUIESCE_S / 4)
+    live.next_owner_asks()
+    live.wait_until(lambda: live.next_owner_has_begun(OWNER), each_s=QUIESCE_S / 4)
     live.prefill.go_on()
     live.wait_until(lambda: push_ended(live))
     assert live.decode.process.call("num_strange", OWNER) == 0
@@ -74,10 +75,14 @@ def test_a_decode_node_that_was_stopped_gets_nothing_of_what_the_source_blocks_a
 def test_when_the_router_dies_mid_push_the_blocks_come_free_without_a_fence_once_nothing_is_under_way(live: LivePair) -> None:
     """Quarantine, and the quiesce over the wire."""
     live.push_that_nobody_reads()
+    live.prefill.stop()
     live.lose_router()
     live.decode.go_on()
-    live.next_owner_computes(OWNER)
-    live.wait_until(lambda: push_ended(live))
+    live.next_owner_asks()
+    live.pump(0.1)
+    live.next_owner_has_begun(OWNER)  # it must not have
+    live.prefill.go_on()
+    live.wait_until(lambda: live.next_owner_has_begun(OWNER) and push_ended(live))
     assert live.decode.process.call("num_strange", OWNER) == 0
     live.after(QUIESCE_S)
     assert num_fences(live) == 0

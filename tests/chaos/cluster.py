@@ -1,0 +1,109 @@
+"""`ChaosCluster`: 2P2D whose router reaches every node through a proxy of ours, with KV on a wire of ours if we may have one."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.chaos.proxy import LinkProxy
+from tests.chaos.schedule import Tempo
+from tests.chaos.territory import Wire, connector
+from tests.support.clusters import Cluster, free_port
+
+MAX_LOCAL_PREFILL_TOKENS = 128
+NUM_BLOCKS = 120
+"""Per node: a few of the longest prompts at once. Small, so that memory is soon all touched, and what grows then is a leak."""
+REQUEST_TIMEOUT_S = 120.0
+
+
+class ChaosCluster(Cluster):
+    """Two files: the nodes' own, with where they listen; and the router's, with where the proxies do."""
+
+    def __init__(self, directory: Path, tempo: Tempo, wire: Wire | None, bytes_per_block: int) -> None:
+        super().__init__(
+            directory,
+            prefill=2,
+            decode=2,
+            nodes={"kv_cache": NUM_BLOCKS * bytes_per_block},
+            router={"request_timeout_s": REQUEST_TIMEOUT_S, "receipts": 2000},
+            disaggregation={"max_local_prefill_tokens": MAX_LOCAL_PREFILL_TOKENS, "max_prefill_queue": 64, "prefix_push": "always"},
+            cluster={"heartbeat_s": tempo.heartbeat_s, "missed_heartbeats": tempo.missed_heartbeats},
+            transfer={
+                "devices": wire.device if wire is not None else "lo",
+                "lease_s": tempo.lease_s,
+                "quiesce_s": tempo.quiesce_s,
+                "user_timeout_s": tempo.user_timeout_s,
+            },
+        )
+        self.wire = wire
+        self.proxies: dict[str, LinkProxy] = {}
+        self._proxy_ports: dict[str, int] = {}
+        for node in self.engines:
+            space = None if wire is None else {"prefill": wire.prefill, "decode": wire.decode}[node.role]
+            if space is not None:
+                node.prefix = space.prefix
+            self.proxies[node.name] = LinkProxy(connector(node.port, space))
+            self._proxy_ports[node.name] = free_port()
+
+    @property
+    def engines(self) -> list[Any]:
+        return [node for node in self.nodes.values() if node.role != "router"]
+
+    def config_of(self, name: str) -> Path:
+        return self.directory / "router.toml" if name == "router" else self.config
+
+    def write_config(self) -> None:
+        """Both files."""
+        own = {node.name: node.port for node in self.engines}
+        super().write_config()
+        nodes_text = self.config.read_text()
+        for node in self.engines:
+            node.port = self._proxy_ports[node.name]
+        super().write_config()
+        self.config_of("router").write_text(self.config.read_text())
+        for node in self.engines:
+            node.port = own[node.name]
+        self.config.write_text(nodes_text)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Started, proxies and all; ended whatever happens."""
+        try:
+            for name, proxy in self.proxies.items():
+                await proxy.listen(self._proxy_ports[name])
+            await asyncio.to_thread(self.start)
+            yield
+        finally:
+            await asyncio.to_thread(self.close)
+            for proxy in self.proxies.values():
+                await proxy.close()
+
+    async def view(self, client: httpx.AsyncClient) -> dict[str, Any] | None:
+        """`GET /v1/cluster`; None while the router does not answer."""
+        try:
+            reply = await client.get(self.url + "/v1/cluster", timeout=2)
+        except httpx.TransportError:
+            return None
+        return dict(reply.json()) if reply.status_code == 200 else None
+
+
+def missing(view: dict[str, Any], hurt: frozenset[str]) -> list[str]:
+    """What is not up of all that does not involve a victim in `hurt`: links and KV paths."""
+    links = [f"link to {node['name']}" for node in view["nodes"] if node["link"] != "up" and node["name"] not in hurt]
+    wanted = {
+        ("pairs", "prefill", "decode"): [(p, d) for p in ("p0", "p1") for d in ("d0", "d1")],
+        ("prefix_pairs", "decode", "prefill"): [(d, p) for p in ("p0", "p1") for d in ("d0", "d1")],
+    }
+    paths = []
+    for (kind, writer, target), pairs in wanted.items():
+        ready = {(pair[writer], pair[target]) for pair in view[kind] if pair["state"] == "ready"}
+        paths += [f"{a} → {b}" for a, b in pairs if (a, b) not in ready and not hurt & {a, b, "wire"}]
+    return links + paths
+
+
+def incarnations(view: dict[str, Any]) -> dict[str, str]:
+    """Of each process that the router knows, and its own."""
+    return {"router": view["router"], **{node["name"]: node["incarnation"] for node in view["nodes"] if "incarnation" in node}}

@@ -216,7 +216,7 @@ class Dispatcher:
             return self._moves.drop(frame)
         log.warning("%s: prefill on %s came to nothing: %s", record.request.id, record.prefill, frame.reason)
         failure = f"prefill on {record.prefill} came to nothing: {frame.reason}"
-        return self._moves.again(record, failure) if frame.is_fenced else self._moves.retry(record, failure)
+        return self._moves.again(record, failure) if frame.is_fenced else self._moves.prefill_failed(record, failure)
 
     @_from_decode.register
     def _(self, frame: protocol.Tokens, peer: DecodePeer) -> None:

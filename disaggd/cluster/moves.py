@@ -306,11 +306,17 @@ class Moves:
         self.finish(record, "error")
 
     def retry(self, record: RoutedSequence, failure: str) -> None:
-        """Another attempt, from the prompt and everything sent; after `max_retries` the decode node prefills by itself."""
+        """Another attempt, from the prompt and everything sent."""
         record.retries += 1
         record.has_place = True
-        is_last = record.retries > self._rules.max_retries
-        self.again(record, failure, f"retries: prefill came to nothing {record.retries} times" if is_last else "")
+        num_failed = record.failed_prefills
+        is_last = num_failed > self._rules.max_retries
+        self.again(record, failure, f"retries: prefill came to nothing {num_failed} times" if is_last else "")
+
+    def prefill_failed(self, record: RoutedSequence, failure: str) -> None:
+        """Another attempt; when `max_retries` more have failed, the decode node prefills by itself."""
+        record.failed_prefills += 1
+        self.retry(record, failure)
 
     def again(self, record: RoutedSequence, failure: str, forced_local: str = "") -> None:
         """`failure` is what the attempt so far came to."""
@@ -359,7 +365,7 @@ class Moves:
     def arbitrate(self, record: RoutedSequence) -> None:
         """Decode knows whether the KV landed; only what it released is placed again."""
         if record.phase is Phase.PREFILLING and record.grant is None:
-            return self.retry(record, f"prefill node {record.prefill} failed or was lost")  # nothing was to land
+            return self.prefill_failed(record, f"prefill node {record.prefill} failed or was lost")  # nothing was to land
         record.move(Phase.ARBITRATION)
         assert record.decode is not None
         return self.decodes[record.decode].send(protocol.PrefillLost(record.seq, record.attempt))

@@ -186,6 +186,8 @@ class RoutedSequence:
     phase: Phase = Phase.PLACED
     attempt: int = 0
     retries: int = 0
+    failed_prefills: int = 0
+    """Those of them that had to be because a prefill elsewhere came to nothing."""
     sent: list[int] = field(default_factory=list)
     """Tokens the client has: never sampled again."""
     decode: NodeName | None = None

@@ -232,6 +232,18 @@ def test_a_decode_node_lost_in_mid_stream_is_continued_elsewhere(sent: int) -> N
     assert (client.tokens[-1], client.finish, client.error) == (99, "stop", None)
 
 
+def test_lost_decode_nodes_do_not_cost_a_prompt_its_prefill_nodes() -> None:
+    """However many are lost: that is no sign of a prefill that fails."""
+    routing = Routing(decodes=(D0, D1))
+    client = routing.decoding()
+    for number in range(5):
+        name = routing.decode_of(client)
+        routing.down(name)
+        assert routing.is_retried(client).policy == "auto"
+        routing.decode_up(name, incarnation=f"start {number}")
+    assert (routing.record(client).retries, routing.record(client).failed_prefills) == (5, 0)
+
+
 def test_a_decode_node_lost_while_its_prompt_is_pushed_stops_the_push() -> None:
     routing = Routing(decodes=(D0, D1))
     client = routing.prefilling()

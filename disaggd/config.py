@@ -137,6 +137,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     staging: Size = Size(2**30)
     """Bytes of pinned host memory, on a node with a GPU, that its KV goes through. A prompt whose KV they do not hold at once is
     prefilled by its decode node."""
+    verify: bool = False
+    """Every block that lands is compared with its sender's checksum; one that differs is computed again, never used."""
     layer_group: Positive = 1
     """Layers per write: with one, at most about a layer's wire time is exposed; twelve writes cost TCP no more than one."""
 

@@ -222,6 +222,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "short",
             (Query(f"max by (node) (rate(disaggd_num_preemptions_total{NODES}{RATE}))", "{{node}}"),),
         ),
+        Panel(
+            "Verified blocks",
+            "Blocks that landed with right and with wrong checksums, with [transfer] verify. Any wrong one is a fault of a host.",
+            "short",
+            (
+                Query(f"sum(max by (node) (rate(disaggd_kv_blocks_verified_total{NODES}{RATE})))", "right"),
+                Query(f"max by (node) (rate(disaggd_kv_checksum_failures_total{NODES}{RATE}))", "wrong at {{node}}"),
+            ),
+        ),
     ),
     "Prefix cache": (
         Panel(

@@ -72,6 +72,8 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """Tokens before this one are cached at the target and left out."""
     block_ids: tuple[BlockId, ...]
     lease_s: float
+    verify: bool = False
+    """The target wants a checksum of every block."""
 
 
 class Generate(Frame, frozen=True):
@@ -357,6 +359,10 @@ class Gauges(Frame, frozen=True):
     prefix_hit_tokens: int = 0
     """Those of them that the prefix cache held."""
     prefix_evicted_blocks: int = 0
+    blocks_verified: int = 0
+    """That landed with the right checksums."""
+    checksum_failures: int = 0
+    """Blocks that landed with wrong ones, and were not used."""
 
 
 class Draining(Frame, frozen=True):

@@ -97,6 +97,8 @@ class Metrics:
         self._breakeven = _per_node("breakeven_tokens", "Uncached tokens from which a prefill elsewhere costs less", registry)
         self._backlog = _per_node("prefill_backlog_tokens", "Prompt tokens that wait, or are half computed", registry)
         self._preemptions = Counter("disaggd_num_preemptions", "Sequences preempted for want of blocks", ["node"], registry=registry)
+        self._verified = Counter("disaggd_kv_blocks_verified", "Blocks that landed with the right checksums", ["node"], registry=registry)
+        self._corrupt = Counter("disaggd_kv_checksum_failures", "Blocks that landed with wrong ones", ["node"], registry=registry)
 
     def _declare_caches(self, registry: CollectorRegistry) -> None:
         way = ["writer", "target"]
@@ -253,6 +255,11 @@ class Metrics:
     def count_preemptions(self, node: str, total: int) -> None:
         """`total` is the node's own count since its start; so are those of the next."""
         self._count_to(self._preemptions, (node,), total)
+
+    def count_verified(self, node: str, *, blocks: int, failures: int) -> None:
+        """Totals of the node, as above."""
+        self._count_to(self._verified, (node,), blocks)
+        self._count_to(self._corrupt, (node,), failures)
 
     def count_prefixes(self, node: str, *, queried_tokens: int, hit_tokens: int, evicted_blocks: int) -> None:
         self._count_to(self._prefix_queries, (node,), queried_tokens)

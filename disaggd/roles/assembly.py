@@ -70,6 +70,7 @@ def decode_role(
         submit=submit,
         clock=clock,
         staging=staging,
+        verify=transfer.verify,
     )
     return DecodeRole(
         engine,
@@ -110,6 +111,7 @@ def prefill_role(
             outbox=outbox,
             submit=submit,
             clock=clock,
+            verify=transfer.verify,
         ),
         vocab_size=vocab_size,
         outbox=outbox,

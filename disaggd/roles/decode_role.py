@@ -245,6 +245,7 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.Landed) -> None:
+        self._granting.verified.landed(event)
         record = self._grants.landed(event.token)
         if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
             return self._granting.free(self._grants.quiesced(event.token, clean=True))
@@ -255,6 +256,7 @@ class DecodeRole:
 
     @_on_event.register
     def _(self, event: transfer.LandingFailed) -> None:
+        self._granting.verified.failed(event)
         self._give_up(event.token, event.reason)
 
     @_on_event.register
@@ -340,6 +342,7 @@ class DecodeRole:
     def gauges(self) -> Gauges:
         return node_gauges(
             self._engine,
+            self._granting.verified,
             granted=self._granting.blocks_granted,
             quarantined=self._granting.blocks_quarantined,
             promised=self._granting.blocks_promised,

@@ -1,10 +1,28 @@
 """What an engine node says of itself to its routers. Read on the compute thread, every turn: nothing here walks over blocks."""
 
+from dataclasses import dataclass
+
 from disaggd.cluster.protocol import Gauges
 from disaggd.engine.engine import Engine
+from disaggd.transfer.messages import Landed, LandingFailed
 
 
-def node_gauges(engine: Engine, *, granted: int = 0, quarantined: int = 0, promised: int = 0, held: int = 0) -> Gauges:
+@dataclass(slots=True)
+class Verified:
+    """Blocks whose checksums were compared when they had landed, since the node's start."""
+
+    num_blocks: int = 0
+    """That were right."""
+    num_failures: int = 0
+
+    def landed(self, event: Landed) -> None:
+        self.num_blocks += event.num_verified
+
+    def failed(self, event: LandingFailed) -> None:
+        self.num_failures += event.num_corrupt
+
+
+def node_gauges(engine: Engine, verified: Verified, *, granted: int = 0, quarantined: int = 0, promised: int = 0, held: int = 0) -> Gauges:
     """The engine's own gauges, with the blocks that others count on.
 
     `promised` are those of the pool that a grant holds; `quarantined` may lie elsewhere. What is neither free, cached, promised nor
@@ -26,4 +44,6 @@ def node_gauges(engine: Engine, *, granted: int = 0, quarantined: int = 0, promi
         prefix_queried_tokens=engine.cache.queried_tokens,
         prefix_hit_tokens=engine.cache.hit_tokens,
         prefix_evicted_blocks=pool.num_evicted,
+        blocks_verified=verified.num_blocks,
+        checksum_failures=verified.num_failures,
     )

@@ -13,6 +13,7 @@ from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId
+from disaggd.roles.gauges import Verified
 from disaggd.roles.landing import Copy, LandingMemory, Landings
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord
@@ -53,7 +54,7 @@ class Arrival:
 class Granting:
     """One decode node's grants. `submit` takes commands to the transfer thread; `clock` is monotonic seconds.
 
-    `staging` is what peers write where they cannot write the engine's pool.
+    `staging` is what peers write where they cannot write the engine's pool. `verify`: they have to send checksums.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Granting:
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
         staging: LandingMemory | None = None,
+        verify: bool = False,
     ) -> None:
+        self.verified = Verified()
         self.book = GrantBook(quiesce_s, clock)
         self.agents: dict[NodeName, transfer.PairOpened] = {}
         """Our agent for each prefill node."""
@@ -77,6 +80,7 @@ class Granting:
         self._engine = engine
         self._pool = engine.pool
         self._lease_s = lease_s
+        self._verify = verify
         self._bytes_per_block = bytes_per_block
         self._submit = submit
         self._landings = Landings(engine.pool, staging)
@@ -125,9 +129,10 @@ class Granting:
         )
         placed.grant = token
         self._engine.end_earmark(placed.sequence)
-        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block))
+        verify = tuple(blocks[:num_pushed]) if self._verify else ()
+        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block, verify=verify))
         num_cached = len(cached) * self._pool.block_size
-        return Grant(token, self.name, prefill, agent.agent_id, num_cached, tuple(blocks), self._lease_s)
+        return Grant(token, self.name, prefill, agent.agent_id, num_cached, tuple(blocks), self._lease_s, self._verify)
 
     def _has_room(self, sequence: Sequence, cached: list[BlockId], prefill: NodeName) -> bool:
         """Cached blocks that nobody holds are taken too: they are no room for others any more."""

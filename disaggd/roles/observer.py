@@ -81,6 +81,7 @@ class Observer:
         self._metrics.set_sequences(node, sequences)
         self._metrics.set_backlog(node, gauges.prefill_backlog_tokens)
         self._metrics.count_preemptions(node, gauges.preemptions)
+        self._metrics.count_verified(node, blocks=gauges.blocks_verified, failures=gauges.checksum_failures)
         self._metrics.count_prefixes(
             node,
             queried_tokens=gauges.prefix_queried_tokens,

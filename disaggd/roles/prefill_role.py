@@ -208,7 +208,7 @@ class PrefillRole:
 
     @_on_event.register
     def _(self, event: transfer.LandingFailed) -> None:
-        self._prefixes.failed(event.token, event.reason)
+        self._prefixes.landing_failed(event)
 
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
@@ -302,7 +302,12 @@ class PrefillRole:
     def gauges(self) -> Gauges:
         granted, quarantined = self._prefixes.blocks_granted, self._prefixes.blocks_quarantined
         return node_gauges(
-            self._engine, granted=granted, quarantined=quarantined, promised=granted + quarantined, held=self._pushing.num_blocks_held
+            self._engine,
+            self._prefixes.verified,
+            granted=granted,
+            quarantined=quarantined,
+            promised=granted + quarantined,
+            held=self._pushing.num_blocks_held,
         )
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────

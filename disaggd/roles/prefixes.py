@@ -19,6 +19,7 @@ from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.gauges import Verified
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord, GrantState
 
@@ -65,11 +66,14 @@ class PrefixIntake:
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
+        verify: bool = False,
     ) -> None:
+        self.verified = Verified()
         self._name = name
         self._engine = engine
         self._pool = engine.pool
         self._lease_s = lease_s
+        self._verify = verify
         self._bytes_per_block = bytes_per_block
         self._outbox = outbox
         self._submit = submit
@@ -105,9 +109,10 @@ class PrefixIntake:
         assert blocks is not None, "room was checked"
         token = GrantToken(os.urandom(16))
         self._book.add(token, seq_id=seq, attempt=attempt, peer=agent.peer, agent_id=agent.agent_id, blocks=blocks, lease_s=self._lease_s)
-        self._submit(transfer.Expect(token, agent.peer, agent.agent_id, count * self._bytes_per_block, brings_token=False))
+        verify, kv_bytes = tuple(blocks) if self._verify else (), count * self._bytes_per_block
+        self._submit(transfer.Expect(token, agent.peer, agent.agent_id, kv_bytes, brings_token=False, verify=verify))
         first = len(cached) * self._pool.block_size
-        prefix.grant = Grant(token, self._name, agent.peer, agent.agent_id, first, tuple(blocks), self._lease_s)
+        prefix.grant = Grant(token, self._name, agent.peer, agent.agent_id, first, tuple(blocks), self._lease_s, self._verify)
         self._outbox.send(prefix.link, PrefixGrant(seq, attempt, prefix.grant))
 
     def _has_room(self, sequence: Sequence, cached: list[BlockId]) -> bool:
@@ -141,6 +146,7 @@ class PrefixIntake:
 
     def landed(self, event: transfer.Landed) -> None:
         """All of it is in: only now may anybody find it."""
+        self.verified.landed(event)
         record = self._book.landed(event.token)
         if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
             return self._free(self._book.quiesced(event.token, clean=True))
@@ -154,6 +160,10 @@ class PrefixIntake:
         prefix.grant, prefix.held = None, found
         self._report(prefix, "landed", "", num_tokens=len(record.blocks) * self._pool.block_size, kv_bytes=event.kv_bytes)
         return self._engine.unpark(prefix.sequence)
+
+    def landing_failed(self, event: transfer.LandingFailed) -> None:
+        self.verified.failed(event)
+        self.failed(event.token, event.reason)
 
     def failed(self, token: GrantToken, reason: str) -> None:
         """The push comes to nothing; nothing happens if it was given up before."""

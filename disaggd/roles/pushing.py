@@ -136,7 +136,7 @@ class Pushing:
 
     def begin(self, grant: Grant, link: LinkId) -> None:
         self._pushes[grant.token] = Push(grant, link)
-        self._submit(transfer.BeginPush(grant.token, grant.target, grant.agent_id, grant.lease_s))
+        self._submit(transfer.BeginPush(grant.token, grant.target, grant.agent_id, grant.lease_s, grant.verify))
 
     def write(self, grant: Grant, layers: range, first: int, blocks: Iterable[BlockId], is_ready: transfer.IsReady) -> None:
         """Push these layers of `blocks`, the first of which is the sequence's `first`-th: one handle.

@@ -11,6 +11,7 @@ import msgspec
 
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
 from disaggd.transfer.agent import Agent
+from disaggd.transfer.checksum import Corrupt, Memory, Verification
 from disaggd.transfer.landing import Inconsistent, LandingSet
 from disaggd.transfer.messages import (
     Expect,
@@ -42,6 +43,9 @@ class _Pair:
 class _Landing(msgspec.Struct, frozen=True):
     agent_id: AgentId
     pieces: LandingSet
+    verification: Verification | None
+    num_blocks: int
+    """That are verified."""
 
 
 class Incoming:
@@ -49,6 +53,7 @@ class Incoming:
 
     def __init__(self, pool: Pool, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None]) -> None:
         self._pool = pool
+        self._memory = Memory(pool)
         self._open_agent = open_agent
         self._post = post
         self._pairs: dict[NodeName, _Pair] = {}
@@ -83,7 +88,9 @@ class Incoming:
         self._announce(pair)
 
     def expect(self, command: Expect) -> None:
-        self._landings[command.token] = _Landing(command.agent_id, LandingSet(command.kv_bytes, command.num_ranks, command.brings_token))
+        pieces = LandingSet(command.kv_bytes, command.num_ranks, command.brings_token)
+        verification = Verification(self._memory, command.verify) if command.verify else None
+        self._landings[command.token] = _Landing(command.agent_id, pieces, verification, len(command.verify))
 
     def forget(self, token: GrantToken) -> None:
         self._landings.pop(token, None)
@@ -155,19 +162,18 @@ class Incoming:
         if landing is None or landing.agent_id != pair.agent.agent_id:
             return False
         try:
+            if landing.verification is not None:
+                landing.verification.check(piece)
             is_complete = landing.pieces.add(piece)
         except Inconsistent as error:
             self.forget(piece.token)
-            self._post(LandingFailed(piece.token, str(error)))
+            self._post(LandingFailed(piece.token, str(error), error.num_blocks if isinstance(error, Corrupt) else 0))
             return True
         if is_complete:
             self.forget(piece.token)
-            self._land_whole(piece.token, landing.pieces)
+            self.landed_bytes += landing.pieces.kv_bytes
+            self._post(Landed(piece.token, landing.pieces.first, landing.pieces.kv_bytes, landing.num_blocks))
         return True
-
-    def _land_whole(self, token: GrantToken, pieces: LandingSet) -> None:
-        self.landed_bytes += pieces.kv_bytes
-        self._post(Landed(token, pieces.first, pieces.kv_bytes))
 
 
 def _release(burnt: list[Port]) -> None:

@@ -47,6 +47,8 @@ class Expect(TransferCommand, frozen=True):
     num_ranks: int = 1
     brings_token: bool = True
     """The first token is one of its pieces; it fails without."""
+    verify: tuple[BlockId, ...] = ()
+    """The grant's blocks, if their checksums are to be compared when they are there; it fails if one differs, or is not sent."""
 
 
 class Forget(TransferCommand, frozen=True):
@@ -89,13 +91,17 @@ class Landed(TransferEvent, frozen=True):
     first: FirstToken | None
     """None only where none was expected."""
     kv_bytes: int
+    num_verified: int = 0
+    """Blocks whose checksums were right, in all layers."""
 
 
 class LandingFailed(TransferEvent, frozen=True):
-    """The grant's notifications contradict each other or the grant. It is forgotten here; its blocks are not safe."""
+    """The grant's notifications contradict each other, the grant, or what has landed. It is forgotten here; its blocks are not safe."""
 
     token: GrantToken
     reason: str
+    num_corrupt: int = 0
+    """Blocks whose checksums were wrong."""
 
 
 class Fenced(TransferEvent, frozen=True):
@@ -138,6 +144,8 @@ class BeginPush(TransferCommand, frozen=True):
     peer: NodeName
     agent_id: AgentId
     lease_s: float
+    verify: bool = False
+    """Send the checksums of what is written."""
 
 
 IsReady = Callable[[], bool]

@@ -6,7 +6,7 @@ self-declared, so nothing here trusts it: what counts is the agent at which a no
 
 import msgspec
 
-from disaggd.ids import AgentId, GrantToken
+from disaggd.ids import AgentId, BlockId, GrantToken
 from disaggd.sampling import TokenLogprob
 
 
@@ -27,6 +27,16 @@ class Connect(Notification, frozen=True):
     agent_id: AgentId
 
 
+class Checksums(msgspec.Struct, frozen=True, array_like=True):
+    """Of the blocks that a write has put into a grant: one each, over those layers in order (`checksum.py`)."""
+
+    first_layer: int
+    num_layers: int
+    blocks: tuple[BlockId, ...]
+    """The target's."""
+    crcs: tuple[int, ...]
+
+
 class Piece(Notification, frozen=True):
     """One of the notifications {0 … total−1} that make up a grant, per rank of the prefill node."""
 
@@ -38,6 +48,8 @@ class Piece(Notification, frozen=True):
     total: int | None = None
     """On the rank's last piece: how many there are."""
     first: FirstToken | None = None
+    sums: Checksums | None = None
+    """Where the target asked for them, on each piece that rides on a write."""
 
 
 class WireQuiesced(Notification, frozen=True):

@@ -14,6 +14,7 @@ import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, NodeName
 from disaggd.transfer.agent import Agent, PeerLost
+from disaggd.transfer.checksum import Memory
 from disaggd.transfer.messages import (
     BeginPush,
     ConnectPair,
@@ -26,10 +27,13 @@ from disaggd.transfer.messages import (
     QuiesceByWire,
     TransferEvent,
 )
-from disaggd.transfer.notification import Connect, Piece, WireQuiesced, encode
+from disaggd.transfer.notification import Checksums, Connect, Piece, WireQuiesced, encode
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.push import Loaded, Push
 from disaggd.transfer.source import Load, Source
+
+MAX_SUMMED_BYTES = 8 << 20
+"""Of which checksums are taken in one turn, a write more or less: 4 ms in which nothing is polled. The rest waits for the next."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class Outgoing:
     ) -> None:
         self._source = source
         self._pool = source.pool
+        self._memory = Memory(source.registered)
         self._rank = rank
         self._open_agent = open_agent
         self._post = post
@@ -68,6 +73,8 @@ class Outgoing:
         self._flights: list[_Flight] = []
         self._is_short = False
         """Somebody was refused room to load to: until all have been asked again, in their order, nobody is given any."""
+        self._summed_bytes = 0
+        """Since the last turn began."""
         self.sent_bytes = 0
 
     @property
@@ -153,6 +160,7 @@ class Outgoing:
             agent_id=command.agent_id,
             lease_s=command.lease_s,
             lease_until=self._clock() + command.lease_s,
+            verify=command.verify,
         )
         self._pushes[command.token] = push
         pair = self._pairs.get(command.peer)
@@ -196,6 +204,7 @@ class Outgoing:
         for flight in list(self._flights):
             self._poll(flight)
         self._is_short = False
+        self._summed_bytes = 0
         for push in list(self._pushes.values()):
             self._expire(push)
             self._advance(push)
@@ -215,7 +224,7 @@ class Outgoing:
     def _advance(self, push: Push) -> None:
         """Obey in order what waits, as far as can be now. Any write may lose the pair, and end the push by that."""
         self._load(push)
-        while push.may_post and push.loaded and push.loaded[0].load.is_ready():
+        while push.may_post and push.loaded and push.loaded[0].load.is_ready() and self._summed_bytes < MAX_SUMMED_BYTES:
             self._write(push, push.loaded[0])
         if push.waiting and not push.loaded and isinstance(command := push.waiting[0], FinishPush):
             push.expire(self._clock())
@@ -250,7 +259,7 @@ class Outgoing:
         command, load = loaded.command, loaded.load
         pair = self._pairs[push.peer]
         kv_bytes = self._pool.bytes_of(command.layers, len(command.source))
-        piece = Piece(push.token, self._rank, push.num_pieces, kv_bytes)
+        piece = Piece(push.token, self._rank, push.num_pieces, kv_bytes, sums=self._checksums(loaded) if push.verify else None)
         handle = pair.agent.prepare(load.indices, pair.remote.indices(command.layers, command.target), encode(piece))
         flight = _Flight(pair, handle, push, command.source, load, kv_bytes)
         now = self._clock()
@@ -268,6 +277,13 @@ class Outgoing:
         else:
             return
         self._lose(pair, reason)
+
+    def _checksums(self, loaded: Loaded) -> Checksums:
+        """Of what the write will read, where it reads it."""
+        command = loaded.command
+        self._summed_bytes += self._pool.bytes_of(command.layers, len(command.source))
+        crcs = self._memory.checksums(loaded.load.indices, len(command.source))
+        return Checksums(command.layers.start, len(command.layers), command.target, crcs)
 
     def _poll(self, flight: _Flight) -> None:
         if self._pairs.get(flight.pair.peer) is not flight.pair:

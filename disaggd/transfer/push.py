@@ -42,6 +42,8 @@ class Push(msgspec.Struct, kw_only=True):
     agent_id: AgentId
     lease_s: float
     lease_until: float
+    verify: bool = False
+    """Its pieces have checksums."""
     state: PushState = PushState.ACTIVE
     num_pieces: int = 0
     """Pieces numbered so far: posted handles, and the last one that is no write, once finished."""

@@ -271,3 +271,32 @@ def test_a_landing_that_was_fenced_meanwhile_is_ignored() -> None:
     grant = granted(node)
     node.event(transfer.Fenced(P0, AGENT), transfer.Landed(grant.token, FirstToken(5), 480))
     assert node.frames(Tokens) == [] and is_empty(node)
+
+
+# ── checksums ──
+
+
+def test_blocks_that_are_pushed_are_to_be_verified_if_the_file_says_so() -> None:
+    node = make_decode_node(verify=True)
+    grant = granted(node)
+    assert grant.verify
+    assert node.submitted(transfer.Expect)[-1].verify == grant.block_ids[:5], "20 tokens; the sixth block is for what is generated"
+    assert not granted(make_decode_node()).verify
+
+
+def test_corrupt_blocks_are_counted_quarantined_and_computed_again() -> None:
+    node = make_decode_node(verify=True)
+    grant = granted(node)
+    node.event(transfer.LandingFailed(grant.token, "the checksums of 2 blocks differ", num_corrupt=2))
+    gauges = node.role.gauges()
+    assert (gauges.checksum_failures, gauges.blocks_verified, gauges.blocks_quarantined) == (2, 0, 6)
+    assert node.last(Released).seq == S and node.last(Cancel).token == grant.token
+    node.say(Quiesced(grant.token, D0, True))
+    assert is_empty(node)
+
+
+def test_verified_blocks_are_counted() -> None:
+    node = make_decode_node(verify=True)
+    grant = granted(node)
+    node.event(transfer.Landed(grant.token, FirstToken(5), 480, num_verified=5))
+    assert node.role.gauges().blocks_verified == 5

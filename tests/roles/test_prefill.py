@@ -1,5 +1,6 @@
 """The prefill role over scripted frames, transfer events, steps and time: pushes, first tokens, reports."""
 
+import msgspec
 import pytest
 
 from disaggd.cluster.hello import PairLost, PairReady
@@ -387,6 +388,12 @@ def test_a_job_that_waits_behind_a_long_one_is_renewed_during_its_steps() -> Non
     node.step()
     assert {command.token for command in node.submitted(transfer.RenewLease)} == {T, waiting}
     assert node.frames(Progress) == [Progress((T, waiting))]
+
+
+def test_checksums_are_sent_where_the_target_asks_for_them() -> None:
+    node = ready_node()
+    node.say(prefill(prompt(10), msgspec.structs.replace(grant_for(10), verify=True)))
+    assert node.submitted(transfer.BeginPush) == [transfer.BeginPush(T, D0, AGENT, LEASE_S, verify=True)]
 
 
 @pytest.mark.parametrize("clean", [True, False])

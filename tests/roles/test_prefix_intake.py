@@ -286,3 +286,23 @@ def test_pairs_are_opened_and_probed_for_every_router() -> None:
     node.event(transfer.PairOpened(D0, Incarnation("d0-first"), agent, b"m", place), transfer.PairProbed(D0, agent))
     agent_frame = PairAgent(D0, Incarnation("d0-first"), agent, b"m", place)
     assert node.sent == [(link, frame) for frame in (agent_frame, PairReady(D0, agent)) for link in (LINK, LinkId(2))]
+
+
+def test_a_corrupt_prefix_is_counted_and_never_found() -> None:
+    node = taking_node(verify=True)
+    frame = asked(node)
+    assert frame.grant.verify and node.submitted(transfer.Expect)[-1].verify == frame.grant.block_ids
+    node.event(transfer.LandingFailed(frame.grant.token, "the checksums of 1 block differ", num_corrupt=1))
+    assert computed_by(node) == 0
+    assert node.last(PrefixEnded).outcome == "failed"
+    assert (node.role.gauges().checksum_failures, node.role.gauges().blocks_quarantined) == (1, 3)
+    node.say(Quiesced(frame.grant.token, P0, True))
+    assert is_idle(node)
+
+
+def test_a_verified_prefix_is_counted() -> None:
+    node = taking_node(verify=True)
+    frame = asked(node)
+    node.event(transfer.Landed(frame.grant.token, None, 3 * BYTES_PER_BLOCK, num_verified=3))
+    assert node.role.gauges().blocks_verified == 3
+    assert computed_by(node) == 12

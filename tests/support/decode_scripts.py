@@ -69,6 +69,7 @@ def make_decode_node(
     *,
     bytes_per_block: int = BYTES_PER_BLOCK,
     lease_s: float = LEASE_S,
+    verify: bool = False,
 ) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
@@ -83,6 +84,7 @@ def make_decode_node(
             submit=submit,
             clock=clock,
             staging=staging,
+            verify=verify,
         )
         pushing = Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock)
         return DecodeRole(

@@ -35,6 +35,7 @@ def exercise() -> CollectorRegistry:
     metrics.set_indexed("d0", 1)
     metrics.set_breakeven("d0", 700)
     metrics.count_preemptions("d0", 1)
+    metrics.count_verified("d0", blocks=28, failures=1)
     metrics.count_prefixes("d0", queried_tokens=100, hit_tokens=50, evicted_blocks=1)
     return registry
 

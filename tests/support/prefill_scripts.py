@@ -31,6 +31,8 @@ def make_prefill_node(
     max_step_tokens: int = 16,
     mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once,
     hasher: PrefixHasher | None = None,
+    *,
+    verify: bool = False,
 ) -> Node:
     """A prefill node that knows no decode node yet."""
 
@@ -48,6 +50,7 @@ def make_prefill_node(
                 outbox=outbox,
                 submit=submit,
                 clock=clock,
+                verify=verify,
             ),
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
@@ -100,17 +103,19 @@ def ready_node(
     max_step_tokens: int = 16,
     mark: Callable[[], transfer.IsReady] = lambda: transfer.at_once,
     hasher: PrefixHasher | None = None,
+    *,
+    verify: bool = False,
 ) -> Node:
-    node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher)
+    node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher, verify=verify)
     connect(node, AGENT)
     node.say(PairReady(D0, AGENT))
     node.clear()
     return node
 
 
-def taking_node(num_blocks: int = 64, max_step_tokens: int = 16) -> Node:
+def taking_node(num_blocks: int = 64, max_step_tokens: int = 16, *, verify: bool = False) -> Node:
     """A node with a prefix cache to which `d0` may push, by agent `INTAKE`."""
-    node = ready_node(num_blocks, max_step_tokens, hasher=HASHER)
+    node = ready_node(num_blocks, max_step_tokens, hasher=HASHER, verify=verify)
     node.event(transfer.PairOpened(D0, Incarnation("d0-first"), INTAKE, b"", PoolPlace(0, 64)))
     node.clear()
     return node

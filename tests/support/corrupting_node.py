@@ -1,0 +1,63 @@
+"""`disaggd` on hosts that garble what they send: one block of the first write of a process arrives otherwise than it was.
+
+`python -m tests.support.corrupting_node --name NODE --config FILE`
+
+The pool of the writer is as before once the write has ended: it is the wire that is at fault. Prompts must be computed in one step, or
+the writer itself would read what is wrong for a moment.
+"""
+
+import ctypes
+import importlib
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from disaggd import cli
+
+
+def import_role(name: str) -> ModuleType:
+    """What `cli` asks for once the process has its environment: nothing of NIXL may be imported before."""
+    role = importlib.import_module(name)
+    if not name.endswith("router"):
+        corrupt(importlib.import_module("disaggd.transfer.agent").Agent)
+    return role
+
+
+def corrupt(agent_class: Any) -> None:
+    """Patch `Agent`: the first block of a write is inverted when it is posted, checksums being taken, and put right when it has ended."""
+    prepare, post, poll = agent_class.prepare, agent_class.post, agent_class.poll
+    prepared: dict[tuple[str, int], Any] = {}
+    inverted: dict[tuple[str, int], Any] = {}
+
+    def prepare_and_note(self: Any, sources: Any, targets: Any, message: bytes) -> int:
+        handle: int = prepare(self, sources, targets, message)
+        if not prepared:
+            prepared[self.agent_id, handle] = _block(self._pool, int(sources[0]))
+        return handle
+
+    def invert_and_post(self: Any, handle: int) -> None:
+        if (block := prepared.get((self.agent_id, handle))) is not None:
+            _invert(block)
+            inverted[self.agent_id, handle] = block
+        post(self, handle)
+
+    def poll_and_restore(self: Any, handle: int) -> bool:
+        is_done: bool = poll(self, handle)
+        if is_done and (block := inverted.pop((self.agent_id, handle), None)) is not None:
+            _invert(block)
+        return is_done
+
+    agent_class.prepare, agent_class.post, agent_class.poll = prepare_and_note, invert_and_post, poll_and_restore
+
+
+def _block(pool: Any, descriptor: int) -> Any:
+    size = pool.kv.groups[0].block_bytes
+    return (ctypes.c_uint8 * size).from_address(pool.place.address + descriptor * size)
+
+
+def _invert(block: Any) -> None:
+    block[:] = bytes(~byte & 0xFF for byte in block)
+
+
+if __name__ == "__main__":
+    cli.importlib = SimpleNamespace(import_module=import_role)  # type: ignore[assignment]
+    cli.main()

@@ -216,6 +216,27 @@ def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:
     asyncio.run(scenario())
 
 
+def test_two_keys_with_one_request_id_see_their_own_receipts_while_it_runs_and_after() -> None:
+    async def scenario() -> None:
+        front = Front()
+        ours, theirs = (msgspec.structs.replace(front.request("same"), key=key) for key in ("alice", "bob"))
+        first, second = await front.begin(ours), await front.begin(theirs)
+
+        def seen() -> list[str | None]:
+            found = [front.backend.receipt("same", key) for key in ("alice", "bob", "carol", None)]
+            return [None if receipt is None else receipt.key for receipt in found]
+
+        assert seen() == ["alice", "bob", None, "bob"]
+        await second.aclose()
+        assert seen() == ["alice", "bob", None, "alice"], "to an admin the one that runs"
+        await first.aclose()
+        assert seen() == ["alice", "bob", None, "alice"], "and then the one that ended last"
+        assert [receipt.key for receipt in front.backend.receipts(5, "bob")] == ["bob"]
+        assert len(front.backend.receipts(5, None)) == 2
+
+    asyncio.run(scenario())
+
+
 def test_receipts_come_newest_first_and_those_of_running_requests_among_them() -> None:
     async def scenario() -> None:
         front = Front()

@@ -304,9 +304,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Nodes": (
         Panel(
             "Links",
-            "1: the router has a link to the node.",
+            "1: the router has a link to the node; and the node is about to stop.",
             "short",
-            (Query(of_nodes("disaggd_node_up", "node, role"), "{{node}} ({{role}})"),),
+            (
+                Query(of_nodes("disaggd_node_up", "node, role"), "{{node}} ({{role}})"),
+                Query(f"{of_nodes('disaggd_node_draining')} > 0", "{{node}}: draining"),
+            ),
             most=1,
         ),
         Panel(

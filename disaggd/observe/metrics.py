@@ -86,6 +86,7 @@ class Metrics:
     def _declare_nodes(self, registry: CollectorRegistry) -> None:
         self._node_up = Gauge("disaggd_node_up", "Whether the node's link is up", ["node", "role"], registry=registry)
         self._refused_links = Counter("disaggd_refused_links", "Links refused, and who did", ["by", "cause"], registry=registry)
+        self._draining = _per_node("node_draining", "Whether the node is about to stop", registry)
         self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["writer", "target"], registry=registry)
         self._blocks = _per_node("kv_blocks", "KV blocks", registry, "state")
         self._usage = _per_node("kv_cache_usage_perc", "Share of the KV blocks that no new sequence could have: 1 is all", registry)
@@ -206,8 +207,20 @@ class Metrics:
         """The node's link is up or down. What is down shows no blocks and no sequences."""
         self._node_up.labels(node, role).set(up)
         if not up:
-            for gauge in (self._blocks, self._usage, self._backlog, self._breakeven, self._indexed, *self._sequences.values()):
+            for gauge in (
+                self._draining,
+                self._blocks,
+                self._usage,
+                self._backlog,
+                self._breakeven,
+                self._indexed,
+                *self._sequences.values(),
+            ):
                 gauge.remove_by_labels({"node": node})
+
+    def set_draining(self, node: str, is_draining: bool) -> None:
+        """It finishes what it has, and takes nothing new."""
+        self._draining.labels(node).set(is_draining)
 
     def set_pair(self, writer: str, target: str, is_ready: bool) -> None:
         """Whether the one node may push KV to the other."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import NodeHello
-from disaggd.cluster.peers import PairState
+from disaggd.cluster.peers import Duty, PairState, Peer
 from disaggd.cluster.protocol import Gauges
 from disaggd.cluster.request import RoutedSequence
 from disaggd.config import RouterConfig
@@ -98,8 +98,10 @@ class Observer:
         self._recorder.sample(ROUTER, "prefill queue", [("jobs", len(queue)), ("tokens", queue.num_tokens)])
         for reason, total in queue.drops.items():
             self._metrics.count_queue_drops(reason, total)
-        for node in (*dispatcher.prefills, *dispatcher.decodes):
-            self._metrics.set_indexed(node, dispatcher.caches.index.num_held(node))
+        peers: dict[NodeName, Peer] = {**dispatcher.prefills, **dispatcher.decodes}
+        for name, peer in peers.items():
+            self._metrics.set_draining(name, peer.duty is not Duty.SERVING)
+            self._metrics.set_indexed(name, dispatcher.caches.index.num_held(name))
         for name, decode in dispatcher.decodes.items():
             if decode.breakeven_tokens is not None:
                 self._metrics.set_breakeven(name, decode.breakeven_tokens)

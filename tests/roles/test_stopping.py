@@ -2,12 +2,17 @@
 
 import asyncio
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
 from disaggd.cluster.protocol import Abort
+from disaggd.config import Config
+from disaggd.roles import node as process
 from disaggd.roles.stopping import StopSignals
+from disaggd.transfer import thread
 from tests.support.decode_scripts import S, generate, granted, landed, make_decode_node
 from tests.support.prefill_scripts import grant_for, handles_done, prefill, push_ended, ready_node
 from tests.support.role_nodes import prompt
@@ -39,6 +44,12 @@ def test_the_first_signal_drains_and_each_later_one_ends(numbers: list[signal.Si
             signals.raise_interrupt()
     else:
         signals.raise_interrupt()
+
+
+def test_systemd_waits_until_a_node_is_drained_and_its_threads_have_ended() -> None:
+    unit = (Path(__file__).parents[2] / "deploy" / "systemd" / "disaggd@.service").read_text()
+    (timeout_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(timeout_s) >= Config().cluster.drain_s + process.STOP_TIMEOUT_S + thread.STOP_TIMEOUT_S
 
 
 def test_a_prefill_node_is_idle_when_its_last_push_has_ended() -> None:

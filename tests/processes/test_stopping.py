@@ -80,8 +80,11 @@ def test_a_decode_node_finishes_its_streams_and_new_ones_go_elsewhere(cluster: C
     options = {**DRAWN, "max_tokens": 150}
     old = Stream(cluster, "old", prompt, **options).wait_begun()
     name = cluster.receipt("old")["decode_node"]
+    cluster.kill(name, signal.SIGSTOP)
+    assert not old.is_done
     cluster.kill(name, TERM)
-    wait_until("the router knows", lambda: state(cluster, name) == "draining", 20)
+    cluster.kill(name, signal.SIGCONT)
+    wait_logged(cluster, "router", f"{name} is draining")
     new = cluster.complete(prompt_of(40, oracle), max_tokens=2)
     assert cluster.receipt(new["id"])["decode_node"] not in (None, name)
     old.join()
@@ -89,12 +92,6 @@ def test_a_decode_node_finishes_its_streams_and_new_ones_go_elsewhere(cluster: C
     check(old.reply, prompt, options, oracle)
     assert [attempt["decode_node"] for attempt in cluster.receipt("old")["attempts"]] == [name]
     assert exit_code(cluster, name) == 0
-
-
-def state(cluster: Cluster, name: str) -> str | None:
-    """As the router shows it; None when the link is down."""
-    (node,) = (node for node in cluster.get("/v1/cluster").json()["nodes"] if node["name"] == name)
-    return node.get("state")
 
 
 def test_a_router_refuses_what_is_new_finishes_what_is_not_and_ends_at_a_second_signal(cluster: Cluster, oracle: Oracle) -> None:

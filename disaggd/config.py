@@ -60,6 +60,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A larger request body is refused with 413."""
     request_timeout_s: Seconds = 600.0
     """A request that takes longer is ended."""
+    stall_s: Seconds = 10.0
+    """A request that has not moved for so long is logged, with its phase and whom it waits for, and counted."""
     max_requests: Positive = 256
     """In flight at once; one more is refused with 429."""
     receipts: Positive = 1000

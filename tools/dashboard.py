@@ -130,6 +130,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "short",
             (Query(rate("disaggd_api_key_tokens_total", "key, kind"), "{{key}}: {{kind}}"),),
         ),
+        Panel(
+            "Stalled",
+            "Sequences that stand still now; and those that began to, per second, by where. The routers' logs name them.",
+            "short",
+            (
+                Query("sum (disaggd_num_requests_stalled)", "now"),
+                Query(rate("disaggd_stalled_requests_total", "phase"), "per second: {{phase}}"),
+            ),
+        ),
     ),
     "The decision": (
         Panel(

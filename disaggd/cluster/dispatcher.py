@@ -21,6 +21,7 @@ from disaggd.cluster.offer import Predicted
 from disaggd.cluster.peers import DecodePeer, Duty, Peer, PrefillPeer, is_any_serving
 from disaggd.cluster.protocol import ToRouter
 from disaggd.cluster.request import Phase, Request, RoutedSequence, Sink, Timeline
+from disaggd.cluster.stalls import StallWatch
 from disaggd.errors import InvalidRequest, RequestError, Unavailable
 from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason
@@ -49,6 +50,7 @@ class Dispatcher:
         self.credits = moves.credits
         self.caches = moves.caches
         self.prefixes = moves.prefixes
+        self.stalls = StallWatch(rules.stall_s, moves.prefills, moves.decodes, moves.queue, moves.grants, clock)
         self.dropped_frames = moves.dropped_frames
         """Frames of older attempts or of sequences that are over, by type; whoever reads them clears them."""
         self._incarnation = incarnation
@@ -85,9 +87,10 @@ class Dispatcher:
         return self.credits.is_owed_report(record)
 
     def tick(self) -> None:
-        """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take."""
+        """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take, stalls."""
         self.pairs.tick(self._clock())
         self._moves.tick()
+        self.stalls.tick(self.sequences.values())
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

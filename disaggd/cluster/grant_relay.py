@@ -10,7 +10,7 @@ from disaggd.cluster.protocol import Cancel, Grant, Progress, Quiesced
 from disaggd.ids import GrantToken, NodeName, SeqId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Forwarded:
     """A grant that its writer was given."""
 
@@ -18,6 +18,7 @@ class Forwarded:
     target: NodeName
     writer: Peer
     """The very link it went out on: a node that was restarted under the same name knows nothing of it."""
+    num_renewed: int = 0
 
 
 class GrantRelay:
@@ -37,6 +38,11 @@ class GrantRelay:
     def over(self, job: tuple[SeqId, int], target: NodeName) -> None:
         """The job's grant of `target` landed, or was fenced: nobody will cancel it."""
         self._forwarded = {token: to for token, to in self._forwarded.items() if (to.job, to.target) != (job, target)}
+
+    def num_renewed(self, token: GrantToken) -> int | None:
+        """So often its writer has renewed its lease; None for a grant that is not out."""
+        to = self._forwarded.get(token)
+        return None if to is None else to.num_renewed
 
     def concerns(self, name: NodeName) -> bool:
         """Whether a grant is out that the node gave, or was given: what it wrote may not have been taken in yet."""
@@ -66,6 +72,7 @@ class GrantRelay:
         by_target: dict[NodeName, list[GrantToken]] = {}
         for token in frame.tokens:
             if (to := self._forwarded.get(token)) is not None:
+                to.num_renewed += 1
                 by_target.setdefault(to.target, []).append(token)
         for name, tokens in by_target.items():
             if (target := self._peer(name)) is not None:

@@ -42,6 +42,8 @@ class DispatchRules:
     grant_patience_s: float = 2.0
     """So long a job waits for room at its decode node before that keeps for it what comes free."""
     request_timeout_s: float = 600.0
+    stall_s: float = 10.0
+    """A request that stands still for so long is told of."""
     max_prefill_queue: int = 16
     """Jobs that may wait; more are refused or prefilled locally."""
     max_prefill_queue_tokens: int = 262_144

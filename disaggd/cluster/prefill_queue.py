@@ -55,6 +55,8 @@ class PrefillQueue:
         self._jobs: dict[SeqId, Job] = {}
         """In the order in which they came: the last word between equals."""
         self.num_tokens = 0
+        self.num_left = 0
+        """Jobs that were here and are no more, since the start."""
         self.drops: Counter[Drop] = Counter()
 
     def __len__(self) -> int:
@@ -79,6 +81,7 @@ class PrefillQueue:
         """The job leaves, if it is here: to a prefill node, to another decode node, or because it is prefilled locally after all."""
         if (job := self._jobs.pop(seq, None)) is not None:
             self.num_tokens -= job.num_tokens
+            self.num_left += 1
         return job
 
     def give_up(self, seq: SeqId, why: Drop) -> None:

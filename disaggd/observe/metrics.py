@@ -73,6 +73,8 @@ class Metrics:
         self._kv_bytes = Counter("disaggd_kv_transferred_bytes", "KV bytes pushed by handles that ended DONE", pair, registry=registry)
         self._transfer_s = _seconds("kv_transfer_time", "From first handle posted to last handle done", _FIRST_BUCKETS_S, registry, pair)
         self._exposed_s = _seconds("kv_transfer_exposed_time", "Transfer after the first token", _FIRST_BUCKETS_S, registry, pair)
+        self._stalled = Gauge("disaggd_num_requests_stalled", "Sequences that stand still now", registry=registry)
+        self._stalls = Counter("disaggd_stalled_requests", "Sequences that stood still, by where", ["phase"], registry=registry)
         self._retries = Counter("disaggd_retries", "Sequences placed again after a loss", registry=registry)
 
     def _declare_queue(self, registry: CollectorRegistry) -> None:
@@ -196,6 +198,12 @@ class Metrics:
     def count_queue_drops(self, reason: str, total: int) -> None:
         """Jobs that left the prefill queue, or were refused, for that reason, since the router's start."""
         self._count_to(self._queue_drops, (reason,), total)
+
+    def set_stalls(self, num_stalled: int, totals: Mapping[str, int]) -> None:
+        """How many stand still, and by phase how many ever did, since the router's start."""
+        self._stalled.set(num_stalled)
+        for phase, total in totals.items():
+            self._count_to(self._stalls, (phase,), total)
 
     def count_dropped_frames(self, frame: str, count: int) -> None:
         """Frames of that type that came for an older attempt, or about a sequence that is over."""

@@ -30,6 +30,7 @@ def dispatch_rules(config: Config) -> DispatchRules:
         max_retries=rules.max_retries,
         grant_patience_s=rules.grant_patience_s,
         request_timeout_s=config.router.request_timeout_s,
+        stall_s=config.router.stall_s,
         max_prefill_queue=rules.max_prefill_queue,
         max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
         prefix_push=rules.prefix_push,

@@ -96,6 +96,7 @@ class Observer:
         queue = dispatcher.queue
         self._metrics.set_queue(len(queue), queue.num_tokens, queue.oldest_age_s(self._clock()))
         self._recorder.sample(ROUTER, "prefill queue", [("jobs", len(queue)), ("tokens", queue.num_tokens)])
+        self._metrics.set_stalls(dispatcher.stalls.num_stalled, dispatcher.stalls.totals)
         for reason, total in queue.drops.items():
             self._metrics.count_queue_drops(reason, total)
         peers: dict[NodeName, Peer] = {**dispatcher.prefills, **dispatcher.decodes}

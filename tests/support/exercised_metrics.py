@@ -22,6 +22,7 @@ def exercise() -> CollectorRegistry:
         metrics.observe_request(1.0)
     metrics.observe_finish(remote_receipt())
     metrics.set_queue(1, 100, 0.5)
+    metrics.set_stalls(1, {"queued": 1})
     metrics.count_queue_drops("full", 1)
     metrics.count_prefix_pushes("d0", "p0", "landed", 1)
     metrics.count_pushed_prefixes("d0", "p0", 64, 4096)

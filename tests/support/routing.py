@@ -85,7 +85,7 @@ class Routing:
         """(sequence, its `kv_bytes`) at each `on_update`."""
         self.dispatcher = Dispatcher(
             Incarnation("r"),
-            DispatchRules(max_retries=2, grant_patience_s=GRANT_PATIENCE_S, request_timeout_s=60.0, **{"weights": EVEN, **rules}),
+            DispatchRules(**{"max_retries": 2, "grant_patience_s": GRANT_PATIENCE_S, "request_timeout_s": 60.0, "weights": EVEN, **rules}),
             lambda: self.now,
             lambda record: self.updates.append((record.seq, record.kv_bytes)),
         )

@@ -35,6 +35,10 @@ class PeerLost(Exception):
     """
 
 
+class NoAgent(Exception):
+    """None can be made now, as when a network device is down. It may be possible again later."""
+
+
 class Agent:
     """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there.
 
@@ -132,13 +136,32 @@ class Agent:
         assert gone() is None, f"agent {self.agent_id} is still referenced: it is not fenced"
 
 
-def open_agent(ports: PortRange, pool: Pool) -> Agent:
-    """A new agent on a free port. Raises `ResourceError` if there is none, or NIXL cannot start."""
-    for port in ports.leases():
-        try:
-            return Agent(port, pool)
-        except nixlBackendError as error:
-            port.release()
-            if is_free(port.number):
-                raise ResourceError(f"NIXL cannot start its UCX backend ({error}): check [transfer] devices and transports") from error
-    raise ports.exhausted()
+class AgentMaker:
+    """Makes agents that register `pool`, each on a free port of `ports`.
+
+    Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end. Those after it are for peers
+    that came back or were fenced, perhaps while a network device is down; the node goes on without them for so long.
+    """
+
+    def __init__(self, ports: PortRange, pool: Pool) -> None:
+        self._ports = ports
+        self._pool = pool
+        self._has_made_one = False
+
+    def __call__(self) -> Agent:
+        """Raises `NoAgent` if NIXL cannot start for it but did before, and `ResourceError` if it never did or no port is free."""
+        for port in self._ports.leases():
+            try:
+                agent = Agent(port, self._pool)
+            except nixlBackendError as error:
+                port.release()
+                if is_free(port.number):
+                    raise self._failed(str(error)) from error
+                continue
+            self._has_made_one = True
+            return agent
+        raise self._ports.exhausted()
+
+    def _failed(self, why: str) -> Exception:
+        message = f"NIXL cannot start its UCX backend ({why}): check [transfer] devices and transports"
+        return NoAgent(message) if self._has_made_one else ResourceError(message)

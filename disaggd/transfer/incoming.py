@@ -2,15 +2,19 @@
 
 One agent per peer node, all registering the same memory, so that one peer can be fenced without the others. What counts
 is the agent at which a notification comes in, never what its sender calls itself.
+
+An agent that cannot be made, because the network is down, is tried again every second: the peer has none to write to for so long.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
 
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
-from disaggd.transfer.agent import Agent
+from disaggd.transfer.agent import Agent, NoAgent
 from disaggd.transfer.checksum import Corrupt, Memory, Verification
 from disaggd.transfer.landing import Inconsistent, LandingSet
 from disaggd.transfer.messages import (
@@ -29,15 +33,25 @@ from disaggd.transfer.notification import Connect, Piece, WireQuiesced, decode
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import Port
 
+log = logging.getLogger(__name__)
 
-@dataclass(slots=True)
+RETRY_S = 1.0
+"""Pause before another attempt to make an agent."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Pair:
     peer: NodeName
     incarnation: Incarnation
     agent: Agent
-    burnt: list[Port]
-    """Ports of fenced agents, kept from everybody until `peer` has reached the present one: late metadata of theirs must
-    reach nobody."""
+
+
+class _Lack(msgspec.Struct, frozen=True):
+    """An agent that should be there and could not be made."""
+
+    incarnation: Incarnation
+    """The peer's."""
+    retry_at: float
 
 
 class _Landing(msgspec.Struct, frozen=True):
@@ -49,14 +63,21 @@ class _Landing(msgspec.Struct, frozen=True):
 
 
 class Incoming:
-    """Opens and fences agents, counts pieces into landings. Posts to the compute thread."""
+    """Opens and fences agents, counts pieces into landings. Posts to the compute thread. `clock` is monotonic seconds."""
 
-    def __init__(self, pool: Pool, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None]) -> None:
+    def __init__(
+        self, pool: Pool, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None], clock: Callable[[], float]
+    ) -> None:
         self._pool = pool
         self._memory = Memory(pool)
         self._open_agent = open_agent
         self._post = post
+        self._clock = clock
         self._pairs: dict[NodeName, _Pair] = {}
+        self._lacking: dict[NodeName, _Lack] = {}
+        self._burnt: defaultdict[NodeName, list[Port]] = defaultdict(list)
+        """Ports of fenced agents, kept from everybody until their peer has reached the present one: late metadata of theirs must
+        reach nobody."""
         self._landings: dict[GrantToken, _Landing] = {}
         self.num_fences = 0
         self.num_dropped = 0
@@ -65,6 +86,11 @@ class Incoming:
     @property
     def num_agents(self) -> int:
         return len(self._pairs)
+
+    @property
+    def is_lacking(self) -> bool:
+        """Whether an agent could not be made, and `retry` is to be called."""
+        return bool(self._lacking)
 
     @property
     def is_expecting(self) -> bool:
@@ -80,12 +106,11 @@ class Incoming:
 
     def open(self, command: OpenPair) -> None:
         pair = self._pairs.get(command.peer)
-        if pair is None:
-            pair = self._pairs[command.peer] = _Pair(command.peer, command.peer_incarnation, self._open_agent(), [])
-        elif pair.incarnation != command.peer_incarnation:
-            self._renew(pair)
-            pair.incarnation = command.peer_incarnation
-        self._announce(pair)
+        if pair is not None and pair.incarnation == command.peer_incarnation:
+            return self._announce(pair)
+        if pair is not None:
+            self._destroy(pair)
+        return self._make(command.peer, command.peer_incarnation)
 
     def expect(self, command: Expect) -> None:
         pieces = LandingSet(command.kv_bytes, command.num_ranks, command.brings_token)
@@ -98,33 +123,52 @@ class Incoming:
     def fence(self, command: Fence) -> None:
         pair = self._pairs.get(command.peer)
         if pair is None or pair.agent.agent_id != command.agent_id:
-            self._post(Fenced(command.peer, command.agent_id))
-            return
-        self._renew(pair)
-        self._announce(pair)
+            return self._post(Fenced(command.peer, command.agent_id))
+        self._destroy(pair)
+        return self._make(pair.peer, pair.incarnation)
+
+    def retry(self) -> None:
+        """Make the agents that could not be made before, where it is time to try again."""
+        now = self._clock()
+        for peer, lack in [(peer, lack) for peer, lack in self._lacking.items() if now >= lack.retry_at]:
+            self._make(peer, lack.incarnation)
 
     def close(self, peer: NodeName) -> None:
-        if pair := self._pairs.pop(peer, None):
+        self._lacking.pop(peer, None)
+        if pair := self._pairs.get(peer):
             self._destroy(pair)
-            _release(pair.burnt)
+        self._release_burnt(peer)
 
     def close_all(self) -> None:
-        for peer in list(self._pairs):
+        for peer in {*self._pairs, *self._lacking, *self._burnt}:
             self.close(peer)
 
-    def _renew(self, pair: _Pair) -> None:
-        del self._pairs[pair.peer]  # no agent stands behind it until the next one is open
-        self._destroy(pair)
-        pair.agent = self._open_agent()
-        self._pairs[pair.peer] = pair
+    def _make(self, peer: NodeName, incarnation: Incarnation) -> None:
+        """Have an agent for `peer`, now or when it can be had."""
+        try:
+            agent = self._open_agent()
+        except NoAgent as error:
+            if peer not in self._lacking:
+                log.warning("%s cannot write here for now, trying again: %s", peer, error)
+            self._lacking[peer] = _Lack(incarnation, self._clock() + RETRY_S)
+            return
+        self._lacking.pop(peer, None)
+        pair = self._pairs[peer] = _Pair(peer, incarnation, agent)
+        self._announce(pair)
 
     def _destroy(self, pair: _Pair) -> None:
+        """The fence. No agent stands behind the peer's name until the next one is made."""
+        del self._pairs[pair.peer]
         agent_id = pair.agent.agent_id
         pair.agent.destroy()
-        pair.burnt.append(pair.agent.port)
+        self._burnt[pair.peer].append(pair.agent.port)
         self.num_fences += 1
         self._landings = {token: landing for token, landing in self._landings.items() if landing.agent_id != agent_id}
         self._post(Fenced(pair.peer, agent_id))
+
+    def _release_burnt(self, peer: NodeName) -> None:
+        for port in self._burnt.pop(peer, ()):
+            port.release()
 
     def _announce(self, pair: _Pair) -> None:
         self._post(PairOpened(pair.peer, pair.incarnation, pair.agent.agent_id, pair.agent.metadata, self._pool.place))
@@ -147,7 +191,7 @@ class Incoming:
         """Whether the notification meant something here."""
         match decode(raw):
             case Connect(agent_id) if agent_id == pair.agent.agent_id:
-                _release(pair.burnt)
+                self._release_burnt(pair.peer)
                 self._post(PairProbed(pair.peer, agent_id))
             case Piece() as piece:
                 return self._land(pair, piece)
@@ -174,9 +218,3 @@ class Incoming:
             self.landed_bytes += landing.pieces.kv_bytes
             self._post(Landed(piece.token, landing.pieces.first, landing.pieces.kv_bytes, landing.num_blocks))
         return True
-
-
-def _release(burnt: list[Port]) -> None:
-    for port in burnt:
-        port.release()
-    burnt.clear()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, NodeName
-from disaggd.transfer.agent import Agent, PeerLost
+from disaggd.transfer.agent import Agent, NoAgent, PeerLost
 from disaggd.transfer.checksum import Memory
 from disaggd.transfer.messages import (
     BeginPush,
@@ -126,7 +126,12 @@ class Outgoing:
 
     def _build(self, command: ConnectPair) -> _Pair | None:
         remote = Pool(command.place, self._pool.kv)
-        pair = _Pair(command.peer, command.agent_id, remote, self._open_agent())
+        try:
+            agent = self._open_agent()
+        except NoAgent as error:
+            self._post(PairFailed(command.peer, command.agent_id, str(error)))
+            return None
+        pair = _Pair(command.peer, command.agent_id, remote, agent)
         self._pairs[command.peer] = pair
         try:
             pair.agent.connect(command.agent_id, command.metadata, remote)

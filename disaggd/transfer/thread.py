@@ -8,16 +8,15 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from functools import partial
 
 import msgspec
 
 from disaggd.clock import lease_clock
 from disaggd.errors import DisaggdError, ResourceError
 from disaggd.transfer import messages as m
-from disaggd.transfer.agent import open_agent
+from disaggd.transfer.agent import AgentMaker
 from disaggd.transfer.cadence import Cadence
-from disaggd.transfer.incoming import Incoming
+from disaggd.transfer.incoming import RETRY_S, Incoming
 from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
@@ -72,9 +71,9 @@ class TransferThread:
         self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
         source = InPlace(pool) if staging is None else Staged(pool, staging)
-        opener = partial(open_agent, PortRange(*port_range), source.registered)
-        self._incoming = Incoming(source.registered, opener, self._report)
-        self._outgoing = Outgoing(source, rank, opener, self._report, clock)
+        open_agent = AgentMaker(PortRange(*port_range), source.registered)
+        self._incoming = Incoming(source.registered, open_agent, self._report, clock)
+        self._outgoing = Outgoing(source, rank, open_agent, self._report, clock)
         self._cadence = Cadence(clock)
         self._has_stirred = False
         self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)
@@ -137,6 +136,7 @@ class TransferThread:
                 if isinstance(command, _Stop):
                     return
                 self._obey(command)
+            self._incoming.retry()
             self._incoming.deliver(arrived)
             self._outgoing.poll()
             sleep_s = self._sleep_s(stirred=bool(commands or arrived))
@@ -188,6 +188,6 @@ class TransferThread:
         stirred = stirred or self._has_stirred
         self._has_stirred = False
         if not self._incoming.num_agents and not self._outgoing.num_agents:
-            return None
+            return RETRY_S if self._incoming.is_lacking else None
         is_in_flight = self._outgoing.is_in_flight or self._outgoing.is_waiting or self._incoming.is_landing
         return self._cadence.sleep_s(stirred=stirred, in_flight=is_in_flight, expecting=self._incoming.is_expecting)

@@ -6,7 +6,8 @@ import pytest
 
 from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
-from disaggd.transfer.incoming import Incoming
+from disaggd.transfer.agent import NoAgent
+from disaggd.transfer.incoming import RETRY_S, Incoming
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.pool import Pool
@@ -25,11 +26,17 @@ class Bench:
 
     agents: list[ScriptedAgent] = field(default_factory=list)
     events: list[m.TransferEvent] = field(default_factory=list)
+    now: float = 0.0
+    num_refused: int = 0
+    is_network_down: bool = False
 
     def __post_init__(self) -> None:
-        self.incoming = Incoming(POOL, self._make, self.events.append)  # type: ignore[arg-type]
+        self.incoming = Incoming(POOL, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _make(self) -> ScriptedAgent:
+        if self.is_network_down:
+            self.num_refused += 1
+            raise NoAgent("no such device")
         self.agents.append(ScriptedAgent(AgentId(f"a{len(self.agents)}")))
         return self.agents[-1]
 
@@ -92,6 +99,58 @@ def test_fence_of_an_agent_that_is_gone_only_confirms(bench: Bench) -> None:
     bench.incoming.fence(m.Fence(P1, AgentId("never")))
     assert bench.turn() == [m.Fenced(P0, AgentId("older")), m.Fenced(P1, AgentId("never"))]
     assert not bench.agents[0].is_destroyed
+
+
+@pytest.fixture
+def cut_off(bench: Bench) -> Bench:
+    """a0 was fenced while the network was down: nobody stands in for it."""
+    bench.turn()
+    bench.is_network_down = True
+    bench.incoming.fence(m.Fence(P0, AgentId("a0")))
+    assert bench.turn() == [m.Fenced(P0, AgentId("a0"))], "its blocks are free, whatever becomes of the next one"
+    return bench
+
+
+def test_an_agent_that_cannot_be_made_is_made_when_the_network_is_back(cut_off: Bench) -> None:
+    cut_off.is_network_down = False
+    cut_off.incoming.retry()
+    assert cut_off.turn() == [] and cut_off.incoming.is_lacking
+    cut_off.now = RETRY_S
+    cut_off.incoming.retry()
+    assert cut_off.turn() == [opened(cut_off.agents[1])] and not cut_off.incoming.is_lacking
+    cut_off.now = 2 * RETRY_S
+    cut_off.incoming.retry()
+    assert cut_off.turn() == [] and len(cut_off.agents) == 2
+
+
+def test_attempts_to_make_an_agent_are_a_second_apart(cut_off: Bench) -> None:
+    for tenths in range(30):
+        cut_off.now = tenths / 10
+        cut_off.incoming.retry()
+    assert cut_off.num_refused == 3 and cut_off.incoming.num_agents == 0
+
+
+def test_a_late_agent_is_for_the_latest_incarnation_of_its_peer(cut_off: Bench) -> None:
+    cut_off.incoming.open(m.OpenPair(P0, TWO))
+    assert cut_off.turn() == []
+    cut_off.is_network_down = False
+    cut_off.now = RETRY_S
+    cut_off.incoming.retry()
+    assert cut_off.turn() == [opened(cut_off.agents[1], TWO)]
+
+
+def test_the_port_of_a_fenced_agent_is_kept_however_late_the_next_one_is(cut_off: Bench) -> None:
+    cut_off.is_network_down = False
+    cut_off.incoming.open(m.OpenPair(P0, ONE))
+    assert not cut_off.agents[0].port.is_released
+    cut_off.agents[1].arrive(Connect(AgentId("a1")))
+    cut_off.turn()
+    assert cut_off.agents[0].port.is_released
+
+
+def test_closing_gives_up_what_is_lacking_and_every_port(cut_off: Bench) -> None:
+    cut_off.incoming.close_all()
+    assert not cut_off.incoming.is_lacking and cut_off.agents[0].port.is_released
 
 
 def test_pieces_in_any_order_land_once(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, NodeName
 from disaggd.transfer import messages as m
+from disaggd.transfer.agent import NoAgent
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import Outgoing
@@ -47,11 +48,14 @@ class Bench:
     events: list[m.TransferEvent] = field(default_factory=list)
     now: float = 0.0
     next_is_lost: bool = False
+    is_network_down: bool = False
 
     def __post_init__(self) -> None:
         self.outgoing = Outgoing(InPlace(POOL), 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _make(self) -> ScriptedAgent:
+        if self.is_network_down:
+            raise NoAgent("no such device")
         self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost))
         return self.agents[-1]
 
@@ -85,6 +89,15 @@ def ended(
 
 def test_connecting_sends_the_remote_agent_its_own_id(bench: Bench) -> None:
     assert bench.agents[0].sent == [Connect(FAR)]
+
+
+def test_a_peer_is_out_of_reach_while_no_agent_can_be_made(bench: Bench) -> None:
+    bench.is_network_down = True
+    bench.connect(AgentId("farther"))
+    assert bench.turn() == [m.PairFailed(D0, AgentId("farther"), "no such device")]
+    bench.is_network_down = False
+    bench.connect(AgentId("farther"))
+    assert bench.turn() == [m.PairConnected(D0, AgentId("farther"))]
 
 
 def test_connecting_again_to_the_same_agent_probes_it_again(bench: Bench) -> None:

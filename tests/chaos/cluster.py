@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.proxy import LinkProxy
+from bench.namespaces import Namespace
 from tests.chaos.schedule import Tempo
 from tests.chaos.territory import Wire, connector
-from tests.support.clusters import Cluster, free_port
+from tests.support.proxied import ProxiedCluster
+from tests.support.proxy import Connect
 
 MAX_LOCAL_PREFILL_TOKENS = 128
 NUM_BLOCKS = 120
@@ -19,10 +20,12 @@ NUM_BLOCKS = 120
 REQUEST_TIMEOUT_S = 120.0
 
 
-class ChaosCluster(Cluster):
-    """Two files: the nodes' own, with where they listen; and the router's, with where the proxies do."""
+class ChaosCluster(ProxiedCluster):
+    """Without a `wire` all of it is on loopback."""
 
     def __init__(self, directory: Path, tempo: Tempo, wire: Wire | None, bytes_per_block: int) -> None:
+        self.wire = wire
+        self._spaces: dict[str, Namespace] = {} if wire is None else {"prefill": wire.prefill, "decode": wire.decode}
         super().__init__(
             directory,
             prefill=2,
@@ -32,54 +35,29 @@ class ChaosCluster(Cluster):
             disaggregation={"max_local_prefill_tokens": MAX_LOCAL_PREFILL_TOKENS, "max_prefill_queue": 64, "prefix_push": "always"},
             cluster={"heartbeat_s": tempo.heartbeat_s, "missed_heartbeats": tempo.missed_heartbeats},
             transfer={
-                "devices": wire.device if wire is not None else "lo",
+                "devices": "lo" if wire is None else wire.device,
                 "lease_s": tempo.lease_s,
                 "quiesce_s": tempo.quiesce_s,
                 "user_timeout_s": tempo.user_timeout_s,
             },
         )
-        self.wire = wire
-        self.proxies: dict[str, LinkProxy] = {}
-        self._proxy_ports: dict[str, int] = {}
-        for node in self.engines:
-            space = None if wire is None else {"prefill": wire.prefill, "decode": wire.decode}[node.role]
-            if space is not None:
+        for node in self.nodes.values():
+            if (space := self._spaces.get(node.role)) is not None:
                 node.prefix = space.prefix
-            self.proxies[node.name] = LinkProxy(connector(node.port, space))
-            self._proxy_ports[node.name] = free_port()
 
-    @property
-    def engines(self) -> list[Any]:
-        return [node for node in self.nodes.values() if node.role != "router"]
-
-    def config_of(self, name: str) -> Path:
-        return self.directory / "router.toml" if name == "router" else self.config
-
-    def write_config(self) -> None:
-        """Both files."""
-        own = {node.name: node.port for node in self.engines}
-        super().write_config()
-        nodes_text = self.config.read_text()
-        for node in self.engines:
-            node.port = self._proxy_ports[node.name]
-        super().write_config()
-        self.config_of("router").write_text(self.config.read_text())
-        for node in self.engines:
-            node.port = own[node.name]
-        self.config.write_text(nodes_text)
+    def connector_of(self, name: str) -> Connect:
+        node = self.nodes[name]
+        space = self._spaces.get(node.role)
+        return super().connector_of(name) if space is None else connector(node.port, space)
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Started, proxies and all; ended whatever happens."""
+        """Started; ended whatever happens."""
         try:
-            for name, proxy in self.proxies.items():
-                await proxy.listen(self._proxy_ports[name])
             await asyncio.to_thread(self.start)
             yield
         finally:
             await asyncio.to_thread(self.close)
-            for proxy in self.proxies.values():
-                await proxy.close()
 
     async def view(self, client: httpx.AsyncClient) -> dict[str, Any] | None:
         """`GET /v1/cluster`; None while the router does not answer."""

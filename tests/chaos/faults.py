@@ -8,8 +8,8 @@ import signal
 import subprocess
 
 from tests.chaos.cluster import ChaosCluster
-from tests.chaos.proxy import GOOD, Condition
 from tests.chaos.schedule import Fault
+from tests.support.proxy import GOOD, Condition
 
 STOP_S = 20.0
 """SIGTERM must end a node within this: it lets its work come to an end first."""
@@ -39,7 +39,7 @@ class Injector:
                 await asyncio.to_thread(self._harm_wire, kind)
             case "link", kind:
                 condition = {"cut": Condition(is_cut=True), "stall": Condition(is_stalled=True), "slow": SLOW_LINK}[kind]
-                self._cluster.proxies[fault.victim].set(condition)
+                self._cluster.set_link(fault.victim, condition)
             case _, "kill" | "restart":
                 self.down.add(fault.victim)
                 await asyncio.to_thread(self._cluster.kill, fault.victim)
@@ -57,7 +57,7 @@ class Injector:
                 assert self._cluster.wire is not None
                 await asyncio.to_thread(self._cluster.wire.mend)
             case "link", _:
-                self._cluster.proxies[fault.victim].set(GOOD)
+                self._cluster.set_link(fault.victim, GOOD)
             case _, "kill" | "restart" | "terminate":
                 self._cluster.start_node(fault.victim)
                 self.down.discard(fault.victim)

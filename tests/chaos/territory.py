@@ -17,8 +17,8 @@ from functools import partial
 from typing import TypeVar
 
 from bench.namespaces import DEVICE, Namespace, limit, linked
-from tests.chaos.proxy import Connect
 from tests.support.clusters import is_root
+from tests.support.proxy import Connect
 
 FAST, SLOW = "10gbit", "20mbit"
 _NOBODY = "02:00:00:00:00:01"
@@ -65,8 +65,8 @@ def wired() -> Iterator[Wire]:
         yield Wire(prefill, decode)
 
 
-def connector(port: int, space: Namespace | None) -> Connect:
-    """Connects to 127.0.0.1:`port` of `space`, or of here."""
+def connector(port: int, space: Namespace) -> Connect:
+    """Connects to 127.0.0.1:`port` of `space`."""
 
     async def connect() -> socket.socket:
         made = await asyncio.to_thread(_in_space, space, partial(socket.create_connection, ("127.0.0.1", port), 5))
@@ -76,10 +76,8 @@ def connector(port: int, space: Namespace | None) -> Connect:
     return connect
 
 
-def _in_space(space: Namespace | None, make: Callable[[], Result]) -> Result:
+def _in_space(space: Namespace, make: Callable[[], Result]) -> Result:
     """What `make` returns, called on a thread that has entered `space`: the thread ends with it, so nobody else gets lost there."""
-    if space is None:
-        return make()
     results: list[Result] = []
     errors: list[OSError] = []
 

@@ -6,8 +6,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from tests.chaos.proxy import GOOD, Condition, LinkProxy
 from tests.support.clusters import free_port
+from tests.support.proxy import GOOD, Condition, LinkProxy
 
 DEADLINE_S = 20.0
 

@@ -24,7 +24,11 @@ class ProxiedCluster(Cluster):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True)
         self._ports = {name: free_port() for name in (*self.names("prefill"), *self.names("decode"))}
-        self._proxies = {name: LinkProxy(connector(self.nodes[name].port)) for name in self._ports}
+        self._proxies = {name: LinkProxy(self.connector_of(name)) for name in self._ports}
+
+    def connector_of(self, name: str) -> Connect:
+        """How this node is reached from here."""
+        return connector(self.nodes[name].port)
 
     def config_of(self, name: str) -> Path:
         return self.directory / "router.toml" if name == "router" else self.config

@@ -20,7 +20,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """How a link is."""
 
     is_cut: bool = False
-    """Connections are reset, new ones as well."""
+    """Connections end, new ones as well."""
     is_stalled: bool = False
     """Connections stay, and nothing comes through."""
     delay_s: float = 0.0
@@ -72,7 +72,7 @@ class LinkProxy:
         try:
             if not self._condition.is_cut:
                 await self._carry(reader, writer)
-            writer.close()
+            await _closed(writer)
         except asyncio.CancelledError:
             writer.transport.abort()  # cut, or closed: this task ends here
         finally:
@@ -87,7 +87,7 @@ class LinkProxy:
         ways = [asyncio.ensure_future(self._pump(reader, far_writer)), asyncio.ensure_future(self._pump(far_reader, writer))]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            far_writer.close()
+            await _closed(far_writer)
         except asyncio.CancelledError:
             far_writer.transport.abort()
             raise
@@ -111,3 +111,10 @@ class LinkProxy:
         if wait_s:
             await asyncio.sleep(wait_s)
         await self._flows.wait()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    """Returns when what was written is on its way and the connection is gone."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()

@@ -1,5 +1,6 @@
 # make run     a cluster on this machine, from nothing: router, prefill node, decode node
 # make test    everything that must hold: style, types, tests
+# make nightly what takes hours: the slow tests, 500 faults under load, half an hour of soak (docs/reliability.md)
 #
 # Both make .venv and install into it; from then on they start at once. Where there is no GPU, `TORCH=cpu` fetches
 # PyTorch's CPU build: 0.2 GB instead of 3. Another interpreter: `make run PYTHON=python3.12`.
@@ -17,7 +18,7 @@ ifeq ($(TORCH),cpu)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: run test clean
+.PHONY: run test nightly clean
 
 run: $(VENV)/.installed
 	@exec $(BIN)/disaggd up
@@ -27,6 +28,11 @@ test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+nightly: $(VENV)/.installed-dev
+	$(BIN)/pytest -m nightly
+	$(BIN)/python -m tests.chaos --faults 500 --requests 5000 --json $(VENV)/chaos.json
+	$(BIN)/python -m tests.chaos --soak 30 --load 0.8 --json $(VENV)/soak.json
 
 clean:
 	rm -rf $(VENV)

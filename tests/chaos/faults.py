@@ -11,8 +11,8 @@ from tests.chaos.cluster import ChaosCluster
 from tests.chaos.schedule import Fault
 from tests.support.proxy import GOOD, Condition
 
-STOP_S = 20.0
-"""SIGTERM must end a node within this: it lets its work come to an end first."""
+STOP_S = 30.0
+"""SIGTERM must end a node within this, after `drain_s`: a process that is short of processor time needs a while to end."""
 
 SLOW_LINK = Condition(delay_s=0.08, bytes_per_s=60_000)
 _RUNS_S, _STANDS_S = 0.02, 0.06
@@ -26,8 +26,9 @@ class NotStopped(Exception):
 class Injector:
     """The faults that are there now."""
 
-    def __init__(self, cluster: ChaosCluster) -> None:
+    def __init__(self, cluster: ChaosCluster, drain_s: float) -> None:
         self._cluster = cluster
+        self._drain_s = drain_s
         self._slowing: dict[str, asyncio.Task[None]] = {}
         self.down: set[str] = set()
         """Nodes that are dead because we killed them."""
@@ -82,10 +83,10 @@ class Injector:
         process = self._cluster.nodes[name].process
         assert process is not None
         try:
-            await asyncio.to_thread(process.wait, STOP_S)
+            await asyncio.to_thread(process.wait, self._drain_s + STOP_S)
         except subprocess.TimeoutExpired:
             await asyncio.to_thread(self._cluster.kill, name)
-            raise NotStopped(f"SIGTERM did not end {name} within {STOP_S:g} s") from None
+            raise NotStopped(f"SIGTERM did not end {name} within {self._drain_s + STOP_S:g} s") from None
 
     async def _slow(self, name: str) -> None:
         while True:

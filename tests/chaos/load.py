@@ -55,6 +55,19 @@ class Load:
     async def aclose(self) -> None:
         await self._client.aclose()
 
+    async def saturate(self, clients: int, seconds: float) -> float:
+        """Requests per second that `clients` are answered together, each of which asks anew as soon as it is."""
+        until_s = time.monotonic() + seconds
+
+        async def ask_on() -> None:
+            while time.monotonic() < until_s:
+                await self.one(next(self._asks))
+
+        before = len(self.outcomes)
+        began_s = time.monotonic()
+        await asyncio.gather(*(ask_on() for _ in range(clients)))
+        return (len(self.outcomes) - before) / (time.monotonic() - began_s)
+
     async def one(self, ask: Ask) -> Outcome:
         """A request out of turn."""
         outcome = Outcome(ask=ask, began_s=time.monotonic())

@@ -1,7 +1,11 @@
-"""What a run came to: JSON for machines, Markdown for docs/reliability.md. Pure."""
+"""What a run came to: JSON for machines, Markdown for docs/reliability.md."""
 
+import platform
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 
 import msgspec
@@ -89,7 +93,7 @@ def _summary(report: Report) -> str:
             f"{report.count('crash', 'traceback', 'not_healed', 'not_stopped', 'idle')}",
         ),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _cells(report: Report) -> str:
@@ -102,7 +106,7 @@ def _cells(report: Report) -> str:
         served = [record.served_again_s for record in records if record.served_again_s is not None]
         heals = [record.heal_s for record in records]
         rows.append((cell.part, cell.kind, str(len(records)), _spread(served), _spread(heals)))
-    return _table(("part", "fault", "times", "next answer, s (median, max)", "whole again, s (median, max)"), rows)
+    return table(("part", "fault", "times", "next answer, s (median, max)", "whole again, s (median, max)"), rows)
 
 
 def _growths(growths: Sequence[Growth]) -> str:
@@ -116,13 +120,25 @@ def _growths(growths: Sequence[Growth]) -> str:
         )
         for one in growths[:8]
     ]
-    return _table(("process", "readings", "fds", "threads", "RSS, MiB"), rows)
+    return table(("process", "readings", "fds", "threads", "RSS, MiB"), rows)
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{median(values):.1f}, {max(values):.1f}" if values else "none"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """The one that this runs on."""
+    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(models)} × {models[0]}" if models else platform.machine()
+
+
+def began_at(began_s: float) -> str:
+    """Date and time, UTC, of monotonic seconds."""
+    return datetime.fromtimestamp(time.time() - time.monotonic() + began_s, UTC).strftime("%Y-%m-%d %H:%M")

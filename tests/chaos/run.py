@@ -5,11 +5,8 @@ Runs on one asyncio loop. A rest lets faults heal and requests end, judges each 
 
 import asyncio
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 
 import httpx
 
@@ -17,7 +14,7 @@ from tests.chaos.cluster import NUM_BLOCKS, ChaosCluster, incarnations, missing
 from tests.chaos.faults import Injector, NotStopped
 from tests.chaos.ledger import Outcome, Spell, Verdict, judge
 from tests.chaos.load import Load
-from tests.chaos.report import FaultRecord, Finding, Report, ends_of, served_again_s
+from tests.chaos.report import FaultRecord, Finding, Report, began_at, ends_of, machine, served_again_s
 from tests.chaos.schedule import DEADLY, Ask, Fault, Tempo
 from tests.chaos.watch import Reading, growths, read
 
@@ -41,7 +38,7 @@ class Run:
 
     def __init__(self, cluster: ChaosCluster, load: Load, tempo: Tempo, say: Say) -> None:
         self._cluster, self._load, self._tempo, self._say = cluster, load, tempo, say
-        self._injector = Injector(cluster)
+        self._injector = Injector(cluster, tempo.drain_s)
         self._client = httpx.AsyncClient()
         self._active: dict[str, Fault] = {}
         """By victim: from just before its beginning until it has healed."""
@@ -262,13 +259,12 @@ class Run:
 
 def report_of(run: Run, *, seed: int, tempo: str, began_s: float, has_wire: bool) -> Report:
     """`began_s`: monotonic."""
-    took_s = time.monotonic() - began_s
     return Report(
         seed=seed,
         tempo=tempo,
-        began=datetime.fromtimestamp(time.time() - took_s, UTC).strftime("%Y-%m-%d %H:%M"),
+        began=began_at(began_s),
         machine=machine(),
-        seconds=took_s,
+        seconds=time.monotonic() - began_s,
         has_wire=has_wire,
         faults=run.records,
         requests=len(run.verdicts),
@@ -277,9 +273,3 @@ def report_of(run: Run, *, seed: int, tempo: str, began_s: float, has_wire: bool
         rests=run.num_rests,
         findings=run.findings,
     )
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
-    return f"{len(models)} × {models[0]}" if models else platform.machine()

@@ -56,6 +56,7 @@ class Tempo(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float
     quiesce_s: float
     user_timeout_s: float
+    drain_s: float
     hang_s: float
     heal_s: float
     """After a fault, and when no other is left, the cluster must be whole again within this."""
@@ -68,9 +69,19 @@ class Tempo(msgspec.Struct, frozen=True, kw_only=True):
         return self.heartbeat_s * self.missed_heartbeats
 
 
-QUICK = Tempo(heartbeat_s=0.4, missed_heartbeats=3, lease_s=1.5, quiesce_s=2.0, user_timeout_s=2.0, hang_s=8.0, heal_s=150.0, gap_s=0.5)
+QUICK = Tempo(
+    heartbeat_s=0.4, missed_heartbeats=3, lease_s=1.5, quiesce_s=2.0, user_timeout_s=2.0, drain_s=8.0, hang_s=8.0, heal_s=150.0, gap_s=0.5
+)
 STANDARD = Tempo(
-    heartbeat_s=1.0, missed_heartbeats=3, lease_s=5.0, quiesce_s=10.0, user_timeout_s=5.0, hang_s=60.0, heal_s=150.0, gap_s=2.0
+    heartbeat_s=1.0,
+    missed_heartbeats=3,
+    lease_s=5.0,
+    quiesce_s=10.0,
+    user_timeout_s=5.0,
+    drain_s=30.0,
+    hang_s=60.0,
+    heal_s=150.0,
+    gap_s=2.0,
 )
 """The product's own defaults."""
 

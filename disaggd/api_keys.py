@@ -41,6 +41,8 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences in flight at once; one more is refused with 429."""
     tokens_per_minute: Positive | None = None
     """Prompt and output tokens; a minute's worth may be used at once."""
+    own_cache: bool = False
+    """Its cached prefixes are nobody else's: no other key learns from response times what it asked."""
     may_override: bool = False
     """It may say where its prompts are prefilled (`x-disaggd-policy`)."""
     admin: bool = False

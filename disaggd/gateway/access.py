@@ -58,6 +58,14 @@ class Client:
         """Whose receipts: the holder's own, or everybody's."""
         return None if self.is_admin else self.name
 
+    def salt(self, given: str) -> str:
+        """What separates its cached prefixes from others', for a request whose `cache_salt` is `given`. No other key can ask for it."""
+        if self.key is None:
+            return given
+        if self.key.own_cache:
+            return f"key:{self.key.name}:{given}"
+        return given and f"salt:{given}"
+
 
 class Access:
     """The keys of a router, and what their holders have in hand. `keys` are None where everybody may do everything."""

@@ -104,7 +104,7 @@ class TextEndpoints:
                     tokens=tokens,
                     sampling=_settle(options, len(tokens), self._backend.max_model_len),
                     policy=call.policy,
-                    cache_salt=options.cache_salt,
+                    cache_salt=call.client.salt(options.cache_salt),
                     priority=options.priority,
                     session=call.session,
                     key=call.client.name,

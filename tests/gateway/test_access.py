@@ -133,6 +133,16 @@ def test_an_override_is_for_keys_that_may(door: Door, backend: Any) -> None:
     assert [request.policy for request in backend.requests] == ["remote", "remote"]
 
 
+def test_a_key_may_have_cached_prefixes_of_its_own_that_no_other_can_ask_for(backend: Any, tokenizer: Any) -> None:
+    door = Door(backend, tokenizer, api_key("alice", ALICE, own_cache=True), api_key("bob", BOB), api_key("carol", ROOT, own_cache=True))
+    asked = [(ALICE, ""), (ALICE, "x"), (ROOT, ""), (BOB, ""), (BOB, "x"), (BOB, "key:alice:"), (BOB, "key:alice:x")]
+    for key, salt in asked:
+        door(key, "POST", "/v1/completions", json={"prompt": "x", "cache_salt": salt})
+    salts = [request.cache_salt for request in backend.requests]
+    assert len(set(salts)) == len(asked)
+    assert salts[3] == "", "who has none and asks for none shares with all that do alike"
+
+
 def test_a_receipt_is_shown_to_its_own_key_and_to_admins(door: Door) -> None:
     door.complete(ALICE, **{"x-request-id": "of-alice"})
     assert door(BOB, "GET", "/v1/requests/of-alice").status_code == 404

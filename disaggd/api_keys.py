@@ -96,17 +96,20 @@ class KeyFile:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._seen: tuple[int, ...] | None = None
+        self._read: tuple[int, ...] | None = None
+        """What it was when it was read last, well or not."""
+        self._looked_at: tuple[int, ...] | None = None
 
     def read(self) -> tuple[ApiKey, ...]:
         """Raises ConfigError, which names the file."""
         with naming(f"router.api_keys: {self._path}"):
-            self._seen = self._stamp()
+            self._read = self._stamp()
             return parse_keys(read_text(self._path))
 
     def has_changed(self) -> bool:
-        """Since it was last read, well or not."""
-        return self._stamp() != self._seen
+        """Since it was read, but not since it was looked at last: nobody is about to write the rest of it."""
+        looked_at, self._looked_at = self._looked_at, self._stamp()
+        return self._looked_at == looked_at != self._read
 
     def _stamp(self) -> tuple[int, ...] | None:
         try:

@@ -20,7 +20,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Never, TypeVar
 
 import msgspec
@@ -81,7 +81,7 @@ class LinkSettings:
     max_buffered_bytes: int = 256 * 2**20
     """Frames that wait for a slow peer; more closes the link."""
     max_frame_bytes: int = 64 * 2**20
-    secret: str | None = None
+    secret: str | None = field(default=None, repr=False)
     accept_tls: ssl.SSLContext | None = None
     """A listener's; with `dial_tls`, or neither."""
     dial_tls: ssl.SSLContext | None = None

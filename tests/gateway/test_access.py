@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.requests import Request
 from starlette.routing import Route
 
 from disaggd.api_keys import ApiKey, digest_of, new_key
@@ -44,6 +45,11 @@ class Door:
     def complete(self, key: str | None, tokens: int = 3, max_tokens: int | None = 2, **headers: str) -> httpx.Response:
         body = {"prompt": list(range(100, 100 + tokens)), "max_tokens": max_tokens}
         return self(key, "POST", "/v1/completions", json=body, headers=headers)
+
+    def scope(self, key: str) -> dict[str, Any]:
+        """Of a bare request with `key`."""
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        return {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1)}
 
     def count(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -225,6 +231,14 @@ def test_a_request_that_was_refused_before_its_first_token_costs_nothing(backend
     backend.script = lost
     assert door.complete(ALICE, tokens=18, max_tokens=2).status_code == 503
     assert door.complete(ALICE, tokens=18, max_tokens=2).status_code == 429, "19 were used by the one that was lost"
+
+
+def test_a_client_that_leaves_pays_for_its_prompt_and_has_nothing_in_flight(backend: Any, tokenizer: Any) -> None:
+    door = limited(backend, tokenizer, tokens_per_minute=20, max_requests=1)
+    client = door.access.client(Request(door.scope(ALICE)), "key")
+    with pytest.raises(asyncio.CancelledError), door.access.reserved(client, 1, 20, lambda: (15, 0)):
+        raise asyncio.CancelledError
+    assert (client.num_running, client.level) == (0, 5)
 
 
 def test_a_request_larger_than_a_minutes_tokens_runs_when_none_are_used_and_is_paid_off(backend: Any, tokenizer: Any) -> None:

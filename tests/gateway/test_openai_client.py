@@ -9,8 +9,14 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from prometheus_client import CollectorRegistry
 
+from disaggd.api_keys import key_table, new_key, parse_keys
+from disaggd.gateway.access import Access
+from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, GenerationRequest
+from disaggd.gateway.limits import GatewayLimits
+from disaggd.observe.metrics import Metrics
 
 
 @asynccontextmanager
@@ -129,3 +135,26 @@ def test_a_client_that_hangs_up_aborts_its_sequence(drive: Any, backend: Any) ->
 
     drive(talk)
     assert len(backend.events) == 1
+
+
+def test_a_key_and_its_limits_are_the_clients_own_exceptions(backend: Any, tokenizer: Any) -> None:
+    key = new_key()
+    metrics = Metrics(CollectorRegistry())
+    access = Access(metrics, parse_keys(key_table("alice", key) + "tokens_per_minute = 10\n"))
+    app = create_app(backend, tokenizer, metrics, GatewayLimits(), access)
+
+    async def talk() -> None:
+        async with served(app) as stranger:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                await stranger.models.list()
+            assert refused.value.code == "invalid_api_key"
+            alice = stranger.with_options(api_key=key)
+            assert [model.id for model in (await alice.models.list()).data] == ["tiny"]
+            await alice.completions.create(model="tiny", prompt="def größer():", max_tokens=8)
+            with pytest.raises(openai.RateLimitError) as limited:
+                await alice.completions.create(model="tiny", prompt="def größer():", max_tokens=8)
+            assert int(limited.value.response.headers["retry-after"]) > 0
+            with pytest.raises(openai.PermissionDeniedError):
+                await alice.get("/cluster", cast_to=object)
+
+    asyncio.run(talk())

@@ -21,6 +21,9 @@ WARNING_STYLE = "33"
 _LEVEL_STYLES = {"debug": "2", "warning": WARNING_STYLE, "error": "31", "critical": "1;31"}
 _HEAD = re.compile(r"^(\d\d:\d\d:\d\d) ((debug|warning|error|critical):)?")
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"}
+"""A terminal obeys these."""
+
 NODE_STYLES = ("36", "35", "32", "34", "96", "95", "92", "94")
 """Terminal styles that tell nodes apart: cyan, magenta, green, blue and their bright kin."""
 
@@ -85,7 +88,7 @@ def start_progress(model: str) -> Iterator[StartProgress]:
 
 
 class _Lines(logging.Formatter):
-    """A message is one line whatever a client put into it; only tracebacks take more."""
+    """A message is one line, and moves no cursor, whatever a client put into it; only tracebacks take more."""
 
     def __init__(self, node: str, *, coloured: bool) -> None:
         super().__init__("%(asctime)s %(level)s%(message)s", datefmt="%H:%M:%S")
@@ -94,6 +97,6 @@ class _Lines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         record.level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
+        record.message = record.message.translate(_CONTROLS)
         line = super().formatMessage(record)
         return f"[{self._node}] {paint(line) if self._coloured else line}"

@@ -32,6 +32,11 @@ def test_an_event_is_one_line_with_the_nodes_name(stream: io.StringIO) -> None:
     assert warning.endswith(" warning: a client sent 'x' and two\\nlines")
 
 
+def test_what_a_terminal_would_obey_is_spelt_out(stream: io.StringIO) -> None:
+    logging.getLogger("disaggd.test").info("GET /%s", "\x1b[2Jmodèle\x07\t\r\x9b1m")
+    assert stream.getvalue().endswith(" GET /\\x1b[2Jmodèle\\x07\\t\\r\\x9b1m\n")
+
+
 def test_libraries_are_heard_from_warnings_on(stream: io.StringIO) -> None:
     library = logging.getLogger("library.cache")
     library.info("cache stats:")

@@ -28,6 +28,8 @@ from disaggd.errors import HelloRefused
 SECRET_FIELD = "secret"
 """Of a `HelloRejected` for a wrong proof; it tells no value."""
 _NONCE_BYTES = 32
+_MAX_QUOTED = 80
+"""Characters of a refusal that go into a log."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(RouterHello | Challenge | Proof | NodeHello | HelloRejected).decode
@@ -68,7 +70,8 @@ class Greeting:
         message = await self._receive()
         frame = _decode(message)
         if isinstance(frame, HelloRejected):
-            raise SecretRefused if frame.field == SECRET_FIELD else HelloRefused(frame.field, frame.theirs, frame.ours)
+            field, theirs, ours = (text[:_MAX_QUOTED] for text in (frame.field, frame.ours, frame.theirs))  # from anybody
+            raise SecretRefused if field == SECRET_FIELD else HelloRefused(field, ours, theirs)
         if not isinstance(frame, kind):
             raise UnexpectedFrame(f"{type(frame).__name__} instead of {kind.__name__}")
         self._note(message)

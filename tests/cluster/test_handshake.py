@@ -194,6 +194,17 @@ def test_a_node_of_an_older_version_is_understood() -> None:
     asyncio.run(scenario())
 
 
+def test_a_strangers_refusal_is_quoted_in_brief() -> None:
+    async def scenario() -> None:
+        wire = Wire()
+        wire.to_router.put_nowait(msgspec.msgpack.encode(HelloRejected("f" * 1000, "o" * 1000, "t" * 1000)))
+        with pytest.raises(HelloRefused) as caught:
+            await meet_node(wire.router(), ROUTER, P0)
+        assert str(caught.value) == f"hello refused: {'f' * 80} differs (ours '{'t' * 80}', theirs '{'o' * 80}')"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("frame", [Proof(b"x"), NODE, Challenge(b"x")])
 def test_a_frame_out_of_turn_ends_the_handshake(frame: Frame) -> None:
     async def scenario() -> None:

@@ -88,6 +88,7 @@ def up(outer_path: Path | None, config_path: Path | None) -> int:
         node_command(path),
         lambda router, view: click.echo(banner(config, router, view)),
         tls=config.router.scheme == "https",
+        has_keys=config.router.api_keys is not None,
         grace_s=config.cluster.drain_s + STOP_GRACE_S,
     )
     interrupts_raise()

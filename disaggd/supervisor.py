@@ -121,6 +121,7 @@ class Supervisor:
         on_ready: OnReady,
         *,
         tls: bool = False,
+        has_keys: bool = False,
         out: TextIO | None = None,
         grace_s: float = STOP_GRACE_S,
         restart_pause_s: float = RESTART_PAUSE_S,
@@ -130,6 +131,8 @@ class Supervisor:
         self._on_ready = on_ready
         self._tls = blind_context() if tls else None
         """Routers serve HTTPS."""
+        self._has_keys = has_keys
+        """Routers show the cluster to nobody without an API key, and we have none."""
         self._out = out or sys.stderr
         self._grace_s = grace_s
         self._restart_pause_s = restart_pause_s
@@ -229,7 +232,7 @@ class Supervisor:
                     return
         self._is_ready = True
         for router in routers:
-            self._on_ready(router, await _view(router.listen, self._tls))
+            self._on_ready(router, None if self._has_keys else await _view(router.listen, self._tls))
 
     async def _end_children(self) -> None:
         """Routers first: they take nothing new and end when their requests have, for which they need the engine nodes. What outlives

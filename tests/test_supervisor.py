@@ -19,6 +19,7 @@ from disaggd.errors import ConfigError, ResourceError
 from disaggd.ids import NodeName
 from disaggd.supervisor import ClusterView, LinkedNode, LinkedPair, OnReady, Supervisor, banner, check_ports, local_nodes, node_command
 from disaggd.units import Address
+from tests.support.certificates import make_certificates
 
 WAIT = "import signal; print('up', flush=True); signal.sigwait({signal.SIGTERM}); print('ended', flush=True)"
 """A node that ends when it is told to. SIGTERM must be blocked to be waited for."""
@@ -77,7 +78,13 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: OnReady = lambda router, view: None, grace_s: float = 10.0) -> int:
+def supervise(
+    programs: dict[NodeConfig, str],
+    screen: Screen,
+    on_ready: OnReady = lambda router, view: None,
+    grace_s: float = 10.0,
+    **options: bool,
+) -> int:
     view = msgspec.json.encode(WHOLE).decode()
 
     async def limited() -> int:
@@ -88,6 +95,7 @@ def supervise(programs: dict[NodeConfig, str], screen: Screen, on_ready: OnReady
             out=screen,
             grace_s=grace_s,
             restart_pause_s=0.001,
+            **options,
         )
         async with asyncio.timeout(30):
             return await supervisor.run()
@@ -193,14 +201,36 @@ def test_nodes_of_other_hosts_are_left_to_them(free_port: Callable[[], int]) -> 
 
 def test_who_is_ready_is_asked_of_the_router(free_port: Callable[[], int]) -> None:
     router = node("router", "router", free_port())
-    told: list[tuple[NodeConfig, ClusterView]] = []
+    told: list[tuple[NodeConfig, ClusterView | None]] = []
 
-    def on_ready(router: NodeConfig, view: ClusterView) -> None:
+    def on_ready(router: NodeConfig, view: ClusterView | None) -> None:
         told.append((router, view))
         terminate()
 
     assert supervise({router: ROUTER}, Screen(), on_ready) == 0
     assert told == [(router, WHOLE)]
+
+
+def test_a_router_with_tls_and_keys_is_asked_over_tls_whether_it_is_ready_and_nothing_else(
+    free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    made = make_certificates(tmp_path)
+    tls = (
+        "import ssl\ntls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
+        f"tls.load_cert_chain({made.path('router.pem')!r}, {made.path('router.key')!r})\n"
+        "server = tls.wrap_socket(server, server_side=True)\ndef answer("
+    )
+    program = ROUTER.replace("def answer(", tls).replace("client.recv(4096)", "print(client.recv(4096).split()[1].decode(), flush=True)")
+    told: list[ClusterView | None] = []
+
+    def on_ready(_: NodeConfig, view: ClusterView | None) -> None:
+        told.append(view)
+        terminate()
+
+    screen = Screen()
+    assert supervise({node("router", "router", free_port()): program}, screen, on_ready, tls=True, has_keys=True) == 0
+    assert told == [None]
+    assert {line for line in screen.lines if "/" in line} == {"[router] /ready"}
 
 
 CONFIG = parse_config(

@@ -134,6 +134,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A grant of blocks that shows no progress for so long is taken back."""
     quiesce_s: Seconds = 10.0
     """A prefill node that does not confirm within this that it stopped writing is fenced off."""
+    push_timeout_s: Seconds = 30.0
+    """A node is given up of whose writes, of a layer or so each, none ends for so long."""
     user_timeout_s: Seconds = 5.0
     """TCP gives a silent peer up after this."""
     staging: Size = Size(2**30)
@@ -153,6 +155,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """So many silent heartbeats and a link counts as lost."""
     reconnect_max_s: Seconds = 1.0
     """The longest pause between two attempts to reach a node."""
+    stuck_s: Seconds = 60.0
+    """An engine node whose compute or transfer thread does not get on for so long, not by one layer or one call, ends itself."""
     drain_s: Seconds = 30.0
     """A node that is told to stop finishes what it has, for so long at most. Whoever kills it must wait longer: `TimeoutStopSec` of its
     systemd unit."""

@@ -327,6 +327,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "reqps",
             (Query(rate("disaggd_refused_links_total", "by, cause"), "{{by}}: {{cause}}"),),
         ),
+        Panel(
+            "Threads that do not get on",
+            "For so long a node's compute or transfer thread has been in one layer, or one call. At stuck_s the node ends.",
+            "s",
+            (Query(f"{of_nodes('disaggd_node_thread_silent_seconds', 'node, thread')} > 0", "{{node}}: {{thread}}"),),
+        ),
         Panel("Running", "Sequences that engines compute.", "short", (Query(of_nodes("disaggd_num_requests_running"), "{{node}}"),)),
         Panel(
             "Waiting",

@@ -14,7 +14,7 @@ router ──► prefill                        prefill ──► router
 both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
-engine nodes also send Gauges, Measured, RefusedLinks and CacheEvents, which a router may ask for with CacheSnapshot
+engine nodes also send Gauges, Measured, RefusedLinks, SlowThread and CacheEvents, which a router may ask for with CacheSnapshot
 an engine node that is told to stop sends Draining, and stops when every router has answered Dismiss
 ```
 """
@@ -399,6 +399,14 @@ class Measured(Frame, frozen=True):
     """What each further one adds."""
 
 
+class SlowThread(Frame, frozen=True):
+    """Engine node → every router, once a second while one of the node's threads does not get on; and when it does again, with 0."""
+
+    thread: str
+    seconds: float
+    """For so long."""
+
+
 class RefusedLinks(Frame, frozen=True):
     """Engine node → every router, when it grows and at link up: how many links the node has refused for one cause since its start.
 
@@ -456,5 +464,6 @@ ToRouter = (
     | Measured
     | Draining
     | RefusedLinks
+    | SlowThread
 )
 """What an engine node may send."""

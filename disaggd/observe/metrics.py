@@ -89,6 +89,7 @@ class Metrics:
         self._node_up = Gauge("disaggd_node_up", "Whether the node's link is up", ["node", "role"], registry=registry)
         self._refused_links = Counter("disaggd_refused_links", "Links refused, and who did", ["by", "cause"], registry=registry)
         self._draining = _per_node("node_draining", "Whether the node is about to stop", registry)
+        self._slow_thread = _per_node("node_thread_silent_seconds", "Since a thread of it got on, where that is long", registry, "thread")
         self._kv_path_up = Gauge("disaggd_kv_path_up", "Whether KV may be pushed", ["writer", "target"], registry=registry)
         self._blocks = _per_node("kv_blocks", "KV blocks", registry, "state")
         self._usage = _per_node("kv_cache_usage_perc", "Share of the KV blocks that no new sequence could have: 1 is all", registry)
@@ -217,6 +218,7 @@ class Metrics:
         if not up:
             for gauge in (
                 self._draining,
+                self._slow_thread,
                 self._blocks,
                 self._usage,
                 self._backlog,
@@ -225,6 +227,10 @@ class Metrics:
                 *self._sequences.values(),
             ):
                 gauge.remove_by_labels({"node": node})
+
+    def set_slow_thread(self, node: str, thread: str, seconds: float) -> None:
+        """The node's thread has not got on for so long; 0: it does again."""
+        self._slow_thread.labels(node, thread).set(seconds)
 
     def set_draining(self, node: str, is_draining: bool) -> None:
         """It finishes what it has, and takes nothing new."""

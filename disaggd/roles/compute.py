@@ -14,6 +14,7 @@ from typing import NewType, Protocol
 from disaggd.cluster.protocol import CacheSnapshot, Dismiss, Draining, Gauges, ToNode, ToRouter
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
+from disaggd.pulse import Pulse
 from disaggd.roles.cache_report import CacheReport
 from disaggd.transfer.messages import TransferEvent
 
@@ -107,6 +108,7 @@ class Compute:
     """What an engine node's compute thread does, a turn at a time: whoever drives it takes the inbox and knows what time it is."""
 
     def __init__(self, engine: Engine, role: Role, outbox: Outbox, clock: Callable[[], float]) -> None:
+        self.pulse = Pulse()
         self._engine = engine
         self._role = role
         self._outbox = outbox
@@ -166,13 +168,18 @@ class Compute:
 
     def turn(self) -> None:
         """Do what is due, compute one step, hand its tokens out."""
+        self.pulse.beat()
         self._role.tick()
         self._outbox.flush()
-        outputs = self._engine.step(self._role.layers_done)
+        outputs = self._engine.step(self._layers_done)
         self._role.deliver(outputs)
         self._report_cache()
         self._report_gauges()
         self._outbox.flush()
+
+    def _layers_done(self, plan: StepPlan, layers: range) -> None:
+        self.pulse.beat()
+        self._role.layers_done(plan, layers)
 
     def _ask_to_go(self, link: LinkId) -> None:
         assert self._undismissed is not None
@@ -225,6 +232,10 @@ class ComputeThread:
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
 
+    @property
+    def pulse(self) -> Pulse:
+        return self._compute.pulse
+
     def start(self) -> None:
         self._thread.start()
 
@@ -253,12 +264,17 @@ class ComputeThread:
     def _take_inbox(self) -> None:
         """Handle every message there is; with nothing to compute, wait for one, or for the next deadline."""
         try:
-            message = self.inbox.get_nowait() if self._compute.has_work else self.inbox.get(timeout=self._idle_s())
+            message = self.inbox.get_nowait() if self._compute.has_work else self._wait()
             while True:
+                self.pulse.beat()
                 self._handle(message)
                 message = self.inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _wait(self) -> Message | Stop:
+        self.pulse.rest()
+        return self.inbox.get(timeout=self._idle_s())
 
     def _idle_s(self) -> float | None:
         deadline = self._compute.next_deadline()

@@ -19,15 +19,16 @@ from concurrent.futures import Future
 from disaggd.clock import lease_clock
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
-from disaggd.cluster.protocol import RefusedLinks, ToNode
+from disaggd.cluster.protocol import RefusedLinks, SlowThread, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.engine.self_measurement import measure_steps
-from disaggd.errors import DisaggdError
+from disaggd.errors import EXIT_RESOURCE, DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.roles.stopping import StopSignals
+from disaggd.roles.watchdog import SLOW_S, Watchdog
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
 from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
@@ -70,6 +71,7 @@ class EngineNode:
             port_range=config.transfer.port_range,
             on_start=self._loaded.stream.enter,
             staging=staging,
+            push_timeout_s=config.transfer.push_timeout_s,
         )
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, staging, outbox, self._transfer.submit)
@@ -82,6 +84,8 @@ class EngineNode:
             on_start=self._loaded.stream.enter,
             drained=lambda: self._call_soon(self._ended.set),
         )
+        pulses = {"compute": self._compute.pulse, "transfer": self._transfer.pulse}
+        self._watchdog = Watchdog(pulses, config.cluster.stuck_s, self._on_slow_thread, self._end_stuck)
 
     async def serve(self) -> None:
         """Run until a signal has it drained, or a failure, which is raised. If it was SIGINT, KeyboardInterrupt is."""
@@ -92,11 +96,13 @@ class EngineNode:
         self._transfer.start()
         self._compute.start()
         server: LinkServer | None = None
+        watching = self._loop.create_task(self._watchdog.run())
         try:
             server = await self._listen()
             log.info("%s node ready at %s: %d blocks of %d tokens", self._node.role, self._node.listen, *self._pool_size())
             await self._ended.wait()
         finally:
+            watching.cancel()
             if server is not None:
                 await server.close()
             await asyncio.to_thread(self._stop_threads)
@@ -141,6 +147,19 @@ class EngineNode:
         """Whatever its threads are doing: nothing waits for them. That the process is gone is what stops its peers' writes."""
         log.warning("ended at once by a second signal")
         os._exit(self._signals.exit_code)
+
+    def _on_slow_thread(self, thread: str, seconds: float) -> None:
+        if not seconds:
+            log.info("the %s thread gets on again", thread)
+        elif seconds == SLOW_S:
+            log.warning("the %s thread has not got on for %g s", thread, seconds)
+        for link in self._links.values():
+            link.send(SlowThread(thread, seconds))
+
+    def _end_stuck(self, thread: str) -> None:
+        """Its routers go on elsewhere; whoever keeps the process starts it anew."""
+        log.error("the %s thread is stuck: nothing from it for %g s; this node ends", thread, self._config.cluster.stuck_s)
+        os._exit(EXIT_RESOURCE)
 
     # ── links (asyncio thread) ───────────────────────────────────────────────────────────────────────────────────────
 

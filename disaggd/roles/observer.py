@@ -75,6 +75,10 @@ class Observer:
         self._refused[cause] += 1
         self._metrics.count_refused_links(self._router, cause, self._refused[cause])
 
+    def slow_thread(self, node: NodeName, thread: str, seconds: float) -> None:
+        self._metrics.set_slow_thread(node, thread, seconds)
+        self._recorder.sample(node, f"{thread} thread", [("stuck for s", seconds)])
+
     def gauges(self, node: NodeName, hello: NodeHello, gauges: Gauges) -> None:
         blocks, sequences = block_counts(gauges), _sequence_counts(gauges)
         self._metrics.set_blocks(node, blocks, hello.num_blocks)

@@ -27,7 +27,7 @@ from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
-from disaggd.cluster.protocol import Gauges, RefusedLinks, ToRouter
+from disaggd.cluster.protocol import Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
 from disaggd.errors import ConfigError, HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
@@ -242,11 +242,13 @@ class RouterBackend:
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
         if isinstance(frame, RefusedLinks):
-            self._observer.refused_by(link.name, frame.cause, frame.total)
-            return
+            return self._observer.refused_by(link.name, frame.cause, frame.total)
+        if isinstance(frame, SlowThread):
+            return self._observer.slow_thread(link.name, frame.thread, frame.seconds)
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
             self._observer.gauges(link.name, link.peer, frame)
+        return None
 
     def on_down(self, link: RouterLink, reason: str) -> None:
         self._observer.node_down(link.name, link.peer, reason)

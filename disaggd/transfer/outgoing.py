@@ -34,6 +34,10 @@ from disaggd.transfer.source import Load, Source
 
 MAX_SUMMED_BYTES = 8 << 20
 """Of which checksums are taken in one turn, a write more or less: 4 ms in which nothing is polled. The rest waits for the next."""
+PUSH_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 0.5
+LONGEST_TURN_S = 1.0
+"""A turn that took longer does not count as the peers' time: this process was stopped, or its machine slept."""
 
 
 @dataclass(slots=True)
@@ -42,6 +46,8 @@ class _Pair:
     remote_id: AgentId
     remote: Pool
     agent: Agent
+    silent_s: float = 0.0
+    """For so long no write to it has ended, while some were in flight."""
 
 
 class _Flight(msgspec.Struct, frozen=True):
@@ -56,10 +62,20 @@ class _Flight(msgspec.Struct, frozen=True):
 
 
 class Outgoing:
-    """Connects pairs, posts writes and polls them to their ends. Posts to the compute thread."""
+    """Connects pairs, posts writes and polls them to their ends. Posts to the compute thread.
+
+    A pair with writes in flight of which none ends for `push_timeout_s` is lost: TCP alone holds a small write to a peer that hangs for
+    ever, and its pusher would renew its lease as long.
+    """
 
     def __init__(
-        self, source: Source, rank: int, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None], clock: Callable[[], float]
+        self,
+        source: Source,
+        rank: int,
+        open_agent: Callable[[], Agent],
+        post: Callable[[TransferEvent], None],
+        clock: Callable[[], float],
+        push_timeout_s: float = PUSH_TIMEOUT_S,
     ) -> None:
         self._source = source
         self._pool = source.pool
@@ -68,6 +84,8 @@ class Outgoing:
         self._open_agent = open_agent
         self._post = post
         self._clock = clock
+        self._push_timeout_s = push_timeout_s
+        self._looked_at = clock()
         self._pairs: dict[NodeName, _Pair] = {}
         self._pushes: dict[GrantToken, Push] = {}
         self._flights: list[_Flight] = []
@@ -208,11 +226,24 @@ class Outgoing:
             pair.agent.notifications()  # nobody writes to these agents; the call lets their own messages out
         for flight in list(self._flights):
             self._poll(flight)
+        self._lose_silent_pairs()
         self._is_short = False
         self._summed_bytes = 0
         for push in list(self._pushes.values()):
             self._expire(push)
             self._advance(push)
+
+    def _lose_silent_pairs(self) -> None:
+        now = self._clock()
+        passed_s = now - self._looked_at
+        if passed_s < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        in_flight = {flight.pair.peer for flight in self._flights}
+        for pair in list(self._pairs.values()):
+            pair.silent_s = pair.silent_s + min(passed_s, LONGEST_TURN_S) if pair.peer in in_flight else 0.0
+            if pair.silent_s >= self._push_timeout_s:
+                self._lose(pair, f"no write to it has ended for {self._push_timeout_s:g} s")
 
     def _live(self, token: GrantToken) -> Push | None:
         """The push, if it may post now."""
@@ -305,6 +336,7 @@ class Outgoing:
         self._lose(flight.pair, reason)
 
     def _end(self, flight: _Flight, kv_bytes: int | None) -> None:
+        flight.pair.silent_s = 0.0
         self._source.unload(flight.load)
         flight.push.ended(kv_bytes, self._clock())
         self.sent_bytes += kv_bytes or 0

@@ -13,12 +13,13 @@ import msgspec
 
 from disaggd.clock import lease_clock
 from disaggd.errors import DisaggdError, ResourceError
+from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import AgentMaker
 from disaggd.transfer.cadence import Cadence
 from disaggd.transfer.incoming import RETRY_S, Incoming
 from disaggd.transfer.layout import KVSpec, PoolPlace
-from disaggd.transfer.outgoing import Outgoing
+from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
 from disaggd.transfer.source import InPlace, Staged, Staging
@@ -64,16 +65,18 @@ class TransferThread:
         rank: int = 0,
         on_start: Callable[[], None] = lambda: None,
         staging: Staging | None = None,
+        push_timeout_s: float = PUSH_TIMEOUT_S,
     ) -> None:
         pool = Pool(place, kv)
         assert pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
+        self.pulse = Pulse()
         self._post = post
         self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
         source = InPlace(pool) if staging is None else Staged(pool, staging)
         open_agent = AgentMaker(PortRange(*port_range), source.registered)
         self._incoming = Incoming(source.registered, open_agent, self._report, clock)
-        self._outgoing = Outgoing(source, rank, open_agent, self._report, clock)
+        self._outgoing = Outgoing(source, rank, open_agent, self._report, clock, push_timeout_s)
         self._cadence = Cadence(clock)
         self._has_stirred = False
         self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)
@@ -135,6 +138,7 @@ class TransferThread:
             for command in commands:
                 if isinstance(command, _Stop):
                     return
+                self.pulse.beat()
                 self._obey(command)
             self._incoming.retry()
             self._incoming.deliver(arrived)
@@ -144,12 +148,15 @@ class TransferThread:
     def _take(self, timeout_s: float | None) -> list[m.TransferCommand]:
         """The commands that are there; waits for the first one until the timeout, None being forever."""
         commands: list[m.TransferCommand] = []
+        self.pulse.rest()
         try:
             commands.append(self._inbox.get(timeout_s != 0, timeout_s))
             while True:
                 commands.append(self._inbox.get_nowait())
         except queue.Empty:
             return commands
+        finally:
+            self.pulse.beat()
 
     def _obey(self, command: m.TransferCommand) -> None:
         match command:

@@ -199,6 +199,25 @@ def test_stop_ends_the_loop_after_its_turn() -> None:
     assert loop.role.notes[-1] == "deliver 1" and not loop.failures
 
 
+# ── its sign of life ──
+
+
+def test_the_thread_shows_a_pulse_at_every_layer_group_and_rests_only_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop()
+    pulse, seen = loop.thread.pulse, []
+    monkeypatch.setattr(loop.role, "layers_done", lambda plan, layers: seen.append((pulse.count, pulse.is_resting)))
+    add_sequence(loop)
+    loop.turn(LinkUp(A))
+    assert seen == [(3, False), (4, False)], "the message, the turn, and one more each"
+    loop.turn()
+    assert not pulse.is_resting, "there was work: it waited for nothing"
+    loop = Loop()
+    wait = loop.thread._idle_s
+    monkeypatch.setattr(loop.thread, "_idle_s", lambda: seen.append(loop.thread.pulse.is_resting) or wait())
+    loop.turn(LinkUp(A))
+    assert seen[-1] is True
+
+
 # ── a node that is to stop ──
 
 

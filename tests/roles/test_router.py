@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, RefusedLinks, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest
@@ -281,3 +281,16 @@ def test_refused_links_are_counted_wherever_they_were_refused_and_a_stranger_nam
         2,
     ]
     assert count("front", "whatever a stranger says") is None
+
+
+def test_a_nodes_thread_that_does_not_get_on_is_shown_until_it_does_or_the_node_is_down() -> None:
+    registry = CollectorRegistry()
+    backend = RouterBackend(CONFIG, CONFIG.node("front"), SPEC, Metrics(registry))
+    labels = {"node": "d0", "thread": "compute"}
+    shown = []
+    for seconds in (12.0, 0.0, 15.0):
+        backend.on_frame(LINK, SlowThread("compute", seconds))
+        shown.append(registry.get_sample_value("disaggd_node_thread_silent_seconds", labels))
+    backend.on_down(LINK, "it ended itself")
+    shown.append(registry.get_sample_value("disaggd_node_thread_silent_seconds", labels))
+    assert shown == [12.0, 0.0, 15.0, None]

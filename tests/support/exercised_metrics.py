@@ -28,6 +28,7 @@ def exercise() -> CollectorRegistry:
     metrics.count_pushed_prefixes("d0", "p0", 64, 4096)
     metrics.count_dropped_frames("Tokens", 1)
     metrics.set_node("d0", "decode", True)
+    metrics.set_slow_thread("d0", "compute", 12.0)
     metrics.set_draining("d0", True)
     metrics.set_pair("p0", "d0", True)
     metrics.count_refused_links("p0", "secret", 1)

@@ -9,7 +9,7 @@ from disaggd.transfer import messages as m
 from disaggd.transfer.agent import NoAgent
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
-from disaggd.transfer.outgoing import Outgoing
+from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.source import InPlace
 from tests.support.scripted_agent import ScriptedAgent
@@ -453,3 +453,47 @@ def test_target_outside_the_peers_pool_gives_up_what_waits_before_it(bench: Benc
     bench.outgoing.push_blocks(Computing().write())
     bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), BLOCKS, (BlockId(0), BlockId(4))))
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)] * 2 + [ended(True, False)]
+
+
+# ── a peer that takes nothing ──
+
+
+def pass_time(bench: Bench, seconds: float, step_s: float = 0.5) -> list[m.TransferEvent]:
+    """Turn after turn, the lease renewed all the while; what was said."""
+    events: list[m.TransferEvent] = []
+    for _ in range(round(seconds / step_s)):
+        bench.now += step_s
+        bench.outgoing.renew(TOKEN)
+        events += bench.turn()
+    return events
+
+
+def test_a_peer_of_whose_writes_none_ends_is_lost_though_the_lease_is_renewed(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    assert pass_time(bench, PUSH_TIMEOUT_S - 0.5) == []
+    failed = [event for event in pass_time(bench, 1.0) if isinstance(event, m.PairFailed)]
+    assert failed == [m.PairFailed(D0, FAR, "no write to it has ended for 30 s")]
+    assert bench.agents[0].is_destroyed and not bench.outgoing.is_in_flight
+
+
+def test_a_peer_is_kept_as_long_as_now_and_then_a_write_ends(bench: Bench) -> None:
+    bench.begin()
+    for count in range(4):
+        bench.outgoing.push_blocks(WRITE)
+        bench.outgoing.push_blocks(WRITE)
+        pass_time(bench, PUSH_TIMEOUT_S - 1)
+        bench.agents[0].done.add(HandleId(1 + 2 * count))
+        bench.turn()
+        bench.agents[0].done.add(HandleId(2 + 2 * count))
+        bench.turn()
+    assert not bench.agents[0].is_destroyed
+    pass_time(bench, 2 * PUSH_TIMEOUT_S)
+    assert not bench.agents[0].is_destroyed, "nothing is in flight: nothing is waited for"
+
+
+def test_time_in_which_this_process_was_stopped_is_not_the_peers(bench: Bench) -> None:
+    bench.begin()
+    bench.outgoing.push_blocks(WRITE)
+    pass_time(bench, 10 * PUSH_TIMEOUT_S, step_s=10 * PUSH_TIMEOUT_S)
+    assert not bench.agents[0].is_destroyed

@@ -35,6 +35,10 @@ STOP_GRACE_S = 10.0
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 RESTART_PAUSE_S = 0.5
+ANSWER_TIMEOUT_S = 2.0
+"""For what a router of ours is asked."""
+LAST_LINES_TIMEOUT_S = 1.0
+"""For what a child wrote last; a grandchild may hold the pipe open for ever."""
 READY_POLL_S = 0.1
 
 _PR_SET_PDEATHSIG = 1
@@ -209,7 +213,7 @@ class Supervisor:
         assert child.stdout is not None
         relay = asyncio.create_task(self._relay(node, child.stdout))
         code = await child.wait()
-        await asyncio.wait({relay}, timeout=1.0)  # what it wrote last; a grandchild may hold the pipe open for ever
+        await asyncio.wait({relay}, timeout=LAST_LINES_TIMEOUT_S)
         relay.cancel()
         return code
 
@@ -316,7 +320,7 @@ async def _get(router: Address, path: str, tls: ssl.SSLContext | None) -> bytes 
     """The body of `router`'s answer to `GET path`; None unless it is a 200."""
     host = "127.0.0.1" if router.is_wildcard else router.host
     with contextlib.suppress(OSError, TimeoutError):
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, router.port, ssl=tls)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {router}\r\nConnection: close\r\n\r\n".encode())

@@ -47,6 +47,11 @@ log = logging.getLogger(__name__)
 LINK_PATH = "/link"
 HEALTH_PATH = "/health"
 
+UPGRADE_TIMEOUT_S = 5.0
+"""For the HTTP request that becomes a link."""
+CLOSE_TIMEOUT_S = 1.0
+"""For the other end's farewell."""
+
 _MAX_CLOSE_REASON_BYTES = 120  # a WebSocket close frame has room for 123
 _MAX_GREETING_BYTES = 2**16  # what somebody who has proved nothing yet may make us hold
 _FAREWELLS = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
@@ -407,7 +412,8 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
 _SOCKET_OPTIONS: dict[str, Any] = {
     "compression": None,  # token ids barely compress; deflate would only cost the loop time
     "ping_interval": None,  # heartbeats are frames of our own
-    "close_timeout": 1.0,
+    "open_timeout": UPGRADE_TIMEOUT_S,
+    "close_timeout": CLOSE_TIMEOUT_S,
     "max_size": _MAX_GREETING_BYTES,
     "max_queue": 64,
     "write_limit": 2**20,

@@ -50,6 +50,19 @@ def test_a_job_whose_client_has_gone_is_waited_for_until_its_push_has_ended() ->
     assert is_dismissed(routing, P0)
 
 
+def test_a_grant_that_was_fenced_just_when_its_client_went_keeps_nobody() -> None:
+    """Decode then has nothing to cancel any more: that it released the grant is all that is heard of it."""
+    routing = Routing()
+    client = routing.prefilling()
+    routing.dispatcher.end(client.seq, "abort")
+    routing.job_ended(client, clean=False)
+    for name in (P0, D0):
+        routing.say(name, Draining())
+        assert not is_dismissed(routing, name)
+    routing.say(D0, Released(client.seq, 0, "its prefill node was fenced", is_fenced=True))
+    assert is_dismissed(routing, P0) and is_dismissed(routing, D0)
+
+
 def test_a_draining_prefill_node_gets_no_job_and_another_does() -> None:
     routing = Routing(prefills=(P0, P1))
     routing.say(P0, Draining())

@@ -212,6 +212,7 @@ def test_the_thread_shows_a_pulse_at_every_layer_group_and_rests_only_while_it_w
     loop.turn()
     assert not pulse.is_resting, "there was work: it waited for nothing"
     loop = Loop()
+    loop.thread.pulse.beat()
     wait = loop.thread._idle_s
     monkeypatch.setattr(loop.thread, "_idle_s", lambda: seen.append(loop.thread.pulse.is_resting) or wait())
     loop.turn(LinkUp(A))

@@ -70,5 +70,6 @@ def test_the_transfer_thread_rests_only_while_it_waits_for_a_command() -> None:
             raise queue.Empty
 
     thread._inbox = Inbox()
+    thread.pulse.beat()
     assert thread._take(0.1) == []
-    assert (resting, thread.pulse.is_resting, thread.pulse.count) == ([True], False, 1)
+    assert (resting, thread.pulse.is_resting, thread.pulse.count) == ([True], False, 2)

@@ -118,7 +118,7 @@ def test_what_is_left_at_the_limit_goes_on_elsewhere_or_ends_with_an_error(direc
         moved = Stream(cluster, "moved", prompt, **options).wait_begun()
         name = cluster.receipt("moved")["decode_node"]
         cluster.kill(name, TERM)
-        wait_logged(cluster, name, "draining")
+        wait_logged(cluster, "router", f"{name} is draining")
         told_at = time.monotonic()
         cluster.kill(name, signal.SIGSTOP)  # it cannot be quick enough
         wait_until("its time is up", lambda: time.monotonic() > told_at + 0.5, 5)

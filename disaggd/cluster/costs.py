@@ -4,6 +4,9 @@ Plain Python, on the router's loop or a decode node's compute thread. Each fit i
 takes a lone stall for one, and believes a change when several samples agree. Knows no node and no clock.
 """
 
+from collections import deque
+from statistics import median
+
 from disaggd.cluster.offer import PrefillCost, PrefillWork, TransferCost
 from disaggd.least_squares import LeastSquares
 
@@ -27,8 +30,7 @@ _LATE = 0.05
 _HIDDEN = 0.7
 """A wire that was thought slower than the prompt and was hidden behind it takes less than the prompt did; nobody knows how much less."""
 
-_UNKNOWN_DELAY = (0.0, 1.0)
-_UNCERTAIN_DELAY = (0.02, 0.3)
+DELAYS_IN_MIND, ENOUGH_DELAYS = 24, 6
 
 
 class PrefillFit:
@@ -81,18 +83,17 @@ class TransferFit:
 
 
 class DelayFit:
-    """How late things are against the arithmetic: `overhead + slowness · predicted`. Hops, steps under way, and what came in between."""
+    """How late things are against the arithmetic: `overhead + slowness · predicted`. Hops, steps under way, and a machine that is shared.
+
+    Medians, the factor of the longest third of the last few, the constant of the shortest: some are late by any measure, because of what
+    came in between and nobody could foresee, and that is no reason to predict the others later.
+    """
 
     def __init__(self) -> None:
-        self._fit = LeastSquares(_UNKNOWN_DELAY, _UNCERTAIN_DELAY, least=LEAST_S)
-
-    @property
-    def overhead_s(self) -> float:
-        return self._fit.coefficients[0]
-
-    @property
-    def slowness(self) -> float:
-        return self._fit.coefficients[1]
+        self.overhead_s = 0.0
+        self.slowness = 1.0
+        self._recent = deque[tuple[float, float]](maxlen=DELAYS_IN_MIND)
+        """Predicted and actual seconds."""
 
     def corrected(self, predicted_s: float) -> float:
         """What is to be expected where the arithmetic says `predicted_s`."""
@@ -100,4 +101,11 @@ class DelayFit:
 
     def learn(self, predicted_s: float, actual_s: float) -> None:
         """The arithmetic had said `predicted_s`."""
-        self._fit.learn((1.0, predicted_s), actual_s)
+        self._recent.append((predicted_s, actual_s))
+        if len(self._recent) < ENOUGH_DELAYS:
+            return
+        by_length = sorted(self._recent)
+        third = len(by_length) // 3
+        shorter, longer = by_length[:third], by_length[-third:]
+        self.slowness = median(actual / max(predicted, LEAST_S) for predicted, actual in longer)
+        self.overhead_s = max(0.0, median(actual - self.slowness * predicted for predicted, actual in shorter))

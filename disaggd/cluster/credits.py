@@ -4,7 +4,7 @@ A job holds credit from the moment a prefill node is chosen for it until that no
 or the job turns out not to go there. A sequence may be over, or on its next attempt, long before that report.
 """
 
-from disaggd.cluster.peers import JobInHand, PrefillPeer
+from disaggd.cluster.peers import JobInHand, JobStage, PrefillPeer
 from disaggd.cluster.request import Phase, RoutedSequence
 from disaggd.ids import NodeName, SeqId
 
@@ -20,19 +20,19 @@ class Credits:
         self._owed: dict[Job, RoutedSequence] = {}
         """Attempts that are over for the router, and not yet for their prefill node."""
 
-    def take(self, record: RoutedSequence, prefill: PrefillPeer, prefill_s: float, now: float) -> None:
-        """The job is, or will be, with `prefill`, which is predicted to compute for `prefill_s`."""
-        if record.job not in prefill.jobs:
-            if all(job.is_prefilled for job in prefill.jobs.values()):
-                prefill.busy_since = now
-            prefill.jobs[record.job] = JobInHand(record.num_tokens, prefill_s)
+    def take(self, record: RoutedSequence, prefill: PrefillPeer, prefill_s: float, stage: JobStage, now: float) -> None:
+        """The job is, will be or may be with `prefill`, which is predicted to compute for `prefill_s`."""
+        assert record.decode is not None
+        if stage is JobStage.SENT and all(job.stage is not JobStage.SENT for job in prefill.jobs.values()):
+            prefill.busy_since = now
+        prefill.jobs[record.job] = JobInHand(record.num_tokens, prefill_s, record.decode, stage)
         record.prefill = prefill.name
 
     def prefilled(self, prefill: PrefillPeer, job: Job, now: float) -> None:
         """It has computed the job's prompt, and turns to the next."""
         in_hand = prefill.jobs.get(job)
-        if in_hand is not None and not in_hand.is_prefilled:
-            in_hand.is_prefilled = True
+        if in_hand is not None and in_hand.stage is not JobStage.PREFILLED:
+            in_hand.stage = JobStage.PREFILLED
             prefill.busy_since = now
 
     def give_back(self, record: RoutedSequence) -> None:

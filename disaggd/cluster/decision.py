@@ -54,15 +54,17 @@ class LocalSide(msgspec.Struct, frozen=True, kw_only=True):
     """What a prefill at the decode node would meet. Seconds of computing."""
 
     prefill_cost: PrefillCost
-    """Of a prompt that has the node to itself."""
+    """What a prompt adds to steps that are taken anyway."""
     backlog_s: float
     """Of the prompts that are before it."""
+    wait_s: float
+    """Until they are done, the rest of their steps included."""
     num_decodes: int
     """Streams that run, and are delayed."""
     step_s: float
-    """A step of theirs with no prompt beside them."""
+    """A step with no prompt in it, when the turn comes to this one."""
     share_s: float
-    """What such a step carries of a prompt; of no meaning when none runs."""
+    """What such a step carries of a prompt besides."""
     breaks_itl: bool
     """Even the smallest chunk would make their steps longer than they should be."""
     overhead_s: float = 0.0
@@ -74,10 +76,9 @@ class LocalSide(msgspec.Struct, frozen=True, kw_only=True):
         return self.overhead_s + self.slowness * self.plain_ttft_s(num_uncached, num_cached)
 
     def plain_ttft_s(self, num_uncached: int, num_cached: int) -> float:
-        """By arithmetic alone: beside decodes a prompt gets a share of each step, and the rest of the step is theirs."""
-        work = self.backlog_s + self.prefill_cost.seconds(num_uncached, num_cached)
-        steps = ceil(work / self.share_s) if self.num_decodes else 0
-        return work + steps * self.step_s
+        """By arithmetic alone: a prompt gets a share of each step, and the rest of the step is not its own."""
+        work = self.prefill_cost.seconds(num_uncached, num_cached)
+        return self.wait_s + work + ceil(work / self.share_s) * self.step_s
 
     def damage_s(self, num_uncached: int, num_cached: int) -> float:
         """What the running streams lose, summed over them: each stands still while the prompt is computed."""
@@ -91,9 +92,16 @@ class RemoteSide(msgspec.Struct, frozen=True, kw_only=True):
     transfer_cost: TransferCost
     wait_s: float
     bytes_per_token: float
+    overhead_s: float = 0.0
+    slowness: float = 1.0
+    """What first tokens from elsewhere were late by, against this arithmetic, of late: a constant and a factor."""
 
     def ttft_s(self, num_uncached: int, num_cached: int) -> float:
         """From the decision to the first token, which comes before the KV."""
+        return self.overhead_s + self.slowness * self.plain_ttft_s(num_uncached, num_cached)
+
+    def plain_ttft_s(self, num_uncached: int, num_cached: int) -> float:
+        """By arithmetic alone."""
         return self.wait_s + self.prefill_cost.seconds(num_uncached, num_cached)
 
     def exposed_s(self, num_pushed: int, num_uncached: int, num_cached: int) -> float:
@@ -111,6 +119,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     override: Override = "auto"
     offer: RemoteOffer | None
     """None: no prefill node can be reached."""
+    unheard_s: float = 0.0
+    """Prefills elsewhere that were decided on, and of which the router had not heard when it made the offer."""
     max_remote_tokens: int | None = None
     """What the node has memory to receive; None: as much as its pool holds."""
     max_tokens: int = MAX_TOKENS
@@ -139,8 +149,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return RemoteSide(
             prefill_cost=self.offer.prefill_cost,
             transfer_cost=self.offer.transfer_cost,
-            wait_s=self.offer.wait_s,
+            wait_s=self.offer.wait_s + self.unheard_s,
             bytes_per_token=self.bytes_per_token,
+            overhead_s=self.offer.overhead_s,
+            slowness=self.offer.slowness,
         )
 
 
@@ -308,8 +320,16 @@ def _predicted(situation: Situation, here: Way | None, there: Way | None) -> Pre
         None if here is None else here.ttft_s,
         None if there is None else there.ttft_s,
         None if here is None else here.harm_s,
+        _remote_plain_s(situation),
         breakeven_tokens(situation),
     )
+
+
+def _remote_plain_s(situation: Situation) -> float | None:
+    remote, offer = situation.remote, situation.offer
+    if remote is None or offer is None:
+        return None
+    return remote.plain_ttft_s(situation.num_tokens - offer.num_cached, offer.num_cached)
 
 
 def breakeven_tokens(situation: Situation) -> int | None:

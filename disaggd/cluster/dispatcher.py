@@ -138,6 +138,7 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: protocol.Decided, peer: DecodePeer) -> None:
+        peer.decided(remote=False)
         record = self._moves.current(frame)
         if record is None or record.phase is not Phase.PLACED:
             return self._moves.drop(frame)
@@ -150,6 +151,7 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: protocol.NeedPrefill, peer: DecodePeer) -> None:
+        peer.decided(remote=True)
         record = self._moves.current(frame)
         if record is None or record.phase is not Phase.PLACED:
             return self._moves.drop(frame)

@@ -14,16 +14,17 @@ class Learning:
     """Shares the dispatcher's pairs."""
 
     def __init__(self, pairs: PairBook) -> None:
-        self.waits = DelayFit()
-        """From the decision until the prefill begins: queue, grant, hops."""
+        self.delays = DelayFit()
+        """Of first tokens, from the decision on: queue, grant, hops, and what came in between."""
         self._pairs = pairs
 
     def prefilled(self, peer: PrefillPeer, record: RoutedSequence, frame: Prefilled) -> None:
         """A prompt has been computed, and its first token came in just now."""
         times = record.timeline
         peer.prefills.learn(frame.computed, frame.prefill_ms / 1e3)
-        if record.plain_wait_s is not None and times.prefilled is not None and times.queued is not None:
-            self.waits.learn(record.plain_wait_s, max(0.0, times.prefilled - times.queued - frame.prefill_ms / 1e3))
+        predicted_s = None if record.predicted is None else record.predicted.remote_plain_s
+        if predicted_s is not None and times.prefilled is not None and times.queued is not None:
+            self.delays.learn(predicted_s, times.prefilled - times.queued)
 
     def pushed(self, peer: PrefillPeer, record: RoutedSequence, frame: JobEnded, times: Timeline) -> None:
         """The last handle of a job's push has ended."""

@@ -16,7 +16,7 @@ from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.learning import Learning
 from disaggd.cluster.pairing import PairBook
-from disaggd.cluster.peers import DecodePeer, Duty, Peer, PrefillPeer, able_to_decode, is_any_serving
+from disaggd.cluster.peers import DecodePeer, Duty, JobStage, Peer, PrefillPeer, able_to_decode, is_any_serving
 from disaggd.cluster.placement import Cached, Placement, prefill_s
 from disaggd.cluster.prefill_queue import Job, PrefillQueue
 from disaggd.cluster.prefix_push import PrefixPolicy, PrefixPushes
@@ -94,7 +94,7 @@ class Moves:
         offer = self._placement.offer(record, decode, self._job(record, cached), cached, now)
         record.saw_full_queue = offer is not None and offer.queue_is_full
         if offer is not None and offer.may_grant:
-            self._take_credit(record, self.prefills[offer.prefill], cached)
+            self._take_credit(record, self.prefills[offer.prefill], cached, JobStage.OFFERED)
         decode.send(
             protocol.Generate(
                 record.seq,
@@ -166,7 +166,7 @@ class Moves:
         if prefill is None:
             return {peer.name for peer in reachable}
         self.queue.take(record.seq)
-        self._take_credit(record, prefill, cached)
+        self._take_credit(record, prefill, cached, JobStage.COMING)
         if record.num_remaining > 1:
             record.move(Phase.GRANTING)
             record.timeline.granting = self._clock()
@@ -215,8 +215,8 @@ class Moves:
     def _job(self, record: RoutedSequence, cached: Cached) -> Job:
         return self._placement.job(record, cached, self._rules.ttft_target_s)
 
-    def _take_credit(self, record: RoutedSequence, prefill: PrefillPeer, cached: Cached) -> None:
-        self.credits.take(record, prefill, prefill_s(prefill, record, cached), self._clock())
+    def _take_credit(self, record: RoutedSequence, prefill: PrefillPeer, cached: Cached, stage: JobStage) -> None:
+        self.credits.take(record, prefill, prefill_s(prefill, record, cached), stage, self._clock())
 
     def forward(self, record: RoutedSequence, prefill: PrefillPeer, grant: Grant | None) -> None:
         """The blocks are reserved (None: none are needed): the job goes to the prefill node."""
@@ -226,7 +226,7 @@ class Moves:
             record.cached_at_decode = grant.first_token_index
             self.grants.forwarded(record.job, grant, prefill)
         cached, now = self.caches.cached_tokens(record), self._clock()
-        self._take_credit(record, prefill, cached)
+        self._take_credit(record, prefill, cached, JobStage.SENT)
         record.grant, record.has_place = grant, True
         decode = self.decodes.get(record.decode) if record.decode is not None else None
         prefix = None if decode is None else self.prefixes.source_for(record, decode, prefill, cached[prefill.name], now)

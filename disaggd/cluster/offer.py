@@ -47,7 +47,7 @@ class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
     """Jobs waiting in the prefill queue."""
     queue_is_full: bool
     wait_s: float
-    """Until that node would begin with the job."""
+    """Until that node would begin with the job, by arithmetic alone; without what the decode node has decided since `num_decisions`."""
     num_cached: int
     """Tokens of this prompt that its prefix cache holds, as far as the router knows."""
     prefill_cost: PrefillCost | None
@@ -55,6 +55,11 @@ class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
     """From that node to the decode node asked."""
     may_grant: bool
     """It has a free credit and nobody waits: a grant for it may ride on `NeedPrefill`."""
+    num_decisions: int = 0
+    """Of the decode node that is asked, those that the router has heard of."""
+    overhead_s: float = 0.0
+    slowness: float = 1.0
+    """What first tokens from elsewhere were late by, against the arithmetic, of late: a constant and a factor."""
 
 
 class Predicted(msgspec.Struct, frozen=True, array_like=True):
@@ -66,5 +71,7 @@ class Predicted(msgspec.Struct, frozen=True, array_like=True):
     """The same, prefilled elsewhere."""
     local_damage_s: float | None = None
     """By how much a prefill here would delay the tokens of all that run here, summed over them."""
+    remote_plain_s: float | None = None
+    """Its `remote_ttft_s` by arithmetic alone, before that is corrected by experience."""
     breakeven_tokens: int | None = None
     """From so many uncached tokens on a prompt would cost less elsewhere at that moment."""

@@ -59,6 +59,18 @@ UNMEASURED = PrefillCost(base_s=0.0, per_token_s=1e-3, per_token_context_s=0.0)
 """Of a prefill node that has told nothing of its speed yet: only the order of jobs and nodes is drawn from it."""
 
 
+class JobStage(enum.Enum):
+    """How far a job is that holds a prefill node's credit."""
+
+    OFFERED = "offered"
+    """Its decode node has yet to decide: it may not come."""
+    COMING = "coming"
+    """It will, once decode has granted blocks for it."""
+    SENT = "sent"
+    PREFILLED = "prefilled"
+    """Only its push is still under way."""
+
+
 @dataclass(slots=True)
 class JobInHand:
     """A job that holds a prefill node's credit."""
@@ -66,8 +78,8 @@ class JobInHand:
     num_tokens: int
     prefill_s: float
     """Predicted when the node was chosen."""
-    is_prefilled: bool = False
-    """Only its push is still under way."""
+    decode: NodeName
+    stage: JobStage = JobStage.COMING
 
 
 @dataclass(slots=True)
@@ -84,7 +96,7 @@ class PrefillPeer:
     jobs: dict[tuple[SeqId, int], JobInHand] = field(default_factory=dict)
     """Those that hold credit, by (sequence, attempt), in the order in which they are computed."""
     busy_since: float = 0.0
-    """When it began with the first job that it has not prefilled yet."""
+    """When it began with the first of the jobs that it has been sent and not prefilled yet."""
     prefills: PrefillFit = field(default_factory=PrefillFit)
 
     @property
@@ -106,14 +118,24 @@ class PrefillPeer:
         """Predicted, for a prompt of which it holds `num_cached` tokens."""
         return (self.prefill_cost or UNMEASURED).seconds(num_uncached, num_cached)
 
-    def backlog_s(self, now: float) -> float:
-        """Predicted, until it has prefilled all that it has in hand. What is late is expected any moment."""
-        work = [job.prefill_s for job in self.jobs.values() if not job.is_prefilled]
-        return sum(work) - min(work[0], now - self.busy_since) if work else 0.0
+    def backlog_s(self, now: float, offers: Callable[[NodeName], float] = lambda _: 1.0) -> float:
+        """Predicted, until it has prefilled all that it has in hand. What is late is expected any moment.
+
+        `offers` is by how much work counts that has been offered to a decode node: the share of such that it takes up.
+        """
+        jobs = self.jobs.values()
+        offered_s = sum(offers(job.decode) * job.prefill_s for job in jobs if job.stage is JobStage.OFFERED)
+        coming_s = sum(job.prefill_s for job in jobs if job.stage is JobStage.COMING)
+        sent_s = sum(job.prefill_s for job in jobs if job.stage is JobStage.SENT)
+        return offered_s + coming_s + max(0.0, sent_s - (now - self.busy_since))
 
     def wait_s(self, job: tuple[SeqId, int], now: float) -> float:
         """Predicted, until it comes to the last of its jobs, which is this one."""
         return max(0.0, self.backlog_s(now) - self.jobs[job].prefill_s)
+
+
+DECISIONS_IN_MIND = 20
+"""Of a decode node: what it did before has faded to a third after so many."""
 
 
 @dataclass(slots=True)
@@ -131,8 +153,17 @@ class DecodePeer:
     """Context tokens of the sequences placed there."""
     earmarks: dict[SeqId, None] = field(default_factory=dict)
     """Sequences that wait for a grant, and for which it keeps what comes free: for the first of them first."""
+    num_decisions: int = 0
+    """That it has told."""
+    remote_share: float = 0.5
+    """Of its decisions of late on offers that could be taken up at once, those that did so."""
     breakeven_tokens: int | None = None
     """From so many uncached tokens on a prompt cost less elsewhere when it last decided; None while it cannot tell."""
+
+    def decided(self, *, remote: bool) -> None:
+        """It has told a decision."""
+        self.num_decisions += 1
+        self.remote_share += (remote - self.remote_share) / DECISIONS_IN_MIND
 
     def has_nothing_for(self, seq: SeqId, waiting: PrefillQueue) -> bool:
         """Whether a grant to the sequence would be refused: there is no room, or what there is is kept for others.

@@ -81,17 +81,20 @@ class Placement:
         pair = None if likely is None else self._pairs.of(likely.name, decode.name)
         if likely is None or pair is None:
             return None
-        record.plain_wait_s = likely.backlog_s(now) + self._queue.work_ahead_s(job, now) / len(reachable)
+        backlog_s = likely.backlog_s(now, lambda node: 0.0 if node == decode.name else self._decodes[node].remote_share)
         return RemoteOffer(
             likely.name,
             prefill_nodes=len(reachable),
             queue_depth=len(self._queue),
             queue_is_full=not record.has_place and not self._queue.has_room(record.num_tokens),
-            wait_s=self._learning.waits.corrected(record.plain_wait_s),
+            wait_s=backlog_s + self._queue.work_ahead_s(job, now) / len(reachable),
             num_cached=cached[likely.name],
             prefill_cost=likely.prefill_cost,
             transfer_cost=pair.transfers.cost,
             may_grant=bool(able),
+            num_decisions=decode.num_decisions,
+            overhead_s=self._learning.delays.overhead_s,
+            slowness=self._learning.delays.slowness,
         )
 
     def job(self, record: RoutedSequence, cached: Cached, ttft_target_s: float) -> Job:
@@ -110,7 +113,7 @@ class Placement:
         peers = self._prefills.values()
         if not peers:
             return 0.0
-        return self._learning.waits.corrected(
+        return self._learning.delays.corrected(
             (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers)
         )
 

@@ -211,8 +211,6 @@ class RoutedSequence:
     """Of the decision: `code: sentence`."""
     predicted: Predicted | None = None
     """What the decision was made on."""
-    plain_wait_s: float | None = None
-    """What the arithmetic said of the wait for a prefill node, before it was corrected by experience."""
     forced_local: str = ""
     """Why the router had this attempt prefilled by decode, whatever decode would have decided."""
     cached_at_decode: int = 0

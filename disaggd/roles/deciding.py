@@ -3,17 +3,43 @@
 Runs on the compute thread. The decision itself is pure (`cluster/decision.py`).
 """
 
+from collections import defaultdict, deque
+
 from disaggd.cluster.costs import DelayFit
 from disaggd.cluster.decision import Decision, DecisionRule, LocalSide, Situation, decide
-from disaggd.cluster.offer import PrefillCost
+from disaggd.cluster.offer import PrefillCost, RemoteOffer
 from disaggd.cluster.protocol import Generate, Measured
 from disaggd.engine.engine import Engine
 from disaggd.engine.scheduler import GRAIN
 from disaggd.engine.sequence import Sequence
 from disaggd.engine.step_cost import StepCost
+from disaggd.ids import NodeName
+from disaggd.roles.compute import LinkId
 
 TYPICAL_CONTEXT = 512
 """Tokens of a sequence in the decode steps that are told of."""
+
+
+class Unheard:
+    """What one router is told to have prefilled elsewhere, as long as its offers are made without knowing it."""
+
+    def __init__(self) -> None:
+        self._num_told = 0
+        self._prefills: deque[tuple[int, NodeName, float]] = deque()
+        """Number of the decision, prefill node, seconds."""
+
+    def add(self, taken: RemoteOffer | None, num_tokens: int) -> None:
+        """Another decision was told: `taken` was accepted for a prompt of so many tokens; None: it is prefilled here."""
+        self._num_told += 1
+        if taken is not None and taken.prefill_cost is not None:
+            seconds = taken.prefill_cost.seconds(num_tokens - taken.num_cached, taken.num_cached)
+            self._prefills.append((self._num_told, taken.prefill, seconds))
+
+    def seconds(self, offer: RemoteOffer) -> float:
+        """Of prefills on the node of `offer`, which was made in ignorance of them."""
+        while self._prefills and self._prefills[0][0] <= offer.num_decisions:
+            self._prefills.popleft()
+        return sum(seconds for _, node, seconds in self._prefills if node == offer.prefill)
 
 
 class Decider:
@@ -25,10 +51,11 @@ class Decider:
         self._max_remote_tokens = max_remote_tokens
         self._bytes_per_token = bytes_per_token
         self._delays = DelayFit()
+        self._unheard: defaultdict[LinkId, Unheard] = defaultdict(Unheard)
         self._since_local = 0
         self._since_remote = 0
 
-    def decide(self, sequence: Sequence, num_cached: int, frame: Generate) -> tuple[Decision, float | None]:
+    def decide(self, sequence: Sequence, num_cached: int, frame: Generate, link: LinkId) -> tuple[Decision, float | None]:
         """The decision; and what arithmetic alone says of a first token here, for `first_token_came`."""
         num_tokens = len(sequence.tokens)
         local = self._local(num_cached)
@@ -39,6 +66,7 @@ class Decider:
                 num_cached=num_cached,
                 override=frame.policy,
                 offer=frame.offer,
+                unheard_s=0.0 if frame.offer is None else self._unheard[link].seconds(frame.offer),
                 max_remote_tokens=self._max_remote_tokens,
                 max_tokens=self._engine.context_limit,
                 ttft_target_s=frame.ttft_target_s,
@@ -54,6 +82,13 @@ class Decider:
         self._since_remote = 0 if decision.remote else self._since_remote + 1
         return decision, None if local is None else local.plain_ttft_s(num_tokens - num_cached, num_cached)
 
+    def told(self, link: LinkId, taken: RemoteOffer | None, num_tokens: int) -> None:
+        """The router is being told to have a prompt of so many tokens prefilled as it offered (None: it is prefilled here)."""
+        self._unheard[link].add(taken, num_tokens)
+
+    def link_down(self, link: LinkId) -> None:
+        self._unheard.pop(link, None)
+
     def first_token_came(self, plain_ttft_s: float, actual_s: float) -> None:
         """Of a prompt that was prefilled here, and not preempted meanwhile."""
         self._delays.learn(plain_ttft_s, actual_s)
@@ -64,21 +99,31 @@ class Decider:
         least_s = 0.0 if cost is None else cost.prefill_s(GRAIN, num_cached)
         if cost is None or not least_s:  # steps may have been measured all of which only decoded
             return None
-        load, limit = self._engine.load(), self._engine.limits.max_step_tokens
-        step_s = cost.decode_step_s(load.decodes, load.decode_context)
-        allowed = pace.prefill_tokens(load.decodes, load.decode_context, num_cached)
-        tokens = max(GRAIN, min(limit - load.decodes, limit if allowed is None else allowed) // GRAIN * GRAIN)
-        target_s = pace.itl_target_s
+        load, target_s = self._engine.load(), pace.itl_target_s
+        now_s = cost.decode_step_s(load.decodes, load.decode_context)
+        decodes, context, wait_s = load.decodes, load.decode_context, 0.0
+        for num_tokens, start in load.prefills:  # one after another, and each is a stream beside those behind it
+            work_s = cost.prefill_s(num_tokens, start)
+            steps = work_s / self._share_s(cost, decodes, context, start)
+            wait_s += work_s + steps * cost.decode_step_s(decodes, context)
+            decodes, context = decodes + 1, context + start + num_tokens
         return LocalSide(
-            prefill_cost=prefill_cost(cost, limit) if not load.decodes else PrefillCost(0.0, cost.per_token_s, cost.per_token_context_s),
+            prefill_cost=PrefillCost(0.0, cost.per_token_s, cost.per_token_context_s),
             backlog_s=sum(cost.prefill_s(num_tokens, start) for num_tokens, start in load.prefills),
+            wait_s=wait_s,
             num_decodes=load.decodes,
-            step_s=step_s,
-            share_s=cost.prefill_s(tokens, num_cached),
-            breaks_itl=target_s is not None and step_s <= target_s < step_s + least_s,
+            step_s=cost.decode_step_s(decodes, context),
+            share_s=self._share_s(cost, decodes, context, num_cached),
+            breaks_itl=target_s is not None and now_s <= target_s < now_s + least_s,
             overhead_s=self._delays.overhead_s,
             slowness=self._delays.slowness,
         )
+
+    def _share_s(self, cost: StepCost, decodes: int, context: int, start: int) -> float:
+        """What a step beside so many streams carries of a prompt behind `start` tokens."""
+        limit = self._engine.limits.max_step_tokens
+        allowed = self._engine.pace.prefill_tokens(decodes, context, start)
+        return cost.prefill_s(max(GRAIN, min(limit - decodes, limit if allowed is None else allowed) // GRAIN * GRAIN), start)
 
 
 def prefill_cost(cost: StepCost, max_step_tokens: int) -> PrefillCost:

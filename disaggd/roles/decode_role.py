@@ -113,6 +113,7 @@ class DecodeRole:
         for placed in [p for p in self._placed.values() if p.link == link]:
             self._forget(placed, "its router is lost")
         self._thought_full.discard(link)
+        self._decider.link_down(link)
         self._pushing.stop_all(link)
         self._pushing.link_down(link)
 
@@ -141,19 +142,20 @@ class DecodeRole:
         """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
         num_cached = len(self._engine.cache.find(sequence)) * self._pool.block_size
-        decision, plain_ttft_s = self._decider.decide(sequence, num_cached, frame)
+        decision, plain_ttft_s = self._decider.decide(sequence, num_cached, frame, placed.link)
         if not decision.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed
             self._local_prefills.arrived(sequence, plain_ttft_s)
             self._outbox.send(placed.link, Decided(frame.seq, frame.attempt, decision.reason, num_cached, decision.predicted))
-            return
+            return self._decider.told(placed.link, None, len(sequence.tokens))
         grant = None
         if sequence.sampling.max_tokens - sequence.num_outputs > 1:  # else the prefill node samples all there is to sample
             self._engine.park(sequence)
             self._placed[placed.seq] = placed
             grant = self._granting.grant(placed, frame.offer.prefill) if frame.offer is not None and frame.offer.may_grant else None
         self._outbox.send(placed.link, NeedPrefill(frame.seq, frame.attempt, decision.reason, num_cached, grant, decision.predicted))
+        return self._decider.told(placed.link, frame.offer, len(sequence.tokens))
 
     @_on_frame.register
     def _(self, frame: RequestGrant, link: LinkId) -> None:

@@ -36,8 +36,9 @@ def offer(
 
 
 def idle(**change: float) -> LocalSide:
-    side = LocalSide(prefill_cost=COST, backlog_s=0.0, num_decodes=0, step_s=0.0, share_s=0.2, breaks_itl=False)
-    return msgspec.structs.replace(side, **change)
+    waits = {"wait_s": change.get("backlog_s", 0.0)}
+    side = LocalSide(prefill_cost=COST, backlog_s=0.0, wait_s=0.0, num_decodes=0, step_s=0.0, share_s=0.2, breaks_itl=False)
+    return msgspec.structs.replace(side, **(waits | change))
 
 
 def busy(num_decodes: int = 8, **change: float) -> LocalSide:

@@ -300,7 +300,7 @@ def test_work_that_should_be_done_by_now_counts_no_more() -> None:
 
 def test_a_slow_node_gets_what_it_finishes_first() -> None:
     routing = Routing(prefills=(P0, P1))
-    routing.say(P0, Measured(PrefillCost(0.0, 0.004, 0.0), 0.0, 0.0))
+    routing.say(P0, Measured(PrefillCost(0.0, 0.0041, 0.0), 0.0, 0.0))
     routing.say(P1, Measured(PrefillCost(0.0, 0.001, 0.0), 0.0, 0.0))
     assert [routing.record(routing.queued(100)).prefill for _ in range(5)] == [P1, P1, P1, P1, P0]
 

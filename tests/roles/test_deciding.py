@@ -10,7 +10,7 @@ from disaggd.engine.step_cost import ENOUGH, BegunStep, StepLoad, StepPace
 from disaggd.ids import SeqId
 from disaggd.roles.deciding import Decider
 from disaggd.sampling import SamplingParams
-from tests.support.role_nodes import FakeRunner, prompt
+from tests.support.role_nodes import LINK, FakeRunner, prompt
 
 S = SeqId("s")
 GREEDY = SamplingParams(max_tokens=4)
@@ -34,7 +34,7 @@ class Node:
 
     def predicts(self) -> float | None:
         frame = Generate(S, 0, pack_tokens(prompt(8)), 8, GREEDY, "", "auto", 1.0, None)
-        return self.decider.decide(Sequence(S, prompt(8), GREEDY, 8), 0, frame)[1]
+        return self.decider.decide(Sequence(S, prompt(8), GREEDY, 8), 0, frame, LINK)[1]
 
 
 def test_a_node_that_has_only_decoded_does_not_say_what_a_prefill_takes() -> None:

@@ -81,7 +81,8 @@ class Placement:
         pair = None if likely is None else self._pairs.of(likely.name, decode.name)
         if likely is None or pair is None:
             return None
-        backlog_s = likely.backlog_s(now, lambda node: 0.0 if node == decode.name else self._decodes[node].remote_share)
+        others = {name: peer.remote_share for name, peer in self._decodes.items() if peer is not decode}
+        backlog_s = likely.backlog_s(now, lambda node: others.get(node, 0.0))  # `decode` knows what it has decided; a lost one will not
         return RemoteOffer(
             likely.name,
             prefill_nodes=len(reachable),

@@ -150,3 +150,30 @@ def test_without_a_prefill_node_there_is_no_offer() -> None:
     client = routing.submit(40)
     routing.say(D0, Decided(client.seq, 0, "no_prefill_node: none", 0))
     assert routing.generated(client).offer is None
+
+
+def measured_routing(*decodes: NodeName) -> Routing:
+    """A prompt token takes 10 ms."""
+    routing = Routing(decodes=decodes)
+    routing.say(P0, Measured(PrefillCost(0.0, 0.01, 0.0), 0.0, 0.0))
+    return routing
+
+
+def test_what_a_decode_node_has_yet_to_decide_is_its_own_to_count_and_others_count_it_by_the_share_that_it_sends_elsewhere() -> None:
+    routing = measured_routing(D0, D1)
+    first, second, third = (routing.submit(100) for _ in range(3))
+    assert [routing.decode_of(client) for client in (first, second, third)] == [D0, D1, D0]
+    offers = [routing.offer(client) for client in (first, second, third)]
+    assert [offer.wait_s for offer in offers] == [0.0, 0.5, 0.5], "of others half, as long as nothing is known of them"
+    assert [offer.num_decisions for offer in offers] == [0, 0, 0]
+    routing.say(D0, Decided(first.seq, 0, "cheaper: here", 0))
+    assert routing.dispatcher.decodes[D0].remote_share < 0.5
+    assert routing.decode_of(routing.submit(100)) == D1
+    assert routing.offer(routing.submit(100)).num_decisions == 1, "d0's"
+
+
+def test_a_decode_node_that_is_lost_with_offers_that_it_has_not_answered_holds_nobody_up() -> None:
+    routing = measured_routing(D0, D1)
+    clients = [routing.submit(100) for _ in range(4)]
+    routing.down(D0)
+    assert {routing.decode_of(client) for client in clients} == {D1}

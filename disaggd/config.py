@@ -117,8 +117,9 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """round_robin: each in its turn, whatever it has cached: a baseline to compare with."""
     prefill_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """Of each block of the prompt that the node does not have cached, and of the prompts that it has to prefill before it."""
-    load_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.3
-    """Of each block of the sequences that run there: it is read in every step, and not computed."""
+    load_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.1
+    """Of each block of the sequences that run there: it is read in every step, and not computed. Reading a token takes about a
+    five-hundredth of computing it, so that this is a block read for fifty steps: outputs of usual length."""
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):

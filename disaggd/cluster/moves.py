@@ -53,7 +53,7 @@ class DispatchRules:
     ttft_target_s: float = 2.0
     prefix_push: PrefixPolicy = "auto"
     """Whether decode nodes push prefixes to prefill nodes that lack them."""
-    weights: RoutingWeights = field(default_factory=lambda: RoutingWeights(prefill=1.0, load=0.3))
+    weights: RoutingWeights = field(default_factory=lambda: RoutingWeights(prefill=1.0, load=0.1))
     round_robin: bool = False
     """Decode nodes take turns, whatever they would cost."""
 

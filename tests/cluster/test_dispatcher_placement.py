@@ -177,3 +177,18 @@ def test_a_decode_node_that_is_lost_with_offers_that_it_has_not_answered_holds_n
     clients = [routing.submit(100) for _ in range(4)]
     routing.down(D0)
     assert {routing.decode_of(client) for client in clients} == {D1}
+
+
+def test_a_prefill_node_is_thought_to_work_on_all_that_it_was_sent_and_what_is_late_is_expected_any_moment() -> None:
+    """Prompts share steps: that the first has not been reported says nothing of the second."""
+    routing = measured_routing(D0)
+    first, *_ = [routing.prefilling(100) for _ in range(3)]
+    waits = []
+    for seconds in (0.0, 1.5, 5.0):
+        routing.now = 100.0 + seconds
+        client = routing.submit(100)
+        waits.append(round(routing.offer(client).wait_s, 3))
+        routing.dispatcher.end(client.seq, "abort")
+    assert waits == [3.0, 1.5, 0.0]
+    routing.first_token(first, 7)
+    assert abs(routing.offer(routing.submit(100)).wait_s - 2.0) < 0.1, "the report says what is left"

@@ -103,7 +103,8 @@ def _excuses(outcome: Outcome, near: Sequence[Spell]) -> bool:
 
 
 def _no_decode_node(outcome: Outcome, near: Sequence[Spell]) -> bool:
-    """Whether each decode node was in trouble while the request ran: no link, or no process; the router frozen loses all its links."""
+    """Whether each decode node was in trouble while the request ran: no link, or no process; a router that stands still loses all links,
+    and so does a machine that does."""
     troubled = {spell.fault.victim for spell in near if spell.fault.part in ("decode", "link")}
-    router_gone = any(spell.fault.part == "router" and spell.fault.kind != "blink" for spell in near)
-    return router_gone or troubled >= set(NODES["decode"])
+    all_lost = any(spell.fault.part == "machine" or (spell.fault.part == "router" and spell.fault.kind != "blink") for spell in near)
+    return all_lost or troubled >= set(NODES["decode"])

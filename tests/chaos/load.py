@@ -35,8 +35,18 @@ class Load:
         self._client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
         self._open: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(MAX_OPEN)
-        self.outcomes: list[Outcome] = []
-        """Of requests that are over, in the order of their ends."""
+        self._outcomes: list[Outcome] = []
+        """In the order of their ends."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Outcomes that nobody has taken."""
+        return len(self._outcomes)
+
+    def take_outcomes(self) -> list[Outcome]:
+        """Of all requests that ended since they were taken last."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def case_of(self, ask: Ask) -> Case:
         return self._cases[ask.case % len(self._cases)]
@@ -63,10 +73,10 @@ class Load:
             while time.monotonic() < until_s:
                 await self.one(next(self._asks))
 
-        before = len(self.outcomes)
+        before = len(self._outcomes)
         began_s = time.monotonic()
         await asyncio.gather(*(ask_on() for _ in range(clients)))
-        return (len(self.outcomes) - before) / (time.monotonic() - began_s)
+        return (len(self._outcomes) - before) / (time.monotonic() - began_s)
 
     async def one(self, ask: Ask) -> Outcome:
         """A request out of turn."""
@@ -101,7 +111,7 @@ class Load:
         except (ValueError, LookupError) as error:
             outcome.end, outcome.note = "error", f"an answer that makes no sense: {error!r}"
         outcome.ended_s = time.monotonic()
-        self.outcomes.append(outcome)
+        self._outcomes.append(outcome)
 
     async def _ask(self, outcome: Outcome) -> None:
         ask, case = outcome.ask, self.case_of(outcome.ask)

@@ -14,6 +14,9 @@ from tests.chaos.ledger import Outcome, Spell, Verdict
 from tests.chaos.schedule import Cell
 from tests.chaos.watch import Growth
 
+TROUBLES = ("crash", "traceback", "not_healed", "not_served", "not_stopped", "idle")
+"""Kinds of findings that are about the cluster as a whole."""
+
 
 class FaultRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One fault that was injected."""
@@ -22,7 +25,7 @@ class FaultRecord(msgspec.Struct, frozen=True, kw_only=True):
     mended_s: float
     """When it was undone; monotonic seconds, as all times here."""
     served_again_s: float | None
-    """From its beginning to the first complete answer to a request that came after that; None if none did before the next rest."""
+    """From its beginning to the first complete answer to a request that came after that; None if there was none, not even at the rest."""
 
     @property
     def heal_s(self) -> float:
@@ -34,7 +37,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Something that must not be."""
 
     kind: str
-    """lost, wrong, unexcused (requests); blocks, growth, crash, not_healed, not_stopped, traceback, idle, litter (the cluster)."""
+    """lost, wrong, unexcused (requests); blocks, growth, crash, not_healed, not_served, not_stopped, traceback, idle (the cluster)."""
     after_fault: int
     """The index of the last fault that had begun: where to look when the seed is run again."""
     what: str
@@ -55,6 +58,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ends: dict[str, int]
     growths: list[Growth]
     rests: int
+    stalls: int
+    """How often the machine stood still: it was not quiet."""
     findings: list[Finding]
 
     def count(self, *kinds: str) -> int:
@@ -81,6 +86,7 @@ def _summary(report: Report) -> str:
     rows = [
         ("run", f"seed {report.seed}, tempo {report.tempo}, {report.began}, {report.seconds / 60:.0f} min, {report.machine}"),
         ("faults", f"{len(report.faults)}"),
+        ("times that the machine itself stood still", f"{report.stalls}"),
         ("requests", f"{report.requests}: " + ", ".join(f"{count} {end.replace('_', ' ')}" for end, count in report.ends.items())),
         ("lost without an explicit error", f"{report.count('lost')}"),
         ("wrong tokens", f"{report.count('wrong')}"),
@@ -88,10 +94,7 @@ def _summary(report: Report) -> str:
         ("times at rest, with every block accounted for", f"{report.rests}"),
         ("leaked blocks", f"{report.count('blocks')}"),
         ("processes whose fds, threads or RSS grew", f"{report.count('growth')}"),
-        (
-            "crashes, tracebacks, nodes that did not heal or stop",
-            f"{report.count('crash', 'traceback', 'not_healed', 'not_stopped', 'idle')}",
-        ),
+        ("crashes, tracebacks, nodes that did not heal, serve or stop in time", f"{report.count(*TROUBLES)}"),
     ]
     return table(("", ""), rows)
 

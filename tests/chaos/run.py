@@ -15,16 +15,22 @@ from tests.chaos.faults import Injector, NotStopped
 from tests.chaos.ledger import Outcome, Spell, Verdict, judge
 from tests.chaos.load import Load
 from tests.chaos.report import FaultRecord, Finding, Report, began_at, ends_of, machine, served_again_s
-from tests.chaos.schedule import DEADLY, Ask, Fault, Tempo
+from tests.chaos.schedule import DEADLY, Ask, Fault, Route, Tempo
 from tests.chaos.watch import Reading, growths, read
 
-TOGETHER = 2
+TOGETHER = 3
 """Faults at once, never two of one victim."""
 IDLE_S = 60.0
 """Requests are over: within this no block may be used, granted, held or quarantined. Fences take up to `quiesce_s`."""
 POLL_S = 0.1
+RECONNECT_S = 2.0
+"""A lost link is there again within this, if both ends want it."""
 STEADY_POLLS = 4
 """A link that has just died may look well for a moment: whole is what looks so this often, and since the first of these."""
+
+ROUTES: tuple[Route, ...] = ("local", "remote")
+PROBE_CASE = 9
+"""A prompt of 900 tokens."""
 
 Say = Callable[[str], None]
 
@@ -49,14 +55,19 @@ class Run:
         """Of each node as it was when it was well."""
         self._changed = asyncio.Condition()
         self._last_fault = -1
-        self._num_judged = 0
         self._fresh: list[tuple[Spell, float]] = []
         """Healed since the last rest: the spell, and when it was mended."""
+        self._stalls: list[Spell] = []
         self.records: list[FaultRecord] = []
         self.verdicts: list[Verdict] = []
         self.readings: list[Reading] = []
         self.findings: list[Finding] = []
         self.num_rests = 0
+
+    @property
+    def num_stalls(self) -> int:
+        """How often the machine stood still."""
+        return len(self._stalls)
 
     async def go(self, faults: Sequence[Fault], rest_every: int, min_requests: int) -> None:
         """All of `faults`, and at least so many requests. Stops early when the cluster is beyond use; the findings say why."""
@@ -66,7 +77,7 @@ class Run:
                 async with self._load.offered():
                     await self._inject(faults[first : first + rest_every])
                     if first + rest_every >= len(faults):
-                        await self._until(lambda: len(self._load.outcomes) >= min_requests)
+                        await self._until(lambda: len(self.verdicts) + self._load.num_waiting >= min_requests)
                 await self._rest()
         except Fatal as error:
             self._say(f"cannot go on: {error}")
@@ -151,10 +162,20 @@ class Run:
         return lacks
 
     async def _watch(self) -> None:
-        """Fatal when a process ends that we did not end."""
+        """Fatal when a process ends that we did not end. Also notes when this very task was not given the processor for long."""
         while True:
             self._check_processes()
+            asleep_s = time.monotonic()
             await asyncio.sleep(POLL_S)
+            late_s = time.monotonic() - asleep_s - POLL_S
+            if late_s > self._tempo.loss_s / 3:
+                self._note_stall(asleep_s, late_s)
+
+    def _note_stall(self, since_s: float, late_s: float) -> None:
+        """The whole machine stood still, or we did, through whom all links go: they may be lost, without a fault of the cluster's."""
+        self._say(f"the machine stood still for {late_s:.1f} s")
+        fault = Fault(index=-1, part="machine", kind="stall", victim="machine", wait_s=0.0, hold_s=late_s)
+        self._stalls.append(Spell(fault, since_s - self._tempo.loss_s, since_s + late_s + self._tempo.loss_s + RECONNECT_S))
 
     def _check_processes(self) -> None:
         for node in self._cluster.nodes.values():
@@ -172,9 +193,12 @@ class Run:
 
     async def _rest(self) -> None:
         """Nothing is wrong and nobody asks: judge what was answered, count what is held, and ask once more each way."""
-        self._judge()
+        outcomes = self._load.take_outcomes()
+        spells = [spell for spell, _ in self._fresh] + self._stalls
+        for outcome in outcomes:
+            self._settle(judge(outcome, self._load.case_of(outcome.ask), spells))
         await self._check_idle()
-        await self._probe()
+        self._record([*outcomes, *await self._probe()])
         await self._check_idle()
         self._check_logs()
         now = time.monotonic()
@@ -185,16 +209,14 @@ class Run:
             f"rest {self.num_rests}: {len(self.records)} faults, {len(self.verdicts)} requests ({ends}), {len(self.findings)} findings"
         )
 
-    def _judge(self) -> None:
-        outcomes = self._load.outcomes[self._num_judged :]
-        self._num_judged = len(self._load.outcomes)
-        self.records += [
-            FaultRecord(spell=spell, mended_s=mended_s, served_again_s=served_again_s(spell, outcomes)) for spell, mended_s in self._fresh
-        ]
-        spells = [spell for spell, _ in self._fresh]
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
+        """How long after each fault somebody was served: `outcomes` are all since the last rest, the probes included."""
+        for spell, mended_s in self._fresh:
+            again_s = served_again_s(spell, outcomes)
+            self.records.append(FaultRecord(spell=spell, mended_s=mended_s, served_again_s=again_s))
+            if again_s is None or again_s > spell.fault.hold_s + self._tempo.heal_s:
+                self._find("not_served", f"{spell.fault.title}: the next answer came after {again_s} s")
         self._fresh = []
-        for outcome in outcomes:
-            self._settle(judge(outcome, self._load.case_of(outcome.ask), spells))
 
     def _settle(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
@@ -227,16 +249,18 @@ class Run:
                 wrong.append(("blocks", f"{node['name']} has {blocks} of {NUM_BLOCKS} blocks"))
         return wrong
 
-    async def _probe(self) -> None:
+    async def _probe(self) -> list[Outcome]:
         """A request of each way: both must come out right, with nothing to excuse them."""
-        for route in ("local", "remote"):
-            index = -len(self.verdicts) - 1
+        outcomes = []
+        for route in ROUTES:
             salt = f"probe-{self.num_rests}-{route}"
-            ask = Ask(index=index, case=9, salt=salt, stream=True, logprobs=True, route=route, manner="read", after=0, wait_s=0.0)  # type: ignore[arg-type]
+            ask = Ask(index=-1, case=PROBE_CASE, salt=salt, stream=True, logprobs=True, route=route, manner="read", after=0, wait_s=0.0)
             outcome = await self._load.one(ask)
-            self._num_judged += 1
             self._settle(judge(outcome, self._load.case_of(ask), ()))
             await self._check_way(outcome, route)
+            outcomes.append(outcome)
+        self._load.take_outcomes()
+        return outcomes
 
     async def _check_way(self, outcome: Outcome, route: str) -> None:
         with contextlib.suppress(httpx.TransportError):
@@ -271,5 +295,6 @@ def report_of(run: Run, *, seed: int, tempo: str, began_s: float, has_wire: bool
         ends=ends_of(run.verdicts),
         growths=growths(run.readings),
         rests=run.num_rests,
+        stalls=run.num_stalls,
         findings=run.findings,
     )

@@ -10,11 +10,12 @@ from typing import Literal
 
 import msgspec
 
-Part = Literal["prefill", "decode", "router", "link", "wire"]
+Part = Literal["prefill", "decode", "router", "link", "wire", "machine"]
 Kind = Literal["kill", "restart", "terminate", "blink", "freeze", "hang", "slow", "cut", "stall", "down", "silent"]
 Manner = Literal["read", "dawdle", "leave"]
 Route = Literal["local", "remote"]
 
+MANNERS: tuple[Manner, ...] = ("read", "dawdle", "leave")
 WIRE = "wire"
 """The victim of a fault of the wire: it joins all prefill nodes with all decode nodes."""
 
@@ -70,7 +71,7 @@ class Tempo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 QUICK = Tempo(
-    heartbeat_s=0.4, missed_heartbeats=3, lease_s=1.5, quiesce_s=2.0, user_timeout_s=2.0, drain_s=8.0, hang_s=8.0, heal_s=150.0, gap_s=0.5
+    heartbeat_s=0.5, missed_heartbeats=4, lease_s=1.5, quiesce_s=2.0, user_timeout_s=2.0, drain_s=8.0, hang_s=8.0, heal_s=150.0, gap_s=0.5
 )
 STANDARD = Tempo(
     heartbeat_s=1.0,
@@ -91,6 +92,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     part: Part
+    """`machine`: a fault that nobody injected, for the host gave nobody processor time."""
     kind: Kind
     victim: str
     """A node (of a link: the one at its far end), or `WIRE`."""
@@ -192,7 +194,7 @@ def asks(seed: int, rate: float) -> Iterator[Ask]:
             stream=dice.random() < 0.7,
             logprobs=dice.random() < 0.4,
             route=dice.choice([None, None, None, "local", "remote"]),
-            manner=dice.choices(["read", "dawdle", "leave"], [0.82, 0.06, 0.12])[0],
+            manner=dice.choices(MANNERS, [0.82, 0.06, 0.12])[0],
             after=dice.randrange(12),
             wait_s=dice.expovariate(rate),
         )

@@ -88,11 +88,12 @@ async def _soak(cluster: Cluster, cases: list[catalogue.Case], seed: int, minute
             while time.monotonic() < began_s + 60 * minutes:
                 readings += [read(node.name, node.pid, time.monotonic()) for node in cluster.nodes.values()]
                 await asyncio.sleep(READ_EVERY_S)
-        verdicts = [judge(outcome, clients.case_of(outcome.ask), ()) for outcome in clients.outcomes]
+        outcomes = clients.take_outcomes()
+        verdicts = [judge(outcome, clients.case_of(outcome.ask), ()) for outcome in outcomes]
     await asyncio.to_thread(cluster.wait_idle, 30.0)
     window_s = min(WINDOW_S, 30 * minutes)
-    first = [one for one in clients.outcomes if one.began_s < began_s + window_s]
-    last = [one for one in clients.outcomes if one.began_s >= began_s + 60 * minutes - window_s]
+    first = [one for one in outcomes if one.began_s < began_s + window_s]
+    last = [one for one in outcomes if one.began_s >= began_s + 60 * minutes - window_s]
     return SoakReport(
         seed=seed,
         began=began_at(began_s),

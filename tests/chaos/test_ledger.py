@@ -1,5 +1,7 @@
 """The ledger lets nothing pass: every way in which a request can end badly is a finding, unless a fault of its time excuses it."""
 
+from typing import Any
+
 import pytest
 
 from tests.chaos.catalogue import Case
@@ -11,13 +13,13 @@ CASE = Case(
 )
 
 
-def outcome(end: End = "complete", **seen: object) -> Outcome:
+def outcome(end: End = "complete", **seen: Any) -> Outcome:
     """A right answer, but for what is `seen`; from 10 to 12 s."""
     ask = Ask(index=0, case=0, salt="", stream=True, logprobs=True, route=None, manner="read", after=0, wait_s=0.0)
-    right: dict[str, object] = {"text": "a bc", "labels": ["a", " b", "c"], "logprobs": [-0.5, -1.0, -0.1], "finish_reason": "length"}
-    begun: dict[str, object] = {"text": "a b", "labels": ["a", " b"], "logprobs": [-0.5, -1.0], "finish_reason": None}
+    right: dict[str, Any] = {"text": "a bc", "labels": ["a", " b", "c"], "logprobs": [-0.5, -1.0, -0.1], "finish_reason": "length"}
+    begun: dict[str, Any] = {"text": "a b", "labels": ["a", " b"], "logprobs": [-0.5, -1.0], "finish_reason": None}
     fields = {**(right if end == "complete" else begun), **seen}
-    return Outcome(ask=ask, began_s=10.0, ended_s=12.0, end=end, **fields)  # type: ignore[arg-type]
+    return Outcome(ask=ask, began_s=10.0, ended_s=12.0, end=end, **fields)
 
 
 def spell(part: Part, kind: Kind, victim: str, began_s: float = 11.0, healed_s: float = 14.0) -> Spell:
@@ -45,13 +47,13 @@ def test_a_right_answer_is_no_finding() -> None:
         {"logprobs": [-0.5, -1.1, -0.1]},
     ],
 )
-def test_another_answer_is_wrong_whatever_was_broken(seen: dict[str, object]) -> None:
+def test_another_answer_is_wrong_whatever_was_broken(seen: dict[str, Any]) -> None:
     assert judge(outcome(**seen), CASE, [KILLED_ROUTER, *NO_DECODE]).finding == "wrong"
 
 
 @pytest.mark.parametrize("end", ["left", "broken", "unavailable"])
 @pytest.mark.parametrize("seen", [{"text": "b"}, {"labels": ["a", "b"]}, {"logprobs": [-0.9]}])
-def test_what_came_before_an_error_must_be_right_as_well(end: End, seen: dict[str, object]) -> None:
+def test_what_came_before_an_error_must_be_right_as_well(end: End, seen: dict[str, Any]) -> None:
     assert judge(outcome(end), CASE, [KILLED_ROUTER]).finding is None
     assert judge(outcome(end, **seen), CASE, [KILLED_ROUTER]).finding == "wrong"
 
@@ -85,6 +87,13 @@ def test_without_any_decode_node_a_request_may_be_given_up(end: End) -> None:
     assert judge(outcome(end), CASE, NO_DECODE).finding is None
     assert judge(outcome(end), CASE, NO_DECODE[:1]).finding == "unexcused"
     assert judge(outcome(end), CASE, [NO_DECODE[0], spell("link", "cut", "d1", 13.0, 15.0)]).finding == "unexcused"
+
+
+@pytest.mark.parametrize("end", ["unavailable", "no_decode_node"])
+def test_a_machine_that_stood_still_excuses_lost_links_and_no_lost_connection(end: End) -> None:
+    stall = spell("machine", "stall", "machine")
+    assert judge(outcome(end), CASE, [stall]).finding is None
+    assert judge(outcome("broken"), CASE, [stall]).finding == "unexcused"
 
 
 def test_nothing_excuses_an_answer_that_makes_no_sense() -> None:

@@ -3,7 +3,7 @@
 import msgspec
 
 from tests.chaos.ledger import Outcome, Spell
-from tests.chaos.report import FaultRecord, Finding, Report, markdown, served_again_s
+from tests.chaos.report import TROUBLES, FaultRecord, Finding, Report, markdown, served_again_s
 from tests.chaos.schedule import Ask, Fault
 from tests.chaos.watch import Growth
 
@@ -28,6 +28,7 @@ def report(*findings: Finding) -> Report:
         ends={"complete": 2, "left": 1},
         growths=[Growth(node="d0", pid=7, readings=9, fds=(40, 41), threads=(9, 9), rss_bytes=(500 << 20, 510 << 20))],
         rests=4,
+        stalls=0,
         findings=list(findings),
     )
 
@@ -47,9 +48,7 @@ def test_every_kind_of_finding_is_counted_in_its_row() -> None:
         "unexcused": "errors that no fault excuses",
         "blocks": "leaked blocks",
         "growth": "processes whose fds, threads or RSS grew",
-        **dict.fromkeys(
-            ["crash", "traceback", "not_healed", "not_stopped", "idle"], "crashes, tracebacks, nodes that did not heal or stop"
-        ),
+        **dict.fromkeys(TROUBLES, "crashes, tracebacks, nodes that did not heal, serve or stop in time"),
     }
     for kind, row in kinds.items():
         assert f"| {row} | 1 |" in markdown(report(Finding(kind=kind, after_fault=2, what="something")))

@@ -8,15 +8,12 @@ import pytest
 from tests.chaos.watch import Reading, growths, read
 
 
-def life(node: str = "d0", pid: int = 7, **series: list[int]) -> list[Reading]:
+def life(pid: int = 7, **series: list[int]) -> list[Reading]:
     """One reading for each value; what is not told stays."""
     count = max(len(values) for values in series.values())
     steady = {"fds": [40] * count, "threads": [9] * count, "rss_bytes": [500 << 20] * count}
     columns = {**steady, **series}
-    return [
-        Reading(at_s=float(i), node=node, pid=pid, **{name: values[i] for name, values in columns.items()})  # type: ignore[arg-type]
-        for i in range(count)
-    ]
+    return [Reading(at_s=float(i), node="d0", pid=pid, **{name: values[i] for name, values in columns.items()}) for i in range(count)]
 
 
 RISING = {"fds": list(range(40, 60)), "threads": list(range(9, 29)), "rss_bytes": [(500 + 10 * i) << 20 for i in range(20)]}
@@ -24,7 +21,7 @@ RISING = {"fds": list(range(40, 60)), "threads": list(range(9, 29)), "rss_bytes"
 
 @pytest.mark.parametrize("what", sorted(RISING))
 def test_what_rises_from_rest_to_rest_is_found(what: str) -> None:
-    (growth,) = growths(life(**{what: RISING[what]}))
+    (growth,) = growths(life(7, **{what: RISING[what]}))
     assert growth.excess is not None and "d0" in growth.excess
 
 

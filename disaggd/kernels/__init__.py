@@ -52,13 +52,15 @@ class MakePagedAttention(Protocol):
 
 
 class FusedLayers(Protocol):
-    """All layers over one new token of each of some sequences, in one call. Its bits are those of the operations one after another."""
+    """Layers over a few new tokens of some sequences, in one call. Its bits are those of the operations one after another."""
 
     max_rows: int
-    """Beyond so many the operations are as fast one by one."""
+    """Beyond so many tokens the operations are as fast one by one."""
 
     def __call__(
         self,
+        layers: range,
+        x: Tensor | None,
         residual: Tensor,
         rotation: tuple[Tensor, Tensor],
         kv: Tensor,
@@ -69,6 +71,7 @@ class FusedLayers(Protocol):
     ) -> Tensor:
         """Adds to `residual` [n, hidden] what the layers add, but for what the last one's MLP adds: that it returns, [n, hidden].
 
+        `x` [n, hidden] is what the layer before these returned, and is added first; None for the model's first.
         `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] is read and written as by `PagedAttention`.
         """
 
@@ -89,7 +92,7 @@ class Ops:
     linear_silu_mul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """`[gate, up]` [n, 2·f], as `linear` gives it → `silu(gate) · up` [n, f]."""
     fuse: Callable[[Sequence[LayerWeights], int | None], FusedLayers | None]
-    """Packed layers and the window they attend to → all of them as one operation for decode; None where it has none for their shapes."""
+    """Packed layers and the window they attend to → these as one operation for small steps; None where it has none for their shapes."""
     greedy: Callable[[Tensor], Tensor]
     """Logits float32 [rows, vocab_size] → int64 [rows]: each row's best entry, of equals the lowest."""
     sample: Callable[[Tensor, Draws], Tensor]

@@ -1,4 +1,4 @@
-"""All layers of a decoder in one call of the native library, for decode: `native/decoder.h`.
+"""A decoder's layers in one call of the native library, for steps of few tokens: `native/decoder.h`.
 
 A step of a small model is some hundred kernels of a few microseconds, and as many calls from Python and meetings of threads between them;
 here it is one, and the threads meet in place.
@@ -16,7 +16,7 @@ from disaggd.kernels.int8 import SCALE_BYTES
 from disaggd.kernels.layer_weights import LayerWeights, Projection
 from disaggd.kernels.native import DTYPES, PANEL, Isa, Native
 
-MAX_ROWS = 64
+MAX_ROWS = 128
 
 
 class _Projection(ctypes.Structure):
@@ -37,9 +37,9 @@ class _Layer(ctypes.Structure):
 
 class _Decode(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("layers", "residual", "x", "cos", "signed_sin", "slots", "pool")),
+        *((name, c_void_p) for name in ("layers", "before", "residual", "x", "cos", "signed_sin", "slots", "pool")),
         *((name, c_void_p) for name in ("query_start", "context_lens", "block_tables")),
-        *((name, c_int64) for name in ("num_layers", "layer_bytes", "int8_weights", "rows", "table_stride")),
+        *((name, c_int64) for name in ("num_layers", "layer_bytes", "int8_weights", "rows", "sequences", "table_stride")),
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "block_size", "window")),
         ("scale", c_float),
         ("eps", c_float),
@@ -78,6 +78,8 @@ class NativeLayers:
 
     def __call__(
         self,
+        layers: range,
+        x: Tensor | None,
         residual: Tensor,
         rotation: tuple[Tensor, Tensor],
         kv: Tensor,
@@ -87,29 +89,33 @@ class NativeLayers:
         block_tables: Tensor,
     ) -> Tensor:
         cos, signed_sin = rotation
-        rows, tables = len(residual), (query_start, context_lens, block_tables)
+        rows, sequences, tables = len(residual), len(context_lens), (query_start, context_lens, block_tables)
         num_layers, _, kv_heads, _, block_size, head_dim = kv.shape
-        assert residual.shape == (rows, self._hidden) and rows <= self.max_rows and num_layers == len(self._weights)
-        assert slot_mapping.shape == context_lens.shape == (rows,) and query_start.shape == (rows + 1,)
-        assert all(tensor.is_contiguous() for tensor in (residual, cos, signed_sin, kv, slot_mapping, *tables))
-        assert residual.dtype == kv.dtype == cos.dtype == signed_sin.dtype == self._weights[0].attention_norm.dtype
+        before = residual if x is None else x
+        assert residual.shape == before.shape == (rows, self._hidden) and rows <= self.max_rows
+        assert num_layers == len(self._weights) and layers == range(num_layers)[layers.start : layers.stop]
+        assert slot_mapping.shape == (rows,) and query_start.shape == (sequences + 1,) and len(block_tables) == sequences
+        assert all(tensor.is_contiguous() for tensor in (before, residual, cos, signed_sin, kv, slot_mapping, *tables))
+        assert before.dtype == residual.dtype == kv.dtype == cos.dtype == signed_sin.dtype == self._weights[0].attention_norm.dtype
         assert slot_mapping.dtype == torch.int64 and all(table.dtype == torch.int32 for table in tables)
-        x = torch.empty_like(residual)
+        result = torch.empty_like(residual)
         step = _Decode(
-            layers=ctypes.addressof(self._layers),
+            layers=ctypes.addressof(self._layers) + layers.start * ctypes.sizeof(_Layer),
+            before=None if x is None else x.data_ptr(),
             residual=residual.data_ptr(),
-            x=x.data_ptr(),
+            x=result.data_ptr(),
             cos=cos.data_ptr(),
             signed_sin=signed_sin.data_ptr(),
             slots=slot_mapping.data_ptr(),
-            pool=kv.data_ptr(),
+            pool=kv[layers.start].data_ptr(),
             query_start=query_start.data_ptr(),
             context_lens=context_lens.data_ptr(),
             block_tables=block_tables.data_ptr(),
-            num_layers=num_layers,
+            num_layers=len(layers),
             layer_bytes=kv.stride(0) * kv.element_size(),
             int8_weights=self._int8,
             rows=rows,
+            sequences=sequences,
             table_stride=block_tables.shape[1],
             heads=self._projected // head_dim - 2 * kv_heads,
             kv_heads=kv_heads,
@@ -120,7 +126,7 @@ class NativeLayers:
             eps=self._eps,
         )
         self._kernels.library.disaggd_decode(self._kernels.isa, DTYPES[kv.dtype], ctypes.byref(step))
-        return x
+        return result
 
 
 def _projections(layer: LayerWeights) -> tuple[Projection, ...]:

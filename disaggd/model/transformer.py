@@ -16,6 +16,9 @@ from disaggd.model.spec import ModelSpec
 
 LayersDone = Callable[[range], None]
 
+ComputeLayers = Callable[[range, Tensor | None, Tensor, Rotation], Tensor | None]
+"""(layers, what the layer before them returned, the residual stream that they change, rotation) → what the last of them adds to it."""
+
 
 class Transformer:
     """A dense decoder-only transformer. Made with uninitialized weights; fill them, then `pack`, then `forward`.
@@ -48,8 +51,8 @@ class Transformer:
         """Logits float32 [len(batch.logit_rows), vocab_size]; the keys and values of all tokens of `batch` are written into `kv`.
 
         `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] holds those of the tokens before. `layers_done(range(a, b))` is
-        called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`; of one new
-        token each, maybe for all layers at once.
+        called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`; for all layers
+        at once where every sequence has one new token and the layers are one operation.
         Call under `torch.inference_mode()`.
         """
         residual = F.embedding(batch.tokens, self.embedding)
@@ -61,15 +64,18 @@ class Transformer:
 
     def _layers_of(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
         """`residual` goes through the layers in place; returns what the last one adds to it."""
-        if self._fused is not None and len(batch.tokens) == len(batch.context_lens) <= self._fused.max_rows:
-            tables = batch.query_start, batch.context_lens, batch.block_tables
-            x = self._fused(residual, rotation, kv, batch.slot_mapping, *tables)
+        fused = self._fused if self._fused is not None and len(batch.tokens) <= self._fused.max_rows else None
+        compute = self._one_by_one(batch, kv) if fused is None else _at_once(fused, batch, kv)
+        is_one_group = fused is not None and (layers_done is None or len(batch.tokens) == len(batch.context_lens))
+        x = None
+        for group in [range(len(self.layers))] if is_one_group else self._layer_groups():
+            x = compute(group, x, residual, rotation)
             if layers_done is not None:
-                layers_done(range(len(self.layers)))
-            return x
-        return self._one_by_one(batch, residual, rotation, kv, layers_done)
+                layers_done(group)
+        assert x is not None, "a model without layers"
+        return x
 
-    def _one_by_one(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
+    def _one_by_one(self, batch: Batch, kv: Tensor) -> ComputeLayers:
         attention = self.ops.paged_attention(
             batch.slot_mapping,
             batch.query_start,
@@ -79,14 +85,13 @@ class Transformer:
             block_size=kv.shape[4],
             window=self.spec.sliding_window,
         )
-        x = None
-        for group in self._layer_groups():
-            for index in group:
+
+        def compute(layers: range, x: Tensor | None, residual: Tensor, rotation: Rotation) -> Tensor | None:
+            for index in layers:
                 x = self.layers[index](x, residual, rotation, attention, kv[index])
-            if layers_done is not None:
-                layers_done(group)
-        assert x is not None, "a model without layers"
-        return x
+            return x
+
+        return compute
 
     def _layer_groups(self) -> list[range]:
         count = len(self.layers)
@@ -119,3 +124,8 @@ class Transformer:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self.device)
+
+
+def _at_once(fused: FusedLayers, batch: Batch, kv: Tensor) -> ComputeLayers:
+    tables = batch.slot_mapping, batch.query_start, batch.context_lens, batch.block_tables
+    return lambda layers, x, residual, rotation: fused(layers, x, residual, rotation, kv, *tables)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from disaggd.engine.scheduler import Chunk, Limits, StepPlan
 from disaggd.engine.sequence import Sequence
 from disaggd.engine.step_cost import StepPace
 from disaggd.ids import BlockId, SeqId
+from disaggd.kernels import native
 from disaggd.model.kv import allocate_kv
 from disaggd.model.spec import ModelSpec
 from disaggd.model.transformer import Transformer
@@ -63,7 +65,11 @@ class Node:
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    made = Transformer(SPEC, CPU, kernels.select(CPU), layer_group=2)
+    return made_of(SPEC)
+
+
+def made_of(spec: ModelSpec) -> Transformer:
+    made = Transformer(spec, CPU, kernels.select(CPU), layer_group=2)
     random = torch.Generator().manual_seed(1)
     for key, weight in weight_targets(made).items():
         weight.normal_(1.0, 0.2, generator=random) if key.endswith("norm.weight") else weight.normal_(0.0, 0.15, generator=random)
@@ -216,21 +222,34 @@ class Hurry(StepPace):
         return 0
 
 
-def test_chunks_that_end_inside_blocks_change_no_token_and_may_be_found_again(transformer: Transformer) -> None:
+NO_NATIVE = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(False, id="by layers"), pytest.param(True, id="all layers at once", marks=NO_NATIVE)])
+def test_chunks_that_end_inside_blocks_change_no_token_and_may_be_found_again(at_once: bool) -> None:
+    transformer = made_of(msgspec.structs.replace(SPEC, intermediate_size=128) if at_once else SPEC)
+    if at_once:
+        transformer.pack()
     block, num_blocks = 32, 60
     kv = allocate_kv(kv_spec(SPEC, block), num_blocks, CPU)
     pool = BlockPool(num_blocks, block, PrefixHasher("model", "float32", block))
     engine = Engine(ModelRunner(transformer, kv, 48), pool, Limits(48, 8, 256), pace=Hurry(None, lambda: 0.0))
     expected = [oracle(transformer, tokens, GREEDY) for tokens in PROMPTS]
-    ends = []
+    ends, groups = [], set()
+
+    def layers_done(plan: StepPlan, layers: range) -> None:
+        ends.extend(chunk.end for chunk in plan.chunks if not chunk.samples)
+        groups.add(layers)
+
     for _ in range(2):
         for number, tokens in enumerate(PROMPTS):
             engine.add(make_sequence(number, tokens, GREEDY))
         outputs = []
         while engine.has_work:
-            outputs += engine.step(lambda plan, _: ends.extend(chunk.end for chunk in plan.chunks if not chunk.samples))
+            outputs += engine.step(layers_done)
         assert by_sequence(outputs) == expected
     assert any(end % block for end in ends)
+    assert (range(3) in groups) is at_once  # the steps of decodes only tell
     assert engine.cache.hit_tokens > 0
 
 

@@ -409,7 +409,7 @@ template <class T> struct AttendJobs {
         for (int64_t sequence = 0; sequence < a.sequences; sequence++) cut<T>(a, sequence, [&](int64_t, int64_t) { room += a.kv_heads; });
         jobs = (AttendJob*)scratch(JOBS, room * (sizeof(AttendJob) + part * sizeof(float)));
         partials = (float*)(jobs + room);
-        for (int64_t sequence = 0; sequence < a.sequences; sequence++)
+        for (int64_t sequence = a.sequences - 1; sequence >= 0; sequence--)  // chunks come behind decodes, and take longest
             for (int64_t head = 0; head < a.kv_heads; head++) {
                 AttendJob* const first = jobs + count;
                 cut<T>(a, sequence, [&](int64_t begin, int64_t end) {

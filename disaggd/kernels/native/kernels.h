@@ -89,16 +89,18 @@ struct DecoderLayer {
     Projection qkv, out, gate_up, down;
 };
 
-// All layers over one new token of each of `rows` sequences: residual [rows, hidden] in place, what the last layer adds to it → x. The
-// pool's layers lie `layer_bytes` apart; the rest is as in RotateAndStore and Attend. intermediate: a multiple of 64.
+// Some layers over the `rows` new tokens of `sequences` sequences: residual [rows, hidden] in place, to which `before`, what the layer
+// before these computed, is still to be added (null: there is none); what the last layer adds to it → x. The pool's layers lie
+// `layer_bytes` apart; the rest is as in RotateAndStore and Attend. intermediate: a multiple of 64.
 struct Decode {
     const DecoderLayer* layers;
+    const void* before;
     void *residual, *x;
     const void *cos, *signed_sin;
     const int64_t* slots;
     void* pool;
     const int32_t *query_start, *context_lens, *block_tables;
-    int64_t num_layers, layer_bytes, int8_weights, rows, table_stride, heads, kv_heads, head_dim, block_size, window;
+    int64_t num_layers, layer_bytes, int8_weights, rows, sequences, table_stride, heads, kv_heads, head_dim, block_size, window;
     float scale, eps;
 };
 

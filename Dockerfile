@@ -27,6 +27,7 @@ USER disaggd
 WORKDIR /home/disaggd
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=2)"]
+# It drains the nodes, which takes [cluster] drain_s at most; docker kills after 10 s: `docker run --stop-timeout 60` gives them time.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["disaggd"]
 CMD ["up"]

@@ -370,7 +370,7 @@ class _Ending:
     def _drain(self) -> None:
         self._backend.drain()
         if count := len(self._backend.dispatcher.sequences):
-            log.info("draining: %d requests may take %g s more; one more signal ends them at once", count, self._drain_s)
+            log.info("draining: %d under way, for %g s at most; one more signal ends them at once", count, self._drain_s)
 
     def _end(self) -> None:
         """A second signal: each client still hears why. One more, or only the last bytes are to be sent: not even that."""

@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope
 
 nightly: $(VENV)/.installed-dev
 	$(BIN)/pytest -m nightly

@@ -89,10 +89,20 @@ def test_without_a_key_nothing_but_probes_is_answered(door: Door, backend: Any) 
     assert backend.requests == []
 
 
-WRONG = ["", "Bearer", "Bearer ", f"Basic {ALICE}", ALICE, f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}", f"Bearer {SHORT}", "Bearer é"]
+WRONG = {
+    "nothing": "",
+    "no key": "Bearer",
+    "an empty key": "Bearer ",
+    "another scheme": f"Basic {ALICE}",
+    "no scheme": ALICE,
+    "too long": f"Bearer {ALICE}x",
+    "too short": f"Bearer {ALICE[:-1]}",
+    "a password": f"Bearer {SHORT}",
+    "not ASCII": "Bearer é",
+}
 
 
-@pytest.mark.parametrize("authorization", WRONG)
+@pytest.mark.parametrize("authorization", WRONG.values(), ids=WRONG)  # ids: keys are new in every process that collects tests
 def test_a_wrong_key_is_refused_and_so_is_a_short_one(door: Door, backend: Any, authorization: str) -> None:
     response = door.call("GET", "/v1/models", headers={"authorization": authorization.encode()})
     assert response.status_code == 401

@@ -14,6 +14,7 @@ router ──► prefill                        prefill ──► router
 both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
+both roles answer ListBlocks with BlockList
 engine nodes also send Gauges, Measured, RefusedLinks, SlowThread and CacheEvents, which a router may ask for with CacheSnapshot
 an engine node that is told to stop sends Draining, and stops when every router has answered Dismiss
 ```
@@ -35,6 +36,7 @@ from disaggd.cluster.hello import (
     PairReady,
     Ping,
 )
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.offer import Predicted, PrefillCost, PrefillWork, RemoteOffer
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
@@ -373,6 +375,20 @@ class Dismiss(Frame, frozen=True):
     """Router → engine node, once: nothing of mine is with you any more, nobody waits for what you wrote, and nothing new will come."""
 
 
+class ListBlocks(Frame, frozen=True):
+    """Router → engine node: which blocks do you hold because of other nodes? Answered `BlockList`."""
+
+    request: int
+    """Counted by the router; the answer names it."""
+
+
+class BlockList(Frame, frozen=True):
+    """Engine node → router."""
+
+    request: int
+    holdings: tuple[Holding, ...]
+
+
 class CacheSnapshot(Frame, frozen=True):
     """Router → engine node: a number is missing among your `CacheEvents`: send a snapshot."""
 
@@ -432,6 +448,7 @@ ToNode = (
     | Quiesced
     | PrefillLost
     | CacheSnapshot
+    | ListBlocks
     | Dismiss
 )
 """What a router may send, once the two ends know each other (`handshake.py`)."""
@@ -461,6 +478,7 @@ ToRouter = (
     | Credit
     | Gauges
     | CacheEvents
+    | BlockList
     | Measured
     | Draining
     | RefusedLinks

@@ -43,6 +43,7 @@ def create_app(
         ("GET", "/v1/requests/{id:path}", "key", request_response(status.receipt)),
         ("GET", "/v1/cluster", "admin", request_response(status.cluster)),
         ("GET", "/v1/cluster/trace", "admin", request_response(status.trace)),
+        ("GET", "/v1/debug/blocks", "admin", request_response(status.blocks)),
         ("GET", "/health", "nothing", request_response(status.health)),
         ("GET", "/ready", "nothing", request_response(status.ready)),
         ("GET", "/metrics", "nothing" if open_metrics else "admin", request_response(status.metrics)),

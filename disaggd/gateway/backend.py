@@ -79,6 +79,12 @@ class Backend(Protocol):
     def ready(self) -> bool:
         """Whether a request sent now could be served."""
 
+    async def blocks(self) -> dict[str, object]:
+        """What `GET /v1/debug/blocks` shows: every block that a node holds because of another; plain JSON values.
+
+        Asks the nodes, and waits a second at most; who does not answer by then is named.
+        """
+
     def cluster(self) -> dict[str, object]:
         """What `GET /v1/cluster` shows: nodes, roles, load, links; plain JSON values."""
 

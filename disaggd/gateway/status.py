@@ -59,6 +59,10 @@ class StatusEndpoints:
         """Nodes, roles, load and links."""
         return _json(self._backend.cluster())
 
+    async def blocks(self, request: Request) -> Response:
+        """Each granted, held and quarantined block, and why; asked of the nodes now."""
+        return _json(await self._backend.blocks())
+
     async def health(self, request: Request) -> Response:
         """The process is alive."""
         return _json({"status": "ok"})

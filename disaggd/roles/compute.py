@@ -7,11 +7,12 @@ messages to its inbox; it answers through an outbox that crosses to asyncio once
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from disaggd.cluster.protocol import CacheSnapshot, Dismiss, Draining, Gauges, ToNode, ToRouter
+from disaggd.cluster.holdings import Holding
+from disaggd.cluster.protocol import BlockList, CacheSnapshot, Dismiss, Draining, Gauges, ListBlocks, ToNode, ToRouter
 from disaggd.engine.engine import Engine, SequenceOutput
 from disaggd.engine.scheduler import StepPlan
 from disaggd.pulse import Pulse
@@ -99,6 +100,9 @@ class Role(Protocol):
         """When `tick` has something to do next, if nothing comes in before."""
 
     def gauges(self) -> Gauges: ...
+    def holdings(self) -> Iterable[Holding]:
+        """The blocks that the gauges count as granted, held and quarantined."""
+
     @property
     def is_idle(self) -> bool:
         """Whether it has no sequence, and pushes nothing."""
@@ -136,6 +140,8 @@ class Compute:
 
     def handle(self, message: Message) -> None:
         match message:
+            case FrameIn(link, ListBlocks(request)):
+                self._outbox.send(link, BlockList(request, tuple(self._role.holdings())))
             case FrameIn(link, CacheSnapshot()):
                 self._report_cache()
                 self._send_snapshot(link)

@@ -18,6 +18,7 @@ from functools import singledispatchmethod
 
 from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.protocol import (
     Abort,
     Cancel,
@@ -223,7 +224,7 @@ class DecodeRole:
         except InvalidRequest as error:
             log.warning("%s: its prefix is not pushed to %s: %s", frame.seq, grant.target, error.message)
             return self._pushing.refuse(grant, link)
-        self._pushing.begin(grant, link)
+        self._pushing.begin(grant, frame.seq, frame.attempt, link)
         most = self._pool.blocks_for(self._engine.limits.max_step_tokens)  # staging memory holds a layer group of so many
         for layers in self._layer_groups:
             for start in range(first, last, most):
@@ -350,6 +351,9 @@ class DecodeRole:
             promised=self._granting.blocks_promised,
             held=self._pushing.num_blocks_held,
         )
+
+    def holdings(self) -> Iterable[Holding]:
+        return (*self._granting.holdings(), *self._pushing.holdings())
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,9 +1,13 @@
-"""What an engine node says of itself to its routers. Read on the compute thread, every turn: nothing here walks over blocks."""
+"""What an engine node says of itself to its routers. Read on the compute thread; the gauges every turn: they walk over no blocks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.protocol import Gauges
 from disaggd.engine.engine import Engine
+from disaggd.transfer.grant import GrantBook, GrantState
 from disaggd.transfer.messages import Landed, LandingFailed
 
 
@@ -47,3 +51,18 @@ def node_gauges(engine: Engine, verified: Verified, *, granted: int = 0, quarant
         blocks_verified=verified.num_blocks,
         checksum_failures=verified.num_failures,
     )
+
+
+def grant_holdings(book: GrantBook, memory: Literal["pool", "staging"], now: float) -> Iterator[Holding]:
+    """The blocks of grants that are out or given up, when somebody asks: one by one."""
+    for record in book:
+        yield Holding(
+            state="granted" if record.state is GrantState.GRANTED else "quarantined",
+            memory=memory,
+            blocks=record.blocks,
+            seq=record.seq_id,
+            attempt=record.attempt,
+            peer=record.peer,
+            age_s=now - record.since,
+            reason=record.reason or "",
+        )

@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.protocol import Grant
 from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId
-from disaggd.roles.gauges import Verified
+from disaggd.roles.gauges import Verified, grant_holdings
 from disaggd.roles.landing import Copy, LandingMemory, Landings
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord
@@ -47,8 +48,10 @@ class Arrival:
     """A grant that has landed, until it is in the pool; its sequence may have been given up meanwhile."""
 
     placed: Placed
+    peer: NodeName
     first: FirstToken
     copy: Copy
+    landed_at: float
 
 
 class Granting:
@@ -83,6 +86,7 @@ class Granting:
         self._verify = verify
         self._bytes_per_block = bytes_per_block
         self._submit = submit
+        self._clock = clock
         self._landings = Landings(engine.pool, staging)
         self._is_staged = staging is not None
 
@@ -176,7 +180,7 @@ class Granting:
         if not self._is_staged:
             return list(record.blocks)
         blocks, placed.reserved = placed.reserved, []
-        self.arrivals.append(Arrival(placed, first, self._landings.copy_in(record.blocks, blocks)))
+        self.arrivals.append(Arrival(placed, record.peer, first, self._landings.copy_in(record.blocks, blocks), self._clock()))
         return None
 
     def is_arriving(self, placed: Placed) -> bool:
@@ -212,6 +216,21 @@ class Granting:
     def is_expecting(self) -> bool:
         """Whether grants are out, or in and being copied."""
         return bool(self.arrivals or self.book.num_granted)
+
+    def holdings(self) -> Iterator[Holding]:
+        """By grant; what has landed and is being copied into the pool is granted still."""
+        yield from grant_holdings(self.book, "staging" if self._is_staged else "pool", self._clock())
+        for arrival in self.arrivals:
+            yield Holding(
+                state="granted",
+                memory="pool",
+                blocks=tuple(arrival.copy.blocks),
+                seq=arrival.placed.seq,
+                attempt=arrival.placed.attempt,
+                peer=arrival.peer,
+                age_s=self._clock() - arrival.landed_at,
+                reason="landed, and being copied into the pool",
+            )
 
     @property
     def blocks_granted(self) -> int:

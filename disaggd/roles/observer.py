@@ -3,7 +3,7 @@
 `RouterBackend` tells it what happened; nothing here is done per token.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 from disaggd.cluster.dispatcher import Dispatcher
@@ -12,7 +12,7 @@ from disaggd.cluster.peers import Duty, PairState, Peer
 from disaggd.cluster.protocol import Gauges
 from disaggd.cluster.request import RoutedSequence
 from disaggd.config import RouterConfig
-from disaggd.ids import NodeName
+from disaggd.ids import NodeName, SeqId
 from disaggd.observe.chrome_trace import ROUTER, trace_pieces
 from disaggd.observe.metrics import BlockState, Metrics, SequenceState
 from disaggd.observe.receipts import Receipt, ReceiptBook
@@ -44,6 +44,9 @@ class Observer:
         self._clock = clock
         self._since_epoch_s = wall() - clock()
         self._book = ReceiptBook(config.receipts)
+        self._request_ids: OrderedDict[SeqId, str] = OrderedDict()
+        """Of the last sequences that ended, as many as receipts."""
+        self._max_ended = config.receipts
         self._recorder = FlightRecorder(config.trace_minutes, clock)
         self._pairs: dict[tuple[NodeName, NodeName], PairState] = {}
 
@@ -53,6 +56,9 @@ class Observer:
         """A request is over; told once more when its prefill node has reported, if that was awaited."""
         receipt = self.receipt(record)
         self._book.write(receipt)
+        self._request_ids[record.seq] = record.request.id
+        while len(self._request_ids) > self._max_ended:
+            self._request_ids.popitem(last=False)
         self._recorder.request(record.seq, record.timeline.arrived, receipt)
         if not awaits_report:
             self._metrics.observe_finish(receipt)
@@ -137,6 +143,10 @@ class Observer:
     def find(self, request_id: str, key: str | None) -> Receipt | None:
         """Of a request of `key`, or of whoever's if that is None, that is over; if it is still remembered."""
         return self._book.get(request_id, key)
+
+    def request_id(self, seq: SeqId) -> str | None:
+        """Of a sequence that is over, if it is still remembered."""
+        return self._request_ids.get(seq)
 
     def latest(self, limit: int, running: Iterable[RoutedSequence], key: str | None) -> list[Receipt]:
         """Those that came last, the last one first; only those of `key`, unless it is None."""

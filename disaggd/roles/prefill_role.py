@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from disaggd.cluster.hello import OpenPair
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.offer import PrefillWork
 from disaggd.cluster.protocol import (
     Abort,
@@ -150,7 +151,7 @@ class PrefillRole:
         self._jobs[job.key] = job
         if frame.grant is not None:
             self._pushed[frame.grant.token] = job
-            self._pushing.begin(frame.grant, link)
+            self._pushing.begin(frame.grant, frame.seq, frame.attempt, link)
         if frame.prefix is not None:
             self._prefixes.ask(link, sequence, frame.prefix)
         return None
@@ -309,6 +310,9 @@ class PrefillRole:
             promised=granted + quarantined,
             held=self._pushing.num_blocks_held,
         )
+
+    def holdings(self) -> Iterable[Holding]:
+        return (*self._prefixes.holdings(), *self._pushing.holdings())
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

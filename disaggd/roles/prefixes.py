@@ -10,16 +10,17 @@ frees them.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.protocol import Cancel, Grant, PrefixEnded, PrefixGrant, PrefixOutcome, PrefixSource
 from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence, SequenceState
 from disaggd.ids import BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
-from disaggd.roles.gauges import Verified
+from disaggd.roles.gauges import Verified, grant_holdings
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord, GrantState
 
@@ -259,6 +260,9 @@ class PrefixIntake:
 
     def next_deadline(self) -> float | None:
         return self._clock() if self._in_the_way() else self._book.next_deadline()
+
+    def holdings(self) -> Iterator[Holding]:
+        return grant_holdings(self._book, "pool", self._clock())
 
     @property
     def blocks_granted(self) -> int:

@@ -7,15 +7,17 @@ they are there, and what follows when a push has ended.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from disaggd.cluster.hello import ConnectPair, PairLost, PairReady
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.protocol import Cancel, Grant, Progress, Quiesced, ToNode
 from disaggd.engine.blocks import BlockPool
 from disaggd.errors import InvalidRequest
-from disaggd.ids import AgentId, BlockId, GrantToken, NodeName
+from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.source_reads import SourceReads
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 
@@ -33,7 +35,10 @@ class Push:
     """A grant that is being written."""
 
     grant: Grant
+    seq: SeqId
+    attempt: int
     link: LinkId
+    began_at: float
     stopped_at: float | None = None
     """When it was told to post nothing more."""
     cancels: list[LinkId] = field(default_factory=list)
@@ -80,8 +85,7 @@ class Pushing:
         self._ready: dict[NodeName, AgentId] = {}
         """Nodes whose agent has confirmed the probe."""
         self._renew_at = 0.0
-        self._reading: dict[BlockId, int] = {}
-        """Blocks that posted pushes still read, and how many do."""
+        self._reads = SourceReads[Push](pool)
 
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -103,9 +107,8 @@ class Pushing:
                 log.info("probing the KV path to %s", peer)
             case transfer.PairFailed():
                 self._pair_failed(event)
-            case transfer.HandleDone(_, source):
-                self._pool.release(source)
-                self._count_reads(source, -1)
+            case transfer.HandleDone(token, source):
+                self._reads.end(token, source)
             case _:
                 return False
         return True
@@ -134,8 +137,8 @@ class Pushing:
             self._outbox.broadcast(PairLost(grant.target, grant.agent_id, "not connected"))
             raise InvalidRequest(f"no KV path to that agent of {grant.target}")
 
-    def begin(self, grant: Grant, link: LinkId) -> None:
-        self._pushes[grant.token] = Push(grant, link)
+    def begin(self, grant: Grant, seq: SeqId, attempt: int, link: LinkId) -> None:
+        self._pushes[grant.token] = Push(grant, seq, attempt, link, self._clock())
         self._submit(transfer.BeginPush(grant.token, grant.target, grant.agent_id, grant.lease_s, grant.verify))
 
     def write(self, grant: Grant, layers: range, first: int, blocks: Iterable[BlockId], is_ready: transfer.IsReady) -> None:
@@ -148,8 +151,7 @@ class Pushing:
         if not source:
             return  # the target has it all
         start = max(first, skip) - skip
-        self._pool.retain(source)
-        self._count_reads(source, +1)
+        self._reads.begin(grant.token, self._pushes[grant.token], source)
         self._submit(transfer.PushBlocks(grant.token, layers, source, grant.block_ids[start : start + len(source)], is_ready))
 
     def finish(self, token: GrantToken, first: FirstToken | None) -> None:
@@ -239,7 +241,22 @@ class Pushing:
     @property
     def num_blocks_held(self) -> int:
         """Blocks that only pushes hold on to."""
-        return sum(self._pool.references(block) == reads for block, reads in self._reading.items())
+        return self._reads.num_held
+
+    def holdings(self) -> Iterator[Holding]:
+        """Those blocks, by push."""
+        now = self._clock()
+        for push, blocks in self._reads.held():
+            yield Holding(
+                state="held",
+                memory="pool",
+                blocks=blocks,
+                seq=push.seq,
+                attempt=push.attempt,
+                peer=push.grant.target,
+                age_s=now - push.began_at,
+                reason="" if push.stopped_at is None else f"told to stop {now - push.stopped_at:.1f} s ago; its writes have not ended",
+            )
 
     def _close_pair(self, peer: NodeName) -> None:
         """No error comes from a peer that hangs: destroying our agent is what ends its handles, and frees their blocks."""
@@ -253,11 +270,3 @@ class Pushing:
         while len(self._tombstones) > TOMBSTONES:
             self._tombstones.popitem(last=False)
         return stone
-
-    def _count_reads(self, blocks: Iterable[BlockId], change: int) -> None:
-        for block in blocks:
-            reads = self._reading.get(block, 0) + change
-            if reads:
-                self._reading[block] = reads
-            else:
-                del self._reading[block]

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Generator, Iterator
 from collections.abc import Sequence as ReadOnlySequence
 from contextlib import contextmanager
 
+import msgspec
 import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -27,7 +28,7 @@ from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
-from disaggd.cluster.protocol import Gauges, RefusedLinks, SlowThread, ToRouter
+from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
 from disaggd.errors import ConfigError, HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
@@ -42,6 +43,7 @@ from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
 from disaggd.roles.assembly import dispatch_rules
+from disaggd.roles.block_survey import BlockSurvey
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.roles.stopping import StopSignals
 from disaggd.sampling import FinishReason, TokenLogprob
@@ -114,6 +116,7 @@ class RouterBackend:
             self._on_update,
         )
         self._observer = Observer(self.model_name, node.name, config.router, metrics, time.monotonic, time.time)
+        self._survey = BlockSurvey()
         self._running: dict[tuple[str, str | None], SeqId] = {}
         """The latest of each request id and API key: clients may use one twice at a time."""
         self._sequence_of: dict[int, SeqId] = {}
@@ -191,6 +194,30 @@ class RouterBackend:
         num_nodes = len(self._config.nodes_of("prefill", "decode"))
         return num_linked == num_nodes and all(pair.state is PairState.READY for pair in self.dispatcher.pairs)
 
+    async def blocks(self) -> dict[str, object]:
+        """See `Backend.blocks`."""
+        peers: dict[NodeName, PrefillPeer | DecodePeer] = {**self.dispatcher.prefills, **self.dispatcher.decodes}
+        answers = await self._survey.ask(peers)
+        return {
+            "nodes": [
+                {
+                    "name": node.name,
+                    "state": "down" if node.name not in peers else "silent" if answers[node.name] is None else "answered",
+                }
+                for node in self._config.nodes_of("prefill", "decode")
+            ],
+            "blocks": [
+                {"node": name, "request": self._request_id(holding.seq), **msgspec.structs.asdict(holding)}
+                for name, holdings in answers.items()
+                for holding in holdings or ()
+            ],
+        }
+
+    def _request_id(self, seq: SeqId) -> str | None:
+        """As its client knows it; None for what was long ago, or is another router's."""
+        record = self.dispatcher.sequences.get(seq)
+        return self._observer.request_id(seq) if record is None else record.request.id
+
     def cluster(self) -> dict[str, object]:
         """See `Backend.cluster`."""
         dispatcher = self.dispatcher
@@ -245,6 +272,8 @@ class RouterBackend:
             return self._observer.refused_by(link.name, frame.cause, frame.total)
         if isinstance(frame, SlowThread):
             return self._observer.slow_thread(link.name, frame.thread, frame.seconds)
+        if isinstance(frame, BlockList):
+            return self._survey.on_list(link.name, frame)
         self.dispatcher.on_frame(link.name, frame)
         if isinstance(frame, Gauges):
             self._observer.gauges(link.name, link.peer, frame)

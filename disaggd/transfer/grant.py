@@ -11,7 +11,7 @@ grants leave the book, so late messages about them are harmless.
 """
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -45,7 +45,8 @@ class GrantRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Our agent at which it writes."""
     blocks: tuple[BlockId, ...]
     lease_s: float
-    granted_at: float
+    since: float
+    """When it came into its state."""
     deadline: float
     """GRANTED: when the lease runs out. QUARANTINED: when the wait for a quiesce ends."""
     state: GrantState = GrantState.GRANTED
@@ -84,11 +85,15 @@ class GrantBook:
             agent_id=agent_id,
             blocks=tuple(blocks),
             lease_s=lease_s,
-            granted_at=now,
+            since=now,
             deadline=now + lease_s,
         )
         self._records[token] = record
         return record
+
+    def __iter__(self) -> Iterator[GrantRecord]:
+        """Those that are GRANTED or QUARANTINED."""
+        return iter(self._records.values())
 
     def get(self, token: GrantToken) -> GrantRecord | None:
         """The grant, while it is GRANTED or QUARANTINED."""
@@ -115,7 +120,8 @@ class GrantBook:
         if not self._is(token, GrantState.GRANTED):
             return None
         record = self._moved(token, GrantState.QUARANTINED)
-        record = msgspec.structs.replace(record, deadline=self._clock() + self._quiesce_s, reason=reason)
+        now = self._clock()
+        record = msgspec.structs.replace(record, since=now, deadline=now + self._quiesce_s, reason=reason)
         self._records[token] = record
         return record
 

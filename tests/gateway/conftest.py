@@ -58,6 +58,9 @@ class ScriptedBackend:
     def ready(self) -> bool:
         return self.is_ready
 
+    async def blocks(self) -> dict[str, object]:
+        return {"nodes": [{"name": "d0", "state": "answered"}], "blocks": []}
+
     def cluster(self) -> dict[str, object]:
         return {"nodes": [{"name": "d0", "role": "decode"}]}
 

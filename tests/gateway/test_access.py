@@ -128,7 +128,7 @@ def test_refusals_are_logged_once_counted_and_show_no_key(door: Door, caplog: py
     assert door.count("disaggd_http_requests_total", route="/v1/models", status="401") == 5
 
 
-@pytest.mark.parametrize("path", ["/v1/cluster", "/v1/cluster/trace", "/metrics"])
+@pytest.mark.parametrize("path", ["/v1/cluster", "/v1/cluster/trace", "/v1/debug/blocks", "/metrics"])
 def test_what_shows_the_cluster_is_for_admins(door: Door, path: str) -> None:
     assert door(ROOT, "GET", path).status_code == 200
     refused = door(BOB, "GET", path)

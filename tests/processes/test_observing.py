@@ -40,6 +40,13 @@ def test_the_latest_requests_are_listed(cluster: Cluster, oracle: Oracle) -> Non
     assert [receipt["id"] for receipt in listed] == ids[::-1]
 
 
+def test_no_block_is_anybody_elses_when_all_is_quiet(cluster: Cluster, oracle: Oracle) -> None:
+    cluster.complete(prompt_of(600, oracle, salt=7), max_tokens=2)
+    cluster.wait_idle()
+    answered = [{"name": name, "state": "answered"} for name in ("p0", "d0")]
+    assert cluster.get("/v1/debug/blocks").json() == {"nodes": answered, "blocks": []}
+
+
 def test_the_waterfall_is_drawn_in_a_terminal_that_is_none(cluster: Cluster, oracle: Oracle) -> None:
     request_id = cluster.complete(prompt_of(600, oracle, salt=5), max_tokens=8)["id"]
     command = [sys.executable, "-m", "disaggd", "trace", request_id, "--url", cluster.url]

@@ -26,6 +26,7 @@ from tests.support.role_nodes import (
     Clock,
     RoleNode,
     Submit,
+    check_holdings,
     next_token,
     prompt,
 )
@@ -125,6 +126,7 @@ def check_decode_pool(node: Node) -> None:
         assert landing.num_free + grants.blocks_granted + grants.blocks_quarantined + arriving == landing.num_blocks
     else:
         assert in_pool + gauges.blocks_quarantined == node.pool.num_blocks
+    check_holdings(node, "held", "quarantined", *(() if node.role._granting._is_staged else ("granted",)))
     assert {p.sequence for p in placed.values()} == set(node.engine.sequences.values())
     granted = {token for token, record in node.role._grants._records.items() if record.state is GrantState.GRANTED}
     assert {p.grant for p in placed.values() if p.grant is not None} == granted

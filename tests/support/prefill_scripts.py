@@ -15,7 +15,19 @@ from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
-from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, LEASE_S, LINK, QUIESCE_S, VOCAB_SIZE, Clock, RoleNode, Submit
+from tests.support.role_nodes import (
+    BLOCK,
+    BYTES_PER_BLOCK,
+    HASHER,
+    LEASE_S,
+    LINK,
+    QUIESCE_S,
+    VOCAB_SIZE,
+    Clock,
+    RoleNode,
+    Submit,
+    check_holdings,
+)
 
 D0, P0 = NodeName("d0"), NodeName("p0")
 AGENT, INTAKE = AgentId("agent-1"), AgentId("intake-1")
@@ -73,9 +85,10 @@ def check_prefill_pool(node: Node) -> None:
     assert gauges.blocks_used == len(used)
     promised = gauges.blocks_granted + gauges.blocks_quarantined
     assert node.pool.num_available + len(used) + gauges.blocks_held + promised == node.pool.num_blocks
+    check_holdings(node, "granted", "held", "quarantined")
     granted = {token for token, record in prefixes._book._records.items() if record.state is GrantState.GRANTED}
     assert {prefix.grant.token for prefix in prefixes._prefixes.values() if prefix.grant is not None} == granted
-    assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reading.items())
+    assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reads._reads.items())
 
 
 def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT) -> Grant:

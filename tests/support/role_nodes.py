@@ -146,6 +146,15 @@ class RoleNode(Generic[R]):
         self.commands.clear()
 
 
+def check_holdings(node: RoleNode[R], *states: str) -> None:
+    """What is listed, block by block, is what the gauges of these states count."""
+    holdings, gauges = list(node.role.holdings()), node.role.gauges()
+    for state in states:
+        listed = {block for holding in holdings if holding.state == state for block in holding.blocks}
+        assert len(listed) == getattr(gauges, f"blocks_{state}"), state
+    assert all(holding.age_s >= 0 for holding in holdings)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     return [(seed * 31 + i * 17) % VOCAB for i in range(length)]
 

@@ -99,11 +99,11 @@ class Pair:
         sender.call("raw_connect", host, port)
         receiver.answer()
 
-    def push(self, compute_s: float = 0.0) -> Push:
+    def push(self, compute_s: float = 0.0, verify: bool = False) -> Push:
         token = secrets.token_bytes(16)
-        self._receiver.call("expect", token, self._agent_id)
+        self._receiver.call("expect", token, self._agent_id, verify)
         self._receiver.ask("landed")
-        sent = self._sender.call("push", token, self._agent_id, self._layer_group, compute_s, self._busy)
+        sent = self._sender.call("push", token, self._agent_id, self._layer_group, compute_s, self._busy, verify)
         landed_s, cpu_s = self._receiver.answer()
         if self._receiver.call("digest") != self._sender.call("digest"):
             raise ValueError("what landed is not what was sent")
@@ -123,12 +123,16 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_bytes: int
     push: float
+    verified: float | None
+    """The push with checksums taken and compared."""
     raw_socket: float
     memcpy: float
     of_link: float | None
     """The push's part of the link's rate."""
     sender_cpu_s_per_gb: float
     receiver_cpu_s_per_gb: float
+    verified_cpu_s_per_gb: tuple[float, float] | None
+    """Sender's and receiver's."""
     samples_s: dict[str, list[float]]
 
 
@@ -155,31 +159,42 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     overlaps: list[Overlap]
 
 
-def measure_speed(pair: Pair, geometry: Geometry, repeats: int, rate: str | None) -> Speed:
-    """The push against a raw socket and a memcpy of the same bytes, by turns."""
-    pushes: list[Push] = []
+def measure_speed(pair: Pair, geometry: Geometry, repeats: int, rate: str | None, verify: bool) -> Speed:
+    """The push, and a verified one, against a raw socket and a memcpy of the same bytes, by turns."""
+    pushes: dict[bool, list[Push]] = {False: [], True: []}
 
-    def push_s() -> float:
-        pushes.append(pair.push())
-        return pushes[-1].total_s
+    def push_s(verified: bool) -> float:
+        pushes[verified].append(pair.push(verify=verified))
+        return pushes[verified][-1].total_s
 
-    measures = {"push": push_s, "raw socket": pair.raw_s, "memcpy": pair.memcpy_s}
+    measures = {"push": lambda: push_s(False), "raw socket": pair.raw_s, "memcpy": pair.memcpy_s}
+    if verify:
+        measures["verified"] = lambda: push_s(True)
     for warm_up in measures.values():
         warm_up()
-    pushes.clear()
+    for warmed_up in pushes.values():
+        warmed_up.clear()
     found = interleaved(measures, repeats)
     speeds = {name: geometry.kv_bytes / seconds for name, seconds in medians(found).items()}
     gigabytes = geometry.kv_bytes / 1e9
+    cpu_s, verified_cpu_s = cpu_of(pushes[False]), cpu_of(pushes[True]) if verify else None
     return Speed(
         kv_bytes=geometry.kv_bytes,
         push=speeds["push"],
+        verified=speeds.get("verified"),
         raw_socket=speeds["raw socket"],
         memcpy=speeds["memcpy"],
         of_link=None if rate is None else speeds["push"] * 8 / bits_per_s(rate),
-        sender_cpu_s_per_gb=median(push.sent.cpu_s for push in pushes) / gigabytes,
-        receiver_cpu_s_per_gb=median(push.receiver_cpu_s for push in pushes) / gigabytes,
+        sender_cpu_s_per_gb=cpu_s[0] / gigabytes,
+        receiver_cpu_s_per_gb=cpu_s[1] / gigabytes,
+        verified_cpu_s_per_gb=(verified_cpu_s[0] / gigabytes, verified_cpu_s[1] / gigabytes) if verified_cpu_s is not None else None,
         samples_s=found,
     )
+
+
+def cpu_of(pushes: list[Push]) -> tuple[float, float]:
+    """Processor seconds of the sender and of the receiver, medians."""
+    return median(push.sent.cpu_s for push in pushes), median(push.receiver_cpu_s for push in pushes)
 
 
 def measure_overlap(pair: Pair, geometry: Geometry, speed: Speed, compute_s: float, repeats: int) -> Overlap:
@@ -221,7 +236,13 @@ def geometry_of(model: str, num_tokens: int) -> Geometry:
 def tables(speed: Speed, overlaps: list[Overlap]) -> list[Table]:
     rows = [
         (name, f"{value / 1e9:.3f}", f"{speed.push / value:.0%}")
-        for name, value in (("push over NIXL", speed.push), ("raw TCP socket", speed.raw_socket), ("memcpy", speed.memcpy))
+        for name, value in (
+            ("push over NIXL", speed.push),
+            ("the same, verified", speed.verified),
+            ("raw TCP socket", speed.raw_socket),
+            ("memcpy", speed.memcpy),
+        )
+        if value is not None
     ]
     found = [Table("Throughput", ("", "GB/s", "the push reaches"), tuple(rows))]
     if overlaps:
@@ -245,6 +266,9 @@ def notes(speed: Speed, layer_group: int) -> list[str]:
         f"{speed.kv_bytes / 1e6:,.0f} MB, {layer_group} layer{'s' * (layer_group > 1)} a write",
         f"processor seconds per GB: sender {speed.sender_cpu_s_per_gb:.2f}, receiver {speed.receiver_cpu_s_per_gb:.2f}",
     ]
+    if speed.verified_cpu_s_per_gb is not None:
+        sender, receiver = speed.verified_cpu_s_per_gb
+        lines.append(f"verified: sender {sender:.2f}, receiver {receiver:.2f}")
     return lines if speed.of_link is None else [*lines, f"{speed.of_link:.0%} of the link's rate, as payload"]
 
 
@@ -257,6 +281,7 @@ def notes(speed: Speed, layer_group: int) -> list[str]:
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Whose memory holds both pools.")
 @click.option("--busy/--idle", default=True, show_default=True, help="Compute on a core, or leave it alone as a GPU's host would.")
+@click.option("--verify", is_flag=True, help="Also with a checksum of every block, as [transfer] verify = true has it.")
 @click.option("--namespaces", "rate", metavar="RATE", help="Over a link of this rate, such as 1gbit, instead of loopback; wants root.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns; figures are their medians.")
 @click.option("--quick", is_flag=True, help="A small prompt of a small model: shows that it runs, not how fast.")
@@ -269,6 +294,7 @@ def main(
     compute_ms: tuple[float, ...],
     device: str,
     busy: bool,
+    verify: bool,
     rate: str | None,
     repeats: int,
     quick: bool,
@@ -287,7 +313,7 @@ def main(
         raise click.UsageError("--namespaces wants root")
     geometry, load = geometry_of(model, num_tokens), LoadMeter()
     with paired(geometry, device, rate, layer_group, busy) as pair:
-        speed = measure_speed(pair, geometry, repeats, rate)
+        speed = measure_speed(pair, geometry, repeats, rate, verify)
         wire_s = geometry.kv_bytes / speed.push / geometry.layers
         times = [value / 1e3 for value in compute_ms] or [factor * wire_s for factor in (0.5, 1.0, 2.0)]
         overlaps = [measure_overlap(pair, geometry, speed, compute_s, repeats) for compute_s in times]

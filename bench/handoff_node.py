@@ -90,9 +90,14 @@ class HandoffNode:
 
     # ── NIXL ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def expect(self, token: bytes, agent_id: str) -> None:
+    def expect(self, token: bytes, agent_id: str, verify: bool) -> None:
         self._cpu_s = time.process_time()
-        self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.kv_bytes))
+        blocks = self._blocks if verify else ()
+        self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.kv_bytes, verify=blocks))
+
+    @property
+    def _blocks(self) -> tuple[BlockId, ...]:
+        return tuple(BlockId(block) for block in range(self._geometry.num_blocks))
 
     def landed(self) -> tuple[float, float]:
         """When the grant was whole and in the pool, and the processor seconds since `expect`."""
@@ -105,12 +110,12 @@ class HandoffNode:
             at = time.monotonic()
         return at, time.process_time() - self._cpu_s
 
-    def push(self, token: bytes, agent_id: str, layer_group: int, compute_s: float, busy: bool) -> Pushed:
+    def push(self, token: bytes, agent_id: str, layer_group: int, compute_s: float, busy: bool, verify: bool) -> Pushed:
         """Push the whole pool, each group of layers when it has been "computed"; returns when all of it is written."""
-        grant, blocks = GrantToken(token), tuple(BlockId(block) for block in range(self._geometry.num_blocks))
+        grant, blocks = GrantToken(token), self._blocks
         self._pool.renew()
         cpu_s, began_s = time.process_time(), time.monotonic()
-        self._thread.submit(m.BeginPush(grant, PEER, AgentId(agent_id), LEASE_S))
+        self._thread.submit(m.BeginPush(grant, PEER, AgentId(agent_id), LEASE_S, verify))
         for first in range(0, self._geometry.layers, layer_group):
             layers = range(first, min(first + layer_group, self._geometry.layers))
             is_ready = self._pool.compute(layers, len(layers) * compute_s, busy)

@@ -21,12 +21,12 @@ POOL_BLOCKS = 100
 
 
 def patient(directory: Path, oracle: Oracle) -> Cluster:
-    """Nodes that are stopped stay linked for a while; grants are given up soon."""
+    """Nodes that are stopped stay linked, and their sockets open, for a while; grants are given up soon."""
     return Cluster(
         directory,
         nodes={"kv_cache": POOL_BLOCKS * oracle.kv_spec.bytes_per_block, "prefix_cache": False},
         cluster={"heartbeat_s": 20.0},
-        transfer={"lease_s": 2.0, "quiesce_s": 2.0},
+        transfer={"lease_s": 2.0, "quiesce_s": 2.0, "user_timeout_s": 60.0},
     )
 
 

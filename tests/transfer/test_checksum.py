@@ -123,7 +123,7 @@ def test_a_piece_without_checksums_or_with_those_of_another_is_refused(bench: Be
 def landed_at(bench: Bench, *pieces: Piece) -> m.TransferEvent:
     events: list[m.TransferEvent] = []
     agent = ScriptedAgent(AgentId("a0"))
-    incoming = Incoming(bench.pool, lambda: agent, events.append)  # type: ignore[arg-type, return-value]
+    incoming = Incoming(bench.pool, lambda: agent, events.append, lambda: 0.0)  # type: ignore[arg-type, return-value]
     incoming.open(m.OpenPair(PEER, Incarnation("one")))
     incoming.expect(m.Expect(TOKEN, PEER, AgentId("a0"), GRANT_BYTES, verify=GRANTED))
     agent.arrive(*pieces, Piece(TOKEN, 0, len(pieces), 0, total=len(pieces) + 1, first=FirstToken(7)))

@@ -32,6 +32,7 @@ from tests.support.oracle import Oracle
 @click.option("--rate", type=float, default=3.0, show_default=True, help="Requests per second.")
 @click.option("--cases", type=int, default=220, show_default=True, help="Different questions.")
 @click.option("--rest-every", type=int, default=24, show_default=True, help="Faults between two rests, at which all is checked.")
+@click.option("--minutes", type=float, default=None, help="Begin no fault later than this.")
 @click.option("--soak", "soak_minutes", type=float, default=None, help="No faults, but so many minutes of load.")
 @click.option("--load", type=float, default=0.8, show_default=True, help="Of a soak: the share of what the cluster can take.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Where the whole report goes.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Different questions."""
     rest_every: int
     """Faults between two rests, at which all is checked."""
+    minutes: float | None = None
+    """No fault begins later than this; None: all come."""
 
 
 def carry_out(plan: Plan, directory: Path, oracle: Oracle, say: Say) -> Report:
@@ -49,7 +52,7 @@ def carry_out(plan: Plan, directory: Path, oracle: Oracle, say: Say) -> Report:
             load = Load(cluster.url, cases, schedule.asks(plan.seed, plan.rate))
             async with cluster.serving(), contextlib.aclosing(load):
                 run = Run(cluster, load, tempo, say)
-                await run.go(faults, plan.rest_every, plan.requests)
+                await run.go(faults, plan.rest_every, plan.requests, math.inf if plan.minutes is None else 60 * plan.minutes)
             return run
 
         return report_of(asyncio.run(run()), seed=plan.seed, tempo=plan.tempo, began_s=began_s, has_wire=wire is not None)

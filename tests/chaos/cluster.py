@@ -85,3 +85,14 @@ def missing(view: dict[str, Any], hurt: frozenset[str]) -> list[str]:
 def incarnations(view: dict[str, Any]) -> dict[str, str]:
     """Of each process that the router knows, and its own."""
     return {"router": view["router"], **{node["name"]: node["incarnation"] for node in view["nodes"] if "incarnation" in node}}
+
+
+def held(view: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is not as it is in an idle cluster: the kind of finding, and its words."""
+    wrong = [("idle", f"the router still has {view[key]} {key}") for key in ("requests", "prefill_queue") if view[key]]
+    wrong += [("not_healed", lack) for lack in missing(view, frozenset())]
+    for node in view["nodes"]:
+        blocks = {state: count for state, count in node.get("blocks", {}).items() if count}
+        if blocks.get("free", 0) + blocks.get("cached", 0) != NUM_BLOCKS or blocks.keys() - {"free", "cached"}:
+            wrong.append(("blocks", f"{node['name']} has {blocks} of {NUM_BLOCKS} blocks"))
+    return wrong

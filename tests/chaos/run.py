@@ -5,12 +5,13 @@ Runs on one asyncio loop. A rest lets faults heal and requests end, judges each 
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
 import httpx
 
-from tests.chaos.cluster import NUM_BLOCKS, ChaosCluster, incarnations, missing
+from tests.chaos.cluster import ChaosCluster, held, incarnations, missing
 from tests.chaos.faults import Injector, NotStopped
 from tests.chaos.ledger import Outcome, Spell, Verdict, judge
 from tests.chaos.load import Load
@@ -54,6 +55,8 @@ class Run:
         self._incarnations: dict[str, str] = {}
         """Of each node as it was when it was well."""
         self._changed = asyncio.Condition()
+        self._until_s = math.inf
+        """From then on no fault begins."""
         self._last_fault = -1
         self._fresh: list[tuple[Spell, float]] = []
         """Healed since the last rest: the spell, and when it was mended."""
@@ -69,16 +72,22 @@ class Run:
         """How often the machine stood still."""
         return len(self._stalls)
 
-    async def go(self, faults: Sequence[Fault], rest_every: int, min_requests: int) -> None:
-        """All of `faults`, and at least so many requests. Stops early when the cluster is beyond use; the findings say why."""
+    async def go(self, faults: Sequence[Fault], rest_every: int, min_requests: int, seconds: float = math.inf) -> None:
+        """All of `faults`, and at least so many requests, or as many as there is time for.
+
+        Also stops early when the cluster is beyond use; the findings say why.
+        """
+        self._until_s = time.monotonic() + seconds
         try:
             await self._rest()
             for first in range(0, len(faults), rest_every):
                 async with self._load.offered():
                     await self._inject(faults[first : first + rest_every])
                     if first + rest_every >= len(faults):
-                        await self._until(lambda: len(self.verdicts) + self._load.num_waiting >= min_requests)
+                        await self._until(lambda: self._is_late or len(self.verdicts) + self._load.num_waiting >= min_requests)
                 await self._rest()
+                if self._is_late:
+                    break
         except Fatal as error:
             self._say(f"cannot go on: {error}")
         finally:
@@ -86,6 +95,10 @@ class Run:
         for growth in growths(self.readings):
             if growth.excess is not None:
                 self._find("growth", growth.excess)
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._until_s
 
     # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -97,6 +110,8 @@ class Run:
                 running = []
                 for fault in faults:
                     await asyncio.sleep(fault.wait_s)
+                    if self._is_late:
+                        break
                     async with self._changed:
                         await self._changed.wait_for(lambda fault=fault: self._has_room(fault))  # type: ignore[misc]
                     self._active[fault.victim] = self._unmended[fault.victim] = fault
@@ -241,13 +256,7 @@ class Run:
         if view is None:
             return [("idle", "the router does not answer")]
         self._incarnations = incarnations(view)
-        wrong = [("idle", f"the router still has {view[key]} {key}") for key in ("requests", "prefill_queue") if view[key]]
-        wrong += [("not_healed", lack) for lack in missing(view, frozenset())]
-        for node in view["nodes"]:
-            blocks = {state: count for state, count in node.get("blocks", {}).items() if count}
-            if blocks.get("free", 0) + blocks.get("cached", 0) != NUM_BLOCKS or blocks.keys() - {"free", "cached"}:
-                wrong.append(("blocks", f"{node['name']} has {blocks} of {NUM_BLOCKS} blocks"))
-        return wrong
+        return held(view)
 
     async def _probe(self) -> list[Outcome]:
         """A request of each way: both must come out right, with nothing to excuse them."""

@@ -29,6 +29,10 @@ DECODES_PER_SAMPLE = 4
 AIM = 0.85
 """Steps are sized for such a part of the target: they vary, and what the node does between two of them counts too."""
 
+LEAST_SHARE = 0.25
+"""A step may be longer than without prefill by such a part, however near the target the decodes come by themselves: else a prompt
+would wait until some of them end."""
+
 _UNKNOWN = (10e-3, 2e-3, 1e-6, 2e-3, 1e-6)
 """Deviations of the coefficients before a step was measured: a slow machine's."""
 
@@ -106,7 +110,8 @@ class BegunStep:
 class StepPace:
     """Learns from every step, and sizes the prefill of those that decodes wait for.
 
-    `itl_target_s`: with decodes running, no step should be predicted to take longer; None: prefill has whatever the step's tokens allow.
+    `itl_target_s`: with decodes running, no step should be predicted to take longer, but for `LEAST_SHARE`; None: prefill has whatever the
+    step's tokens allow.
     `clock` is monotonic seconds.
     """
 
@@ -154,6 +159,7 @@ class StepPace:
         cost = self.cost
         if self.itl_target_s is None or cost is None or not (decodes or self.is_expecting):
             return None
-        left_s = AIM * self.itl_target_s / (2 if self.is_expecting else 1) - cost.decode_step_s(decodes, decode_context)
-        tokens = cost.prefill_tokens_in(left_s, start)
+        decode_step_s = cost.decode_step_s(decodes, decode_context)
+        left_s = AIM * self.itl_target_s / (2 if self.is_expecting else 1) - decode_step_s
+        tokens = cost.prefill_tokens_in(max(left_s, LEAST_SHARE * decode_step_s), start)
         return None if tokens == float("inf") else int(tokens)

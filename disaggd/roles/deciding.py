@@ -96,11 +96,11 @@ class Decider:
     def _local(self, num_cached: int) -> LocalSide | None:
         """What a prompt would meet here that begins behind `num_cached` tokens; None until prefills have been measured."""
         cost, pace = self._engine.pace.cost, self._engine.pace
-        least_s = 0.0 if cost is None else cost.prefill_s(GRAIN, num_cached)
-        if cost is None or not least_s:  # steps may have been measured all of which only decoded
+        if cost is None or not cost.prefill_s(GRAIN, num_cached):  # steps may have been measured all of which only decoded
             return None
         load, target_s = self._engine.load(), pace.itl_target_s
         now_s = cost.decode_step_s(load.decodes, load.decode_context)
+        now_share_s = self._share_s(cost, load.decodes, load.decode_context, num_cached)
         decodes, context, wait_s = load.decodes, load.decode_context, 0.0
         for num_tokens, start in load.prefills:  # one after another, and each is a stream beside those behind it
             work_s = cost.prefill_s(num_tokens, start)
@@ -114,7 +114,7 @@ class Decider:
             num_decodes=load.decodes,
             step_s=cost.decode_step_s(decodes, context),
             share_s=self._share_s(cost, decodes, context, num_cached),
-            breaks_itl=target_s is not None and now_s <= target_s < now_s + least_s,
+            breaks_itl=target_s is not None and now_s <= target_s < now_s + now_share_s,
             overhead_s=self._delays.overhead_s,
             slowness=self._delays.slowness,
         )

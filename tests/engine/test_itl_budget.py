@@ -84,7 +84,7 @@ def test_the_budget_may_limit_a_step_without_decodes() -> None:
 
 def test_prefill_always_advances() -> None:
     bench = Bench(limit=0)
-    assert bench.chunk_ends(bench.wait(40)) == [GRAIN, 2 * GRAIN, 40]
+    assert bench.chunk_ends(bench.wait(2 * GRAIN + 2)) == [GRAIN, 2 * GRAIN, 2 * GRAIN + 2]
 
 
 def test_what_is_pushed_as_it_is_computed_ends_on_blocks_and_advances_too() -> None:
@@ -96,13 +96,13 @@ def test_what_is_pushed_as_it_is_computed_ends_on_blocks_and_advances_too() -> N
 
 def test_two_prompts_share_one_budget() -> None:
     bench = Bench(limit=50)
-    first, second = bench.wait(36), bench.wait(200)
+    first, second = bench.wait(47), bench.wait(200)
     plan = bench.step()
-    assert [(chunk.sequence, chunk.end) for chunk in plan.chunks[2:]] == [(first, 36)]  # 14 tokens are left: under a grain
+    assert [(chunk.sequence, chunk.end) for chunk in plan.chunks[2:]] == [(first, 47)]  # 3 tokens are left: under a grain
     plan = bench.step()
     assert [(chunk.sequence, chunk.end) for chunk in plan.chunks if chunk.sequence is second] == [(second, 48)]
 
 
 def test_without_a_limit_a_step_takes_what_its_tokens_allow() -> None:
     bench = Bench(limit=None)
-    assert bench.chunk_ends(bench.wait(700)) == [496, 700]
+    assert bench.chunk_ends(bench.wait(700)) == [508, 700]

@@ -6,7 +6,7 @@ import pytest
 
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
-from disaggd.engine.step_cost import AIM, ENOUGH, StepCost, StepPace, load_of
+from disaggd.engine.step_cost import AIM, ENOUGH, LEAST_SHARE, StepCost, StepPace, load_of
 from disaggd.ids import SeqId
 from disaggd.sampling import SamplingParams
 
@@ -69,10 +69,13 @@ def test_a_step_sized_for_the_target_meets_it(start: int) -> None:
     assert 0.85 * 0.04 < seconds / AIM < 1.15 * 0.04
 
 
-def test_decodes_that_take_the_target_themselves_leave_nothing() -> None:
-    machine = Machine(0.015)
+@pytest.mark.parametrize("target_s", [0.03, 0.015])
+def test_decodes_that_take_the_target_themselves_get_longer_by_a_share_at_most(target_s: float) -> None:
+    machine = Machine(target_s)
     machine.warm()
-    assert machine.pace.prefill_tokens(8, 8000, 0) == 0
+    tokens = machine.pace.prefill_tokens(8, 8000, 0)
+    assert tokens is not None
+    assert TRUTH.prefill_s(tokens, 0) == pytest.approx(LEAST_SHARE * TRUTH.decode_step_s(8, 8000), rel=0.15)
 
 
 def test_without_decodes_or_without_a_target_there_is_no_limit() -> None:

@@ -32,6 +32,13 @@ class Node:
             self.now += seconds
             self.engine.pace.settled(begun)
 
+    def breaks_itl(self, itl_target_s: float) -> bool:
+        """Whether a prompt here would make the steps of the running sequence too long."""
+        self.engine.pace.itl_target_s = itl_target_s
+        local = self.decider._local(0)
+        assert local is not None
+        return local.breaks_itl
+
     def predicts(self) -> float | None:
         frame = Generate(S, 0, pack_tokens(prompt(8)), 8, GREEDY, "", "auto", 1.0, None)
         return self.decider.decide(Sequence(S, prompt(8), GREEDY, 8), 0, frame, LINK)[1]
@@ -49,3 +56,13 @@ def test_a_node_that_has_prefilled_does() -> None:
     node.steps(2 * ENOUGH, 0.01, StepLoad(1, 50, 0, 0.0))
     node.steps(2 * ENOUGH, 0.03, StepLoad(0, 0, 20, 200.0))
     assert (node.predicts() or 0.0) > 0.005
+
+
+def test_prompts_break_a_target_that_the_least_of_a_step_does_not_fit_under() -> None:
+    node = Node()
+    for _ in range(4 * ENOUGH):
+        node.steps(1, 0.010, StepLoad(1, 5, 0, 0.0))
+        node.steps(1, 0.018, StepLoad(1, 5, 16, 128.0))
+    assert not node.breaks_itl(0.016)
+    assert node.breaks_itl(0.011), "a step carries four tokens at least, 2 ms"
+    assert not node.breaks_itl(0.009), "the decodes break that by themselves"

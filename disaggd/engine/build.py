@@ -1,7 +1,7 @@
 """An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -86,10 +86,12 @@ def build_engine(
     itl_target_ms: float | None = None,
     prefix_cache: bool = False,
     progress: StartProgress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
 
-    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself.
+    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself. `clock`: seconds, to time
+    steps by.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
     a missing device.
@@ -111,7 +113,7 @@ def build_engine(
         kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)
     hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
     pool = BlockPool(kv.shape[1], block_size, hasher)
-    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, time.perf_counter)
+    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
     engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids, pace)
     if where.type == "cuda":
         warm_up(engine, where)

@@ -64,6 +64,16 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A request that has not moved for so long is logged, with its phase and whom it waits for, and counted."""
     max_requests: Positive = 256
     """In flight at once; one more is refused with 429."""
+    max_connections: Positive = 4096
+    """Of clients; one more is answered 503 and closed."""
+    head_timeout_s: Seconds = 10.0
+    """A connection on which no request's head has come after so long is closed."""
+    body_timeout_s: Seconds = 30.0
+    """A request whose body is not whole so long after its head is refused with 408."""
+    keep_alive_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 60
+    """An idle connection is closed so long after its last reply."""
+    client_stall_s: Seconds = 30.0
+    """A client that reads nothing for so long, though something waits for it, is cut, and its sequences are aborted."""
     receipts: Positive = 1000
     """The last so many receipts can be read at `/v1/requests/{id}`."""
     trace_minutes: Annotated[float, msgspec.Meta(ge=0, le=1440)] = 5.0

@@ -91,6 +91,19 @@ class BodyTooLarge(InvalidRequest):
     status = 413
 
 
+class HeadTooLarge(InvalidRequest):
+    """The request line and headers are over what is read of them."""
+
+    status = 431
+
+
+class TooSlow(RequestError):
+    """The client takes longer than it may to send its request, or to read its reply."""
+
+    status = 408
+    kind = "invalid_request_error"
+
+
 class Unauthorized(RequestError):
     """No API key, or a wrong one."""
 

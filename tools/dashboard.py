@@ -139,6 +139,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 Query(rate("disaggd_stalled_requests_total", "phase"), "per second: {{phase}}"),
             ),
         ),
+        Panel(
+            "Clients that were cut",
+            "They sent or read too slowly, or their connection was closed unheard.",
+            "reqps",
+            (
+                Query(rate("disaggd_slow_clients_total", "why"), "{{why}}"),
+                Query(rate("disaggd_refused_connections_total", "why"), "{{why}}"),
+            ),
+        ),
     ),
     "The decision": (
         Panel(

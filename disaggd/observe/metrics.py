@@ -39,6 +39,8 @@ class Metrics:
         self._key_requests = Counter("disaggd_api_key_requests", "Requests at admission", ["key", "outcome"], registry=registry)
         self._key_tokens = Counter("disaggd_api_key_tokens", "Tokens of requests that are over", ["key", "kind"], registry=registry)
         self._open_requests = Gauge("disaggd_open_requests", "HTTP requests being served", registry=registry)
+        self._slow_clients = Counter("disaggd_slow_clients", "Clients cut for their slowness", ["why"], registry=registry)
+        self._refused = Counter("disaggd_refused_connections", "Connections closed unheard", ["why"], registry=registry)
         self._first_token_s = _seconds("time_to_first_token", "From a request's arrival to its first token", _FIRST_BUCKETS_S, registry)
         self._inter_token_s = _seconds("inter_token_latency", "Between two deliveries of one sequence", _TOKEN_BUCKETS_S, registry)
         self._request_s = _seconds("e2e_request_latency", "From a request's arrival to its last token", _REQUEST_BUCKETS_S, registry)
@@ -135,6 +137,14 @@ class Metrics:
     def open_request(self) -> AbstractContextManager[None]:
         """A request is being served for as long as the context lasts."""
         return self._open_requests.track_inprogress()
+
+    def count_slow_client(self, why: str) -> None:
+        """A client was cut, or its sequence ended, because it sends or reads too slowly."""
+        self._slow_clients.labels(why).inc()
+
+    def count_refused_connection(self, why: str) -> None:
+        """A connection was closed before its request was looked at."""
+        self._refused.labels(why).inc()
 
     def observe_first_token(self, seconds: float) -> None:
         self._first_token_s.observe(seconds)

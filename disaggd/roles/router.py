@@ -8,6 +8,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import socket
 import ssl
 import time
@@ -35,6 +36,7 @@ from disaggd.errors import ConfigError, HelloRefused, Overloaded, RequestError, 
 from disaggd.gateway.access import Access
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
+from disaggd.gateway.client_connection import ConnectionLimits, bounded
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.ids import Incarnation, NodeName, SeqId
@@ -59,6 +61,10 @@ GC_THRESHOLD = 50_000
 STARTING_S = 20.0
 """A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
 KEY_FILE_POLL_S = 1.0
+SPARE_FILES = 256
+"""Beside the clients' sockets: links, logs, what the libraries open."""
+SEND_BUFFER_BYTES = 128 * 2**10
+"""Of a client's socket (the kernel takes twice that, for its own books): by default it lets up to 4 MiB wait for who does not read."""
 STOP_TIMEOUT_S = 5
 """Once drained: connections that take the last of their replies for longer are cut."""
 LAST_WORDS_S = 1
@@ -358,8 +364,9 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits, access, open_metrics=open_metrics)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     links, tls = link_settings(config.cluster), _http_tls(config.router)
+    _allow_files(config.router.max_connections + SPARE_FILES)
     listener = _bind(node.listen)
-    server = _HttpServer(_http_settings(app, tls))
+    server = _HttpServer(_http_settings(app, tls, config.router, metrics))
     ending = _Ending(backend, server, config.cluster.drain_s)
     ending.signals.catch(asyncio.get_running_loop())
     gc.collect()
@@ -438,12 +445,24 @@ async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBack
     )
 
 
+def _allow_files(count: int) -> None:
+    """So many may be open at once, if the system lets us: many start processes with 1,024 and allow far more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        log.warning("this process may open %d files (ulimit -Hn), but router.max_connections wants %d", allowed, count)
+
+
 def _bind(address: Address) -> socket.socket:
     """Raises ResourceError when the port is taken; uvicorn would exit in its own way."""
     try:
-        return socket.create_server(
+        listener = socket.create_server(
             (address.host, address.port), backlog=2048, family=socket.AF_INET6 if ":" in address.host else socket.AF_INET
         )
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # of every connection that it accepts
+        return listener
     except OSError as error:
         raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
 
@@ -461,10 +480,18 @@ def _http_tls(router: RouterConfig) -> ssl.SSLContext | None:
     return server_context("router", router.tls_cert, router.tls_key) if router.tls_cert is not None and router.tls_key is not None else None
 
 
-def _http_settings(app: ASGIApp, tls: ssl.SSLContext | None) -> uvicorn.Config:
+def _http_settings(app: ASGIApp, tls: ssl.SSLContext | None, config: RouterConfig, metrics: Metrics) -> uvicorn.Config:
+    limits = ConnectionLimits(
+        max_connections=config.max_connections,
+        max_body_bytes=config.max_body_bytes,
+        head_timeout_s=config.head_timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        stall_s=config.client_stall_s,
+    )
     settings = uvicorn.Config(
         app,
-        http="httptools",
+        http=bounded(limits, metrics),
+        timeout_keep_alive=config.keep_alive_s,
         ws="none",
         loop="none",
         lifespan="off",

@@ -16,6 +16,8 @@ def exercise() -> CollectorRegistry:
     metrics.count_unauthorized("wrong", 1)
     metrics.count_key_request("alice", "admitted")
     metrics.count_key_tokens("alice", 100, 10)
+    metrics.count_slow_client("stalled")
+    metrics.count_refused_connection("too_many")
     with metrics.open_request():
         metrics.observe_first_token(0.1)
         metrics.observe_inter_token(0.01)

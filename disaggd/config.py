@@ -74,6 +74,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """An idle connection is closed so long after its last reply."""
     client_stall_s: Seconds = 30.0
     """A client that reads nothing for so long, though something waits for it, is cut, and its sequences are aborted."""
+    max_unread_tokens: Positive = 2048
+    """Of one sequence, that may wait for its client beside what sockets hold; with more, the sequence is aborted."""
+    max_unread_tokens_in_all: Positive = 131_072
+    """Of all sequences together (20 MB); beyond, the one with most is aborted."""
     receipts: Positive = 1000
     """The last so many receipts can be read at `/v1/requests/{id}`."""
     trace_minutes: Annotated[float, msgspec.Meta(ge=0, le=1440)] = 5.0

@@ -11,34 +11,17 @@ sign than that, and what is computed for nobody has to end at once.
 
 import asyncio
 import enum
-import logging
-from collections import Counter
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from disaggd.errors import BodyTooLarge, HeadTooLarge, InvalidRequest, RequestError, TooSlow, Unavailable
+from disaggd.gateway.cuts import Cuts
 from disaggd.gateway.errors import error_object
-from disaggd.observe.metrics import Metrics
-
-log = logging.getLogger(__name__)
-
-SlowClient = Literal["head", "body", "stalled"]
-"""It did not send its request's head, or its body, in time; or it did not read what waited for it."""
-RefusedClient = Literal["too_many", "too_large", "malformed"]
-
-_IN_WORDS: dict[SlowClient | RefusedClient, str] = {
-    "head": "sent no request in time",
-    "body": "did not send a body in time",
-    "stalled": "does not read",
-    "too_many": "is one too many",
-    "too_large": "asks in too many bytes",
-    "malformed": "does not speak HTTP",
-}
 
 _MIN_READ_BYTES_PER_S = 256
 """Less is no headway: one token's event is about 200 bytes."""
@@ -46,7 +29,6 @@ _FRAMING = 2
 """So many times its size a body may be on the wire: chunk sizes, and trailers, which nobody reads."""
 _MAX_PIPELINED = 16
 """Further requests that may wait behind one: 256 KiB of them, read at once, would become 40 MB."""
-_LOG_EVERY_S = 10.0
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,29 +45,6 @@ class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """From there to the request's end."""
     stall_s: float = 30.0
     """What waits for a client has to become less within this time."""
-
-
-class Cuts:
-    """Connections that were cut or refused: each counted, and told in one line per reason and ten seconds."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._untold: Counter[str] = Counter()
-        self._told_s: dict[str, float] = {}
-
-    def slow(self, why: SlowClient, client: str, now_s: float) -> None:
-        self._metrics.count_slow_client(why)
-        self._tell(why, client, now_s)
-
-    def refused(self, why: RefusedClient, client: str, now_s: float) -> None:
-        self._metrics.count_refused_connection(why)
-        self._tell(why, client, now_s)
-
-    def _tell(self, why: SlowClient | RefusedClient, client: str, now_s: float) -> None:
-        self._untold[why] += 1
-        if now_s - self._told_s.get(why, -_LOG_EVERY_S) >= _LOG_EVERY_S:
-            log.warning("cut a client that %s: %s (%d since this was last said)", _IN_WORDS[why], client, self._untold.pop(why))
-            self._told_s[why] = now_s
 
 
 class Stage(enum.Enum):
@@ -268,9 +227,9 @@ class ClientConnection(HttpToolsProtocol):
         return self.client[0] if self.client is not None else "a client that left"
 
 
-def bounded(limits: ConnectionLimits, metrics: Metrics) -> type[asyncio.Protocol]:
+def bounded(limits: ConnectionLimits, cuts: Cuts) -> type[asyncio.Protocol]:
     """What uvicorn is to make of each connection: its setting `http`."""
-    return cast(type[asyncio.Protocol], partial(ClientConnection, limits, Cuts(metrics)))
+    return cast(type[asyncio.Protocol], partial(ClientConnection, limits, cuts))
 
 
 def _response(error: RequestError) -> bytes:

@@ -14,7 +14,6 @@ import ssl
 import time
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterator
-from collections.abc import Sequence as ReadOnlySequence
 from contextlib import contextmanager
 
 import msgspec
@@ -32,11 +31,12 @@ from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_a
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
-from disaggd.errors import ConfigError, HelloRefused, Overloaded, RequestError, ResourceError, Unavailable
+from disaggd.errors import ConfigError, HelloRefused, Overloaded, ResourceError, Unavailable
 from disaggd.gateway.access import Access
 from disaggd.gateway.app import create_app
-from disaggd.gateway.backend import Delta, Deltas, GenerationRequest
+from disaggd.gateway.backend import Deltas, GenerationRequest
 from disaggd.gateway.client_connection import ConnectionLimits, bounded
+from disaggd.gateway.cuts import Cuts
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.ids import Incarnation, NodeName, SeqId
@@ -48,7 +48,7 @@ from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.block_survey import BlockSurvey
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.roles.stopping import StopSignals
-from disaggd.sampling import FinishReason, TokenLogprob
+from disaggd.roles.unread import DeltaQueue, Unread, UnreadLimits
 from disaggd.tls import server_context
 from disaggd.transfer.layout import kv_spec
 from disaggd.units import Address
@@ -71,43 +71,6 @@ LAST_WORDS_S = 1
 """The same after a second signal, when each stream's last event is an error."""
 
 
-class DeltaQueue:
-    """A `Sink` that one coroutine reads: what the dispatcher delivers waits here until the client's stream takes it.
-
-    Holds at most `max_tokens` tokens, so it needs no bound of its own. A list and a future: asyncio.Queue costs 1.5 µs
-    more per token, and gives them one by one.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._deltas: list[Delta] = []
-        self._error: RequestError | None = None
-        self._reader: asyncio.Future[None] | None = None
-
-    def deliver(self, tokens: ReadOnlySequence[int], logprobs: ReadOnlySequence[TokenLogprob] | None, finish: FinishReason | None) -> None:
-        self._deltas.append(Delta(tuple(tokens), None if logprobs is None else tuple(logprobs), finish))
-        self._wake()
-
-    def fail(self, error: RequestError) -> None:
-        self._error = error
-        self._wake()
-
-    async def take(self) -> list[Delta]:
-        """All that wait, at least one. When nothing does any more, raises the RequestError that ended the sequence."""
-        if not self._deltas and self._error is None:
-            self._reader = self._loop.create_future()
-            await self._reader
-        if not self._deltas:
-            assert self._error is not None
-            raise self._error
-        deltas, self._deltas = self._deltas, []
-        return deltas
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-
 class RouterBackend:
     """The cluster, as the gateway sees it."""
 
@@ -123,6 +86,8 @@ class RouterBackend:
         )
         self._observer = Observer(self.model_name, node.name, config.router, metrics, time.monotonic, time.time)
         self._survey = BlockSurvey()
+        self._cuts = Cuts(metrics)
+        self._unread = Unread(UnreadLimits(stream=config.router.max_unread_tokens, together=config.router.max_unread_tokens_in_all))
         self._running: dict[tuple[str, str | None], SeqId] = {}
         """The latest of each request id and API key: clients may use one twice at a time."""
         self._sequence_of: dict[int, SeqId] = {}
@@ -150,7 +115,7 @@ class RouterBackend:
             raise Unavailable("the router is stopping")
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
-        deltas = DeltaQueue()
+        deltas = DeltaQueue(self._unread, lambda: self._give_up(seq, request.id))
         seq = self.dispatcher.submit(_asked(request), deltas)
         self._running[request.id, request.key] = seq
         self._sequence_of[id(request)] = seq
@@ -162,9 +127,15 @@ class RouterBackend:
                     return
         finally:
             self.dispatcher.end(seq, "abort")
+            deltas.close()
             del self._sequence_of[id(request)]
             if self._running.get((request.id, request.key)) == seq:
                 del self._running[request.id, request.key]
+
+    def _give_up(self, seq: SeqId, request_id: str) -> None:
+        """Its client leaves too much unread: nobody computes for it any more."""
+        self._cuts.slow("unread", request_id, time.monotonic())
+        self.dispatcher.end(seq, "abort")
 
     def stopped(self, request: GenerationRequest) -> None:
         """See `Backend.stopped`."""
@@ -490,7 +461,7 @@ def _http_settings(app: ASGIApp, tls: ssl.SSLContext | None, config: RouterConfi
     )
     settings = uvicorn.Config(
         app,
-        http=bounded(limits, metrics),
+        http=bounded(limits, Cuts(metrics)),
         timeout_keep_alive=config.keep_alive_s,
         ws="none",
         loop="none",

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.gateway.backend import Delta, GenerationRequest
 from disaggd.gateway.client_connection import ConnectionLimits, bounded
+from disaggd.gateway.cuts import Cuts
 from disaggd.observe.metrics import Metrics
 
 PATIENT = ConnectionLimits(head_timeout_s=60.0, body_timeout_s=60.0, stall_s=60.0, max_body_bytes=200_000)
@@ -105,7 +106,7 @@ async def serving(call: Any, limits: ConnectionLimits = PATIENT, keep_alive_s: i
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     settings = uvicorn.Config(
         call.app,
-        http=bounded(limits, Metrics(cuts)),
+        http=bounded(limits, Cuts(Metrics(cuts))),
         ws="none",
         lifespan="off",
         log_config=None,

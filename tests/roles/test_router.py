@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
-from disaggd.cluster.protocol import Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import Abort, Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
-from disaggd.errors import HelloRefused, Overloaded, Unavailable
+from disaggd.errors import HelloRefused, Overloaded, TooSlow, Unavailable
 from disaggd.gateway.backend import Deltas, GenerationRequest
 from disaggd.ids import Incarnation, NodeName
 from disaggd.model.directory import open_directory
@@ -29,6 +29,7 @@ CONFIG = parse_config(
     dtype = "float32"
     [router]
     max_requests = 2
+    max_unread_tokens = 100
     [cluster]
     drain_s = 7
     [[node]]
@@ -41,6 +42,7 @@ CONFIG = parse_config(
     listen = "127.0.0.1:8102"
     """
 )
+UNREAD = CONFIG.router.max_unread_tokens
 SPEC = open_directory("builtin:tiny").spec("float32")
 KV = kv_spec(SPEC, 64)
 
@@ -138,6 +140,23 @@ def test_a_stream_that_fell_behind_finds_all_that_came_and_then_the_error() -> N
         assert [delta.tokens for delta in await anext(stream)] == [(10,), (11,)]
         with pytest.raises(Unavailable, match="gone"):
             await anext(stream)
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_leaves_too_much_unread_is_aborted_on_its_node() -> None:
+    async def scenario() -> None:
+        front = Front()
+        stream = await front.begin(front.request("a"))
+        frame = front.generates()[0]
+        front.tokens(frame, 1, *range(UNREAD + 1))
+        await asyncio.sleep(0)
+        assert front.sent[-1] == Abort(frame.seq, 0)
+        with pytest.raises(TooSlow):
+            await anext(stream)
+        receipt = front.backend.receipt("a")
+        assert receipt is not None and receipt.finish_reason == "abort"
+        assert front.registry.get_sample_value("disaggd_slow_clients_total", {"why": "unread"}) == 1
 
     asyncio.run(scenario())
 

@@ -43,7 +43,7 @@ HOMES = {
     "starlette": ("roles/", "gateway/"),
     "uvicorn": ("roles/", "gateway/"),
     "uvloop": ("roles/",),
-    "websockets": ("cluster/link.py",),
+    "websockets": ("cluster/link.py", "cluster/strangers.py"),
     "tokenizers": ("gateway/",),
     "jinja2": ("gateway/",),
     "prometheus_client": ("observe/", "roles/"),

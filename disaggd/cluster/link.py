@@ -34,6 +34,7 @@ from websockets.http11 import Request, Response
 from disaggd.cluster.handshake import SECRET_FIELD, Greeting, UnexpectedFrame, meet_node, meet_router
 from disaggd.cluster.hello import Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.protocol import ToNode, ToRouter
+from disaggd.cluster.strangers import Strangers
 from disaggd.config import ClusterConfig, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import NodeName
@@ -86,6 +87,8 @@ class LinkSettings:
     max_buffered_bytes: int = 256 * 2**20
     """Frames that wait for a slow peer; more closes the link."""
     max_frame_bytes: int = 64 * 2**20
+    max_strangers: int = 64
+    """Connections to a node that have not said hello."""
     secret: str | None = field(default=None, repr=False)
     accept_tls: ssl.SSLContext | None = None
     """A listener's; with `dial_tls`, or neither."""
@@ -262,6 +265,7 @@ class LinkServer:
         self._hello = hello
         self._callbacks = (on_up, on_frame, on_down)
         self._settings = settings
+        self._strangers = Strangers(settings.max_strangers)
         self._refusals = Refusals(log, on_refused)
         self._server: Server | None = None
 
@@ -273,6 +277,7 @@ class LinkServer:
                 address.host,
                 address.port,
                 process_request=self._admit,
+                create_connection=self._strangers.connection_type,
                 **_tls_options(self._settings.accept_tls, self._settings),
                 **_SOCKET_OPTIONS,
             )
@@ -296,6 +301,7 @@ class LinkServer:
         try:
             hello = await self._greet(socket)
             if hello is not None:
+                self._strangers.gone(socket)
                 link: NodeLink = Link(socket, hello.router, hello, _from_router.decode, self._settings, farewell_level=logging.INFO)
                 await link.carry(*self._callbacks)
         except Exception:

@@ -64,6 +64,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A request that has not moved for so long is logged, with its phase and whom it waits for, and counted."""
     max_requests: Positive = 256
     """In flight at once; one more is refused with 429."""
+    kv_overcommit: Annotated[float, msgspec.Meta(ge=0.1, le=1000)] = 2.0
+    """So many times what the decode nodes' pools hold may all sequences in flight be predicted to need; one more is refused with 429."""
     max_connections: Positive = 4096
     """Of clients; one more is answered 503 and closed."""
     head_timeout_s: Seconds = 10.0

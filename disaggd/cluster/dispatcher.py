@@ -48,6 +48,7 @@ class Dispatcher:
         self.pairs = moves.pairs
         self.grants = moves.grants
         self.credits = moves.credits
+        self.admission = moves.admission
         self.caches = moves.caches
         self.prefixes = moves.prefixes
         self.stalls = StallWatch(rules.stall_s, moves.prefills, moves.decodes, moves.queue, moves.grants, clock)
@@ -62,14 +63,13 @@ class Dispatcher:
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request, sink: Sink) -> SeqId:
-        """Place a new sequence. Raises `Unavailable` when no decode node takes any."""
+        """Place a new sequence. Raises `Unavailable` when no decode node takes any, `Overloaded` when they hold as much as they may."""
         if not is_any_serving(self.decodes):
             raise Unavailable("every decode node is draining" if self.decodes else "no decode node is up")
         now = self._clock()
         seq = SeqId(f"{self._incarnation}-{next(self._counter)}")
         record = RoutedSequence(seq, request, sink, now + self._rules.request_timeout_s, Timeline(arrived=now))
-        self.sequences[seq] = record
-        self._moves.place(record)
+        self._moves.admit(record)
         return seq
 
     def end(self, seq: SeqId, reason: FinishReason) -> None:

@@ -8,9 +8,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 
 from disaggd.cluster import protocol
+from disaggd.cluster.admission import Admission
 from disaggd.cluster.cache_book import CacheBook
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
@@ -54,6 +55,8 @@ class DispatchRules:
     prefix_push: PrefixPolicy = "auto"
     """Whether decode nodes push prefixes to prefill nodes that lack them."""
     weights: RoutingWeights = field(default_factory=lambda: RoutingWeights(prefill=1.0, load=0.1))
+    kv_overcommit: float = inf
+    """So many times what the decode nodes hold may the sequences under way be predicted to need; more are refused."""
     round_robin: bool = False
     """Decode nodes take turns, whatever they would cost."""
 
@@ -71,6 +74,7 @@ class Moves:
         self.grants = GrantRelay(self.prefills, self.decodes)
         self.credits = Credits(self.prefills)
         self.caches = CacheBook()
+        self.admission = Admission(rules.kv_overcommit)
         self.prefixes = PrefixPushes(rules.prefix_push, self.pairs)
         self.queue = PrefillQueue(max_jobs=rules.max_prefill_queue, max_tokens=rules.max_prefill_queue_tokens, aging_s=rules.queue_aging_s)
         self.sequences: dict[SeqId, RoutedSequence] = {}
@@ -83,6 +87,17 @@ class Moves:
         self._clock = clock
         self._on_update = on_update
 
+    def admit(self, record: RoutedSequence) -> None:
+        """A new sequence. Raises Overloaded when the decode nodes would not have the memory for it before long."""
+        peers = self.decodes.values()
+        if self.admission.excess(record, 0, peers) > 0:  # a walk of the index, for the few who need it
+            cached = self.caches.cached_tokens(record)
+            excess = self.admission.excess(record, max(cached[peer.name] for peer in peers), peers)
+            if excess > 0:
+                raise self.admission.refusal(excess)
+        self.sequences[record.seq] = record
+        self.place(record)
+
     def place(self, record: RoutedSequence) -> None:
         """Give the sequence to the decode node where it costs least, with a prefill node in view that might have it."""
         now, cached = self._clock(), self.caches.cached_tokens(record)
@@ -91,6 +106,7 @@ class Moves:
         record.no_room_since = None
         record.timeline.placed = now
         decode.load_tokens += record.placed_tokens
+        self.admission.placed(record, cached[decode.name])
         offer = self._placement.offer(record, decode, self._job(record, cached), cached, now)
         record.saw_full_queue = offer is not None and offer.queue_is_full
         if offer is not None and offer.may_grant:
@@ -275,6 +291,7 @@ class Moves:
                 record.timeline.tokens_came(self._clock())
             record.sent.extend(fresh)
             self._grow(record, len(fresh))
+            self.admission.grew(record)
             record.sink.deliver(fresh, None if logprobs is None else logprobs[known:], finish)
         elif finish is not None:
             record.sink.deliver((), None, finish)
@@ -298,6 +315,9 @@ class Moves:
         record.finish_reason = reason
         record.timeline.ended = record.timeline.finished = self._clock()
         del self.sequences[record.seq]
+        self.admission.left(record)
+        if reason in ("stop", "length"):
+            self.admission.finished(record, record.timeline.finished - record.timeline.arrived)
         self.credits.leave(record)
         self._on_update(record)
         self.dispatch()

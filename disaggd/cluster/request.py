@@ -198,6 +198,10 @@ class RoutedSequence:
     grant: Grant | None = None
     placed_tokens: int = 0
     """What this attempt adds to its decode node's load."""
+    uncached_tokens: int = 0
+    """Of the prompt, at its decode node, when it was placed."""
+    kv_tokens: int = 0
+    """What it is predicted to need of its decode node's memory."""
     saw_full_queue: bool = False
     """Its decode node decided in the knowledge that the prefill queue has no room."""
     has_place: bool = False

@@ -37,6 +37,7 @@ def dispatch_rules(config: Config) -> DispatchRules:
         queue_aging_s=rules.queue_aging_s,
         ttft_target_s=rules.ttft_target_ms / 1e3,
         weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
+        kv_overcommit=config.router.kv_overcommit,
         round_robin=config.routing.decode == "round_robin",
     )
 

@@ -1,9 +1,13 @@
 """Where requests go: by what nodes have cached, by load, by conversation; and what decode nodes are offered."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 from disaggd.cluster.offer import PrefillCost
 from disaggd.cluster.protocol import CacheEvents, CacheSnapshot, Decided, Measured
+from disaggd.errors import Overloaded
 from disaggd.ids import NodeName
 from disaggd.prefix import PrefixHasher
 from tests.support.routing import D0, D1, KV, P0, P1, Client, Routing, gauges
@@ -20,7 +24,7 @@ def holds(routing: Routing, name: NodeName, num_tokens: int, salt: str = "") -> 
     routing.say(name, CacheEvents(0, True, hashes(range(num_tokens), salt), b""))
 
 
-def placed(routing: Routing, num_tokens: int = 40, **asked: object) -> NodeName:
+def placed(routing: Routing, num_tokens: int = 40, **asked: Any) -> NodeName:
     return routing.decode_of(routing.submit(num_tokens, **asked))
 
 
@@ -32,6 +36,17 @@ def test_a_request_goes_where_its_prompt_is_cached() -> None:
     holds(routing, D1, 20)
     assert placed(routing, 40) == D1
     assert placed(routing, 4) == D0, "all of a block is cached there, but the last token is computed anyway; and d1 has work"
+
+
+def test_what_is_cached_of_a_prompt_needs_no_memory_of_its_own() -> None:
+    """A system prompt that all requests share fits a pool that could not hold it for each."""
+    routing = Routing(kv_overcommit=1.0)
+    holds(routing, D0, 200)
+    for _ in range(6):
+        placed(routing, 220, max_tokens=20)
+    with pytest.raises(Overloaded):
+        placed(routing, 220, max_tokens=20)
+    assert routing.dispatcher.admission.num_tokens == 6 * 40
 
 
 def test_a_busy_node_is_left_alone_when_its_cache_is_not_worth_it() -> None:

@@ -154,7 +154,7 @@ def test_a_stream_that_leaves_too_much_unread_is_aborted_on_its_node() -> None:
         assert front.sent[-1] == Abort(frame.seq, 0)
         with pytest.raises(TooSlow):
             await anext(stream)
-        receipt = front.backend.receipt("a")
+        receipt = front.backend.receipt("a", None)
         assert receipt is not None and receipt.finish_reason == "abort"
         assert front.registry.get_sample_value("disaggd_slow_clients_total", {"why": "unread"}) == 1
 

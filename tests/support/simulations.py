@@ -44,7 +44,10 @@ COSTS = Costs(link=LinkCosts(frame_ms=1.0, kv_mbit_per_s=512 * 8 / 3e-3 / 1e6, k
 """512 bytes take 3 ms on the wire, and are there 2 ms later."""
 
 
-def small_config(policy: str, *, prefills: int = 1, decodes: int = 1, num_blocks: int = 64, more: str = "") -> Config:
+def small_config(
+    policy: str, *, prefills: int = 1, decodes: int = 1, num_blocks: int = 64, kv_overcommit: float = 1000.0, more: str = ""
+) -> Config:
+    """By default nothing is refused for want of memory, however much waits for it."""
     nodes = [("router", "router", "")]
     for role, count in (("prefill", prefills), ("decode", decodes)):
         keys = f"kv_cache = {num_blocks * 512}\nblock_size = 4\nmax_step_tokens = 64\nmax_sequences = 8"
@@ -52,7 +55,9 @@ def small_config(policy: str, *, prefills: int = 1, decodes: int = 1, num_blocks
     tables = [
         f'[[node]]\nname = "{name}"\nrole = "{role}"\nlisten = "127.0.0.1:{8000 + i}"\n{keys}' for i, (name, role, keys) in enumerate(nodes)
     ]
-    return with_policy(parse_config("\n".join([more, *tables])), policy)
+    config = parse_config("\n".join([more, *tables]))
+    router = msgspec.structs.replace(config.router, kv_overcommit=kv_overcommit)
+    return with_policy(msgspec.structs.replace(config, router=router), policy)
 
 
 def small_setup(policy: str, *, costs: Costs = COSTS, rate_changes: Iterable[Rate] = (), **config: object) -> Setup:

@@ -11,6 +11,8 @@ sign than that, and what is computed for nobody has to end at once.
 
 import asyncio
 import enum
+import socket
+import struct
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
@@ -25,6 +27,7 @@ from disaggd.gateway.errors import error_object
 
 _MIN_READ_BYTES_PER_S = 256
 """Less is no headway: one token's event is about 200 bytes."""
+_NO_LINGER = struct.pack("ii", 1, 0)
 _FRAMING = 2
 """So many times its size a body may be on the wire: chunk sizes, and trailers, which nobody reads."""
 _MAX_PIPELINED = 16
@@ -207,7 +210,7 @@ class ClientConnection(HttpToolsProtocol):
         if read_bytes < 0 or read_bytes >= _MIN_READ_BYTES_PER_S * self._limits.stall_s:
             return self._time_reading()
         self._cuts.slow("stalled", self._name, self.loop.time())
-        return self.transport.abort()
+        return self._reset()
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,6 +220,11 @@ class ClientConnection(HttpToolsProtocol):
         if is_next:
             self.transport.write(_response(error))
         self.transport.close()
+
+    def _reset(self) -> None:
+        """Closed as usual, the kernel would go on offering what its buffer holds, for minutes."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
 
     @property
     def _is_replying(self) -> bool:

@@ -31,7 +31,7 @@ class ChaosCluster(ProxiedCluster):
             prefill=2,
             decode=2,
             nodes={"kv_cache": NUM_BLOCKS * bytes_per_block},
-            router={"request_timeout_s": REQUEST_TIMEOUT_S, "receipts": 2000},
+            router={"request_timeout_s": REQUEST_TIMEOUT_S, "receipts": 2000, "kv_overcommit": 100},
             disaggregation={"max_local_prefill_tokens": MAX_LOCAL_PREFILL_TOKENS, "max_prefill_queue": 64, "prefix_push": "always"},
             cluster={"heartbeat_s": tempo.heartbeat_s, "missed_heartbeats": tempo.missed_heartbeats, "drain_s": tempo.drain_s},
             transfer={

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
@@ -363,8 +364,10 @@ def test_a_client_that_does_not_read_is_cut_and_its_sequence_aborted(call: Any, 
     async def scenario() -> None:
         backend.script, backend.max_model_len = chatter, 2 * MUCH
         async with serving(call, limits(stall_s=SOON_S)) as front:
-            await front.connect(post(stream=stream, max_tokens=MUCH))
+            _, writer = await front.connect(post(stream=stream, max_tokens=MUCH))
             await until(lambda: front.cut("stalled") == 1)
+            client = writer.get_extra_info("socket")
+            await until(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
             await until(lambda: not front.server.server_state.connections and not front.server.server_state.tasks)
 
     uvloop.run(scenario())

@@ -54,6 +54,6 @@ def test_2p2d_equals_the_oracle(directory: Path, oracle: Oracle) -> None:
 def test_preemption_by_a_small_pool_changes_no_token(directory: Path, oracle: Oracle) -> None:
     """40 blocks hold two or three of the longer sequences: decode preempts, grants wait for room."""
     small = {"kv_cache": 40 * oracle.kv_spec.bytes_per_block}
-    with running(Cluster(directory, nodes=small)) as cluster:
+    with running(Cluster(directory, nodes=small, router={"kv_overcommit": 100})) as cluster:
         run(cluster, oracle, 32, 80)
         assert cluster.metric("disaggd_num_preemptions_total")["d0",] > 0, "the pool was not small enough"

@@ -113,6 +113,7 @@ async def serving(call: Any, limits: ConnectionLimits = PATIENT, keep_alive_s: i
         log_config=None,
         access_log=False,
         timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(settings)
     serve = asyncio.create_task(server.serve(sockets=[listener]))
@@ -317,11 +318,15 @@ def test_a_request_behind_a_long_reply_is_not_late(call: Any, backend: Any) -> N
 
 
 def test_a_client_that_goes_with_requests_in_line_leaves_nothing_behind(call: Any, backend: Any) -> None:
+    async def forever(request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        await asyncio.Event().wait()
+        yield Delta((50,))
+
     async def scenario() -> None:
-        backend.script, backend.max_model_len = chatter, 2 * MUCH
+        backend.script = forever
         async with serving(call) as front:
-            _, writer = await front.connect(STREAM, STREAM, STREAM)
-            await until(lambda: any(connection.pipeline for connection in front.server.server_state.connections))
+            _, writer = await front.connect(post(), post(), post())
+            await until(lambda: len(backend.requests) == 1)
             writer.transport.abort()
             await until(lambda: not front.server.server_state.tasks)
 

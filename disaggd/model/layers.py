@@ -1,7 +1,7 @@
 """A decoder layer, written as its equation. Plain classes: calling an `nn.Module` costs 2 µs, hundreds of times a step.
 
-Knows tensors and operations; nothing of files, families or batches. Tensor parallelism will shard `qkv` and `gate_up` by rows, `out` and
-`down` by columns, so each of the latter two ends in what will be an all-reduce.
+Knows tensors and operations; nothing of files, families or batches. Of several ranks each has rows of `qkv` and `gate_up`, and columns of
+`out` and `down`, so that after each of the latter two the ranks add up their shares.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from disaggd.kernels import Ops, PagedAttention
 from disaggd.kernels.layer_weights import LayerWeights, Projection
+from disaggd.model.parallel import Ranks
 from disaggd.model.spec import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
@@ -93,10 +94,11 @@ class Layer:
     attention: Attention
     mlp_norm: RMSNorm
     mlp: MLP
+    ranks: Ranks
 
     def __call__(self, x: Tensor | None, residual: Tensor, rotation: Rotation, attention: PagedAttention, kv: Tensor) -> Tensor:
-        x = self.attention(self.attention_norm(x, residual), rotation, attention, kv)
-        return self.mlp(self.mlp_norm(x, residual))
+        x = self.ranks.sum(self.attention(self.attention_norm(x, residual), rotation, attention, kv))
+        return self.ranks.sum(self.mlp(self.mlp_norm(x, residual)))
 
     @property
     def weights(self) -> LayerWeights:

@@ -12,6 +12,7 @@ from torch import Tensor, device
 from disaggd.kernels import FusedLayers, Ops
 from disaggd.model.batch import Batch
 from disaggd.model.layers import MLP, Attention, HeadNorm, Layer, Linear, RMSNorm, Rotation, inverse_frequencies, rotation_of
+from disaggd.model.parallel import Alone, Part, Ranks, part_of
 from disaggd.model.spec import ModelSpec
 
 LayersDone = Callable[[range], None]
@@ -21,21 +22,27 @@ ComputeLayers = Callable[[range, Tensor | None, Tensor, Rotation], Tensor | None
 
 
 class Transformer:
-    """A dense decoder-only transformer. Made with uninitialized weights; fill them, then `pack`, then `forward`.
+    """A dense decoder-only transformer, or one rank's part of it. Made with uninitialized weights; fill them, then `pack`, then `forward`.
 
     `layer_group`: after so many layers `forward` reports that their keys and values are in the pool.
     """
 
-    def __init__(self, spec: ModelSpec, where: device, ops: Ops, layer_group: int = 4) -> None:
+    def __init__(
+        self, spec: ModelSpec, where: device, ops: Ops, layer_group: int = 4, part: Part | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.spec = spec
+        self.part = part or part_of(spec)
+        self._ranks: Ranks = ranks or Alone()
+        self._widths = [len(part_of(spec, rank, self.part.num_ranks).vocabulary) for rank in range(self.part.num_ranks)]
         self.device = where
         self.layer_group = layer_group
         self.ops = ops
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
+        num_words = len(self.part.vocabulary)
+        self.embedding = self._empty(num_words, spec.hidden_size)
         self.layers = tuple(self._layer() for _ in range(spec.num_layers))
         self.norm = self._norm()
-        self.head = Linear(ops, self.embedding if spec.tie_word_embeddings else self._empty(spec.vocab_size, spec.hidden_size), None)
+        self.head = Linear(ops, self.embedding if spec.tie_word_embeddings else self._empty(num_words, spec.hidden_size), None)
         self._fused: FusedLayers | None = None
         self._frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling).to(where)
 
@@ -45,7 +52,8 @@ class Transformer:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
                 linear.pack()
         self.head.pack()
-        self._fused = self.ops.fuse([layer.weights for layer in self.layers], self.spec.sliding_window)
+        if self.part.num_ranks == 1:  # else the ranks' shares are added up within each layer
+            self._fused = self.ops.fuse([layer.weights for layer in self.layers], self.spec.sliding_window)
 
     def forward(self, batch: Batch, kv: Tensor, layers_done: LayersDone | None = None) -> Tensor:
         """Logits float32 [len(batch.logit_rows), vocab_size]; the keys and values of all tokens of `batch` are written into `kv`.
@@ -53,14 +61,24 @@ class Transformer:
         `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] holds those of the tokens before. `layers_done(range(a, b))` is
         called in order for consecutive groups of layers, once this batch's keys and values of layers a to b − 1 are in `kv`; for all layers
         at once where every sequence has one new token and the layers are one operation.
+        Of several ranks each is given the same batch, and its own heads' `kv`; the first returns the logits, the others those of their
+        parts of the vocabulary.
         Call under `torch.inference_mode()`.
         """
-        residual = F.embedding(batch.tokens, self.embedding)
+        residual = self._embed(batch.tokens)
         rotation = rotation_of(batch.positions, self._frequencies, self._dtype)
         x = self._layers_of(batch, residual, rotation, kv, layers_done)
         if len(batch.logit_rows) < len(batch.tokens):
             x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        return self.head(self.norm(x, residual)).float()
+        return self._ranks.collect(self.head(self.norm(x, residual)), self._widths).float()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[num_tokens, hidden]. Words of another rank's part of the vocabulary are zero here, and come with the sum."""
+        if self.part.num_ranks == 1:
+            return F.embedding(tokens, self.embedding)
+        words = tokens - self.part.vocabulary.start
+        is_here = (words >= 0) & (words < len(self.part.vocabulary))
+        return self._ranks.sum(F.embedding(words.where(is_here, 0), self.embedding) * is_here[:, None])
 
     def _layers_of(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
         """`residual` goes through the layers in place; returns what the last one adds to it."""
@@ -81,7 +99,7 @@ class Transformer:
             batch.query_start,
             batch.context_lens,
             batch.block_tables,
-            kv_heads=self.spec.num_kv_heads,
+            kv_heads=len(self.part.kv_heads),
             block_size=kv.shape[4],
             window=self.spec.sliding_window,
         )
@@ -100,18 +118,18 @@ class Transformer:
     # ── allocation ──
 
     def _layer(self) -> Layer:
-        spec = self.spec
+        spec, part, size = self.spec, self.part, self.spec.head_dim
         attention = Attention(
-            qkv=self._linear(spec.hidden_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.qkv_bias),
-            out=self._linear(spec.num_heads * spec.head_dim, spec.hidden_size, spec.output_bias),
+            qkv=self._linear(spec.hidden_size, (len(part.heads) + 2 * len(part.kv_heads)) * size, spec.qkv_bias),
+            out=self._linear(len(part.heads) * size, spec.hidden_size, spec.output_bias and part.adds_biases),
             head_norm=self._head_norm() if spec.qk_norm else None,
         )
         mlp = MLP(
             self.ops,
-            gate_up=self._linear(spec.hidden_size, 2 * spec.intermediate_size, spec.mlp_bias),
-            down=self._linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias),
+            gate_up=self._linear(spec.hidden_size, 2 * len(part.neurons), spec.mlp_bias),
+            down=self._linear(len(part.neurons), spec.hidden_size, spec.mlp_bias and part.adds_biases),
         )
-        return Layer(self._norm(), attention, self._norm(), mlp)
+        return Layer(self._norm(), attention, self._norm(), mlp, self._ranks)
 
     def _linear(self, inputs: int, outputs: int, bias: bool) -> Linear:
         return Linear(self.ops, self._empty(outputs, inputs), self._empty(outputs) if bias else None)
@@ -120,7 +138,8 @@ class Transformer:
         return RMSNorm(self.ops, self._empty(self.spec.hidden_size), self.spec.rms_norm_eps)
 
     def _head_norm(self) -> HeadNorm:
-        return HeadNorm(self._empty(self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim), self.spec.rms_norm_eps)
+        num_heads = len(self.part.heads) + len(self.part.kv_heads)
+        return HeadNorm(self._empty(num_heads, self.spec.head_dim), self.spec.rms_norm_eps)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self.device)

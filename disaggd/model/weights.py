@@ -5,6 +5,9 @@ Every key of the files is accounted for before the first weight is read.
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +17,7 @@ from disaggd import kernels
 from disaggd.errors import ModelError
 from disaggd.model.directory import ModelDirectory
 from disaggd.model.layers import Layer, Linear
+from disaggd.model.parallel import Part, Ranks
 from disaggd.model.shards import Shard
 from disaggd.model.spec import ModelSpec, Weights
 from disaggd.model.transformer import Transformer
@@ -26,28 +30,60 @@ _FLOATS = ("F32", "F16", "BF16")
 _BUFFERS = (".rotary_emb.inv_freq",)  # old checkpoints store what config.json determines
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a tensor of a checkpoint goes: a view into a fused one."""
+
+    tensor: Tensor | None
+    """None: another rank's."""
+    shape: tuple[int, ...]
+    """Of the whole, in the file."""
+    rows: range | None = None
+    """Those that go there, if not all do."""
+    columns: range | None = None
+
+    def fill(self, file: Any, key: str) -> None:
+        """Reads no more of the file than that. A vector fills every row."""
+        if self.tensor is None:
+            return
+        if self.rows is not None:
+            self.tensor.copy_(file.get_slice(key)[self.rows.start : self.rows.stop])
+        elif self.columns is not None:
+            self.tensor.copy_(file.get_slice(key)[:, self.columns.start : self.columns.stop])
+        else:
+            self.tensor.copy_(file.get_tensor(key))
+
+
 def load_weights(
-    directory: ModelDirectory, spec: ModelSpec, where: device, progress: Progress | None = None, weights: Weights = "auto"
+    directory: ModelDirectory,
+    spec: ModelSpec,
+    where: device,
+    progress: Progress | None = None,
+    weights: Weights = "auto",
+    part: Part | None = None,
+    ranks: Ranks | None = None,
 ) -> Transformer:
-    """The model of `directory`, its weights cast to `spec.dtype` and from there, if `weights` says so, to int8, on `where`.
+    """The model of `directory`, or one rank's `part` of it, its weights cast to `spec.dtype` and from there, if `weights` says so, to
+    int8, on `where`.
 
     Raises ModelError naming the weight that is unknown, missing or of another shape or dtype than config.json says, or the file that
     cannot be read.
     """
-    transformer = Transformer(spec, where, kernels.select(where, weights))
+    transformer = Transformer(spec, where, kernels.select(where, weights), part=part, ranks=ranks)
     targets = weight_targets(transformer)
     _check_keys(directory, targets, tied=spec.tie_word_embeddings)
     total_bytes = sum(shard.data_bytes for shard in directory.shards)
     done_bytes = 0
     for shard in directory.shards:
-        for key, tensor in _tensors(shard):
-            if key in targets:
-                targets[key].copy_(tensor)
-            done_bytes += tensor.nbytes
-            if progress is not None:
-                progress(done_bytes, total_bytes)
+        with _opened(shard) as file:
+            for key, num_bytes in _in_order(shard):
+                if key in targets:
+                    targets[key].fill(file, key)
+                done_bytes += num_bytes
+                if progress is not None:
+                    progress(done_bytes, total_bytes)
     if spec.tie_word_embeddings:
-        _check_tied_head(directory, transformer.embedding)
+        _check_tied_head(directory, transformer)
     transformer.pack()
     _give_back_memory()
     return transformer
@@ -60,44 +96,73 @@ def _give_back_memory() -> None:
         malloc_trim(0)
 
 
-def weight_targets(transformer: Transformer) -> dict[str, Tensor]:
-    """Where each key of a Hugging Face checkpoint goes: views into the fused tensors."""
-    targets = {_EMBEDDING: transformer.embedding, "model.norm.weight": transformer.norm.weight}
-    if not transformer.spec.tie_word_embeddings:
-        targets[_HEAD] = transformer.head.weight
+def weight_targets(transformer: Transformer) -> dict[str, Target]:
+    """Where each key of a Hugging Face checkpoint goes."""
+    spec, words = transformer.spec, transformer.part.vocabulary
+    table = (spec.vocab_size, spec.hidden_size)
+    targets = {
+        _EMBEDDING: Target(transformer.embedding, table, words),
+        "model.norm.weight": Target(transformer.norm.weight, (spec.hidden_size,)),
+    }
+    if not spec.tie_word_embeddings:
+        targets[_HEAD] = Target(transformer.head.weight, table, words)
     for index, layer in enumerate(transformer.layers):
-        for name, target in _layer_targets(layer, transformer.spec).items():
+        for name, target in _layer_targets(layer, spec, transformer.part).items():
             targets[f"model.layers.{index}.{name}"] = target
     return targets
 
 
-def _layer_targets(layer: Layer, spec: ModelSpec) -> dict[str, Tensor]:
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    targets = {
-        "input_layernorm.weight": layer.attention_norm.weight,
-        "post_attention_layernorm.weight": layer.mlp_norm.weight,
-        **_linear_targets(layer.attention.qkv, {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}),
-        **_linear_targets(layer.attention.out, {"self_attn.o_proj": spec.hidden_size}),
-        **_linear_targets(layer.mlp.gate_up, {"mlp.gate_proj": spec.intermediate_size, "mlp.up_proj": spec.intermediate_size}),
-        **_linear_targets(layer.mlp.down, {"mlp.down_proj": spec.hidden_size}),
+def _layer_targets(layer: Layer, spec: ModelSpec, part: Part) -> dict[str, Target]:
+    hidden, size, wide = spec.hidden_size, spec.head_dim, spec.intermediate_size
+    queries, keys = _scaled(part.heads, size), _scaled(part.kv_heads, size)
+    attention, mlp = layer.attention, layer.mlp
+    qkv = {
+        "self_attn.q_proj": (spec.num_heads * size, queries),
+        "self_attn.k_proj": (spec.num_kv_heads * size, keys),
+        "self_attn.v_proj": (spec.num_kv_heads * size, keys),
     }
-    if layer.attention.head_norm is not None:
+    gate_up = {"mlp.gate_proj": (wide, part.neurons), "mlp.up_proj": (wide, part.neurons)}
+    targets = {
+        "input_layernorm.weight": Target(layer.attention_norm.weight, (hidden,)),
+        "post_attention_layernorm.weight": Target(layer.mlp_norm.weight, (hidden,)),
+        **_by_rows(attention.qkv, qkv, hidden, has_bias=spec.qkv_bias),
+        **_by_columns(attention.out, "self_attn.o_proj", (hidden, spec.num_heads * size), queries, has_bias=spec.output_bias),
+        **_by_rows(mlp.gate_up, gate_up, hidden, has_bias=spec.mlp_bias),
+        **_by_columns(mlp.down, "mlp.down_proj", (hidden, wide), part.neurons, has_bias=spec.mlp_bias),
+    }
+    if attention.head_norm is not None:
         # One vector in the file for all query heads, one for all key heads; copying repeats it for each.
-        weight = layer.attention.head_norm.weight
-        targets["self_attn.q_norm.weight"], targets["self_attn.k_norm.weight"] = weight[: spec.num_heads], weight[spec.num_heads :]
+        weight, num_heads = attention.head_norm.weight, len(part.heads)
+        targets["self_attn.q_norm.weight"] = Target(weight[:num_heads], (size,))
+        targets["self_attn.k_norm.weight"] = Target(weight[num_heads:], (size,))
     return targets
 
 
-def _linear_targets(linear: Linear, outputs: dict[str, int]) -> dict[str, Tensor]:
-    """The parts of a fused projection, in the order of `outputs`: name → number of its rows."""
-    sizes = list(outputs.values())
-    targets = {f"{name}.weight": part for name, part in zip(outputs, torch.split(linear.weight, sizes), strict=True)}
-    if linear.bias is not None:
-        targets |= {f"{name}.bias": part for name, part in zip(outputs, torch.split(linear.bias, sizes), strict=True)}
+def _by_rows(linear: Linear, parts: dict[str, tuple[int, range]], inputs: int, *, has_bias: bool) -> dict[str, Target]:
+    """The parts of a fused projection, in their order: name → rows in the file, and which of them are this rank's."""
+    targets, start = {}, 0
+    for name, (outputs, rows) in parts.items():
+        here = slice(start, start + len(rows))
+        targets[f"{name}.weight"] = Target(linear.weight[here], (outputs, inputs), rows)
+        if has_bias:
+            assert linear.bias is not None
+            targets[f"{name}.bias"] = Target(linear.bias[here], (outputs,), rows)
+        start = here.stop
     return targets
 
 
-def _check_keys(directory: ModelDirectory, targets: dict[str, Tensor], *, tied: bool) -> None:
+def _by_columns(linear: Linear, name: str, shape: tuple[int, int], columns: range, *, has_bias: bool) -> dict[str, Target]:
+    targets = {f"{name}.weight": Target(linear.weight, shape, columns=columns)}
+    if has_bias:
+        targets[f"{name}.bias"] = Target(linear.bias, shape[:1])
+    return targets
+
+
+def _scaled(heads: range, size: int) -> range:
+    return range(heads.start * size, heads.stop * size)
+
+
+def _check_keys(directory: ModelDirectory, targets: dict[str, Target], *, tied: bool) -> None:
     found = {key: shard for shard in directory.shards for key in shard.tensors}
     if missing := [key for key in targets if key not in found]:
         raise ModelError(f"{directory.root}: no weight {missing[0]} in any shard{_and_more(missing)}")
@@ -113,30 +178,38 @@ def _and_more(keys: list[str]) -> str:
     return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
-def _check_tensor(shard: Shard, key: str, target: Tensor) -> None:
+def _check_tensor(shard: Shard, key: str, target: Target) -> None:
     info = shard.tensors[key]
-    shape = tuple(target.shape[-1:] if key.endswith("norm.weight") else target.shape)
-    if info.shape != shape:
-        raise ModelError(f"{shard.path}: {key} has shape {list(info.shape)}, config.json makes it {list(shape)}")
+    if info.shape != target.shape:
+        raise ModelError(f"{shard.path}: {key} has shape {list(info.shape)}, config.json makes it {list(target.shape)}")
     if info.dtype not in _FLOATS:
         raise ModelError(f"{shard.path}: {key} has dtype {info.dtype}; disaggd serves {', '.join(_FLOATS)}")
 
 
-def _check_tied_head(directory: ModelDirectory, embedding: Tensor) -> None:
+def _check_tied_head(directory: ModelDirectory, transformer: Transformer) -> None:
     """A file may repeat the embedding as the tied head; should the two differ, no one knows which is meant."""
+    embedding, words = transformer.embedding, transformer.part.vocabulary
     for shard in directory.shards:
         if _HEAD not in shard.tensors:
             continue
-        head = next(tensor for _, tensor in _tensors(shard, (_HEAD,)))
+        with _opened(shard) as file:
+            head = file.get_slice(_HEAD)[words.start : words.stop]
         if not torch.equal(head.to(embedding), embedding):
             raise ModelError(f"{shard.path}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true")
 
 
-def _tensors(shard: Shard, keys: tuple[str, ...] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The shard's tensors, or those named, in the order of the file, mapped from it rather than read."""
+def _in_order(shard: Shard) -> Iterator[tuple[str, int]]:
+    """Keys and bytes of the shard's tensors, in the order of the file."""
+    for key, info in sorted(shard.tensors.items(), key=lambda item: item[1].data_offsets):
+        start, end = info.data_offsets
+        yield key, end - start
+
+
+@contextmanager
+def _opened(shard: Shard) -> Iterator[Any]:
+    """The file, mapped rather than read."""
     try:
         with safe_open(shard.path, framework="pt") as file:
-            for key in keys or sorted(shard.tensors, key=lambda name: shard.tensors[name].data_offsets):
-                yield key, file.get_tensor(key)
+            yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{shard.path}: {error}") from error

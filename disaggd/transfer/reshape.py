@@ -15,32 +15,19 @@ from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVSpec
 
 
-class HeadRange(msgspec.Struct, frozen=True, array_like=True):
-    """KV heads [start, stop) of the model."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __contains__(self, head: int) -> bool:
-        return self.start <= head < self.stop
-
-
 class HeadCut(msgspec.Struct, frozen=True):
     """What one rank of the source writes into one rank of the target: these heads of every block, and no others."""
 
     source_rank: int
     target_rank: int
-    heads: HeadRange
+    heads: range
 
 
-def heads_of(rank: int, num_ranks: int, kv_heads: int) -> HeadRange:
+def heads_of(rank: int, num_ranks: int, kv_heads: int) -> range:
     """The KV heads that a rank holds: at least one."""
     assert 0 <= rank < num_ranks
     start = rank * kv_heads // num_ranks
-    return HeadRange(start, max(start + 1, (rank + 1) * kv_heads // num_ranks))
+    return range(start, max(start + 1, (rank + 1) * kv_heads // num_ranks))
 
 
 def head_cuts(kv_heads: int, num_sources: int, num_targets: int) -> tuple[HeadCut, ...]:
@@ -55,16 +42,16 @@ def head_cuts(kv_heads: int, num_sources: int, num_targets: int) -> tuple[HeadCu
         for head in range(heads.start, heads.stop):
             source = owners[head][target % len(owners[head])]
             if cuts and (cuts[-1].source_rank, cuts[-1].target_rank) == (source, target):
-                cuts[-1] = HeadCut(source, target, HeadRange(cuts[-1].heads.start, head + 1))
+                cuts[-1] = HeadCut(source, target, range(cuts[-1].heads.start, head + 1))
             else:
-                cuts.append(HeadCut(source, target, HeadRange(head, head + 1)))
+                cuts.append(HeadCut(source, target, range(head, head + 1)))
     return tuple(cuts)
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """How one rank holds a block of one layer: [heads, 2, block_size, head_dim] of `itemsize` bytes each."""
 
-    heads: HeadRange
+    heads: range
     block_size: int
     """Tokens."""
     head_dim: int

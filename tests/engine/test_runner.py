@@ -71,8 +71,9 @@ def transformer() -> Transformer:
 def made_of(spec: ModelSpec) -> Transformer:
     made = Transformer(spec, CPU, kernels.select(CPU), layer_group=2)
     random = torch.Generator().manual_seed(1)
-    for key, weight in weight_targets(made).items():
-        weight.normal_(1.0, 0.2, generator=random) if key.endswith("norm.weight") else weight.normal_(0.0, 0.15, generator=random)
+    for key, target in weight_targets(made).items():
+        mean, deviation = (1.0, 0.2) if key.endswith("norm.weight") else (0.0, 0.15)
+        target.tensor.normal_(mean, deviation, generator=random)
     return made
 
 

@@ -97,6 +97,7 @@ class Pool:
         self.transformer = transformer
         self.block_size = block_size
         self.kv = allocate_kv(kv_spec(transformer.spec, block_size), num_blocks, torch.device("cpu"))
+        self.kv = self.kv[:, :, : len(transformer.part.kv_heads)].contiguous()
         self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
         self._computed: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}

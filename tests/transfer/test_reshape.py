@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggd.transfer.layout import KVGroup, KVSpec
-from disaggd.transfer.reshape import HeadCut, HeadRange, Shard, head_cuts, heads_of, shard_of, slices
+from disaggd.transfer.reshape import HeadCut, Shard, head_cuts, heads_of, shard_of, slices
 
 HEAD_DIM = 2
 
@@ -100,9 +100,8 @@ def test_a_cache_is_cut_anew_byte_for_byte(
 
 
 def test_blocks_of_one_size_take_a_slice_each() -> None:
-    source, target = shard_of(spec(8, 16), 0, 2), shard_of(spec(8, 16), 3, 4)
-    source = shard_of(spec(8, 16), 1, 2)
-    plan = slices(HeadCut(1, 3, HeadRange(6, 8)), source, target, 0, 40)
+    source, target = shard_of(spec(8, 16), 1, 2), shard_of(spec(8, 16), 3, 4)
+    plan = slices(HeadCut(1, 3, range(6, 8)), source, target, 0, 40)
     assert plan.source_block.tolist() == plan.target_block.tolist() == [0, 1, 2]
     assert set(plan.source_offset.tolist()) == {2 * source.head_bytes} and set(plan.target_offset.tolist()) == {0}
     assert plan.num_bytes == 3 * 2 * source.head_bytes

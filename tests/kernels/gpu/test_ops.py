@@ -61,7 +61,7 @@ def logits(ops: Ops, model: ModelSpec, where: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     for key, target in sorted(weight_targets(transformer).items()):
         mean, deviation = (1.0, 0.1) if "norm" in key else (0.0, 0.2)
-        target.copy_(torch.randn(target.shape, generator=generator) * deviation + mean)
+        target.tensor.copy_(torch.randn(target.tensor.shape, generator=generator) * deviation + mean)
     transformer.pack()
     kv = allocate_kv(kv_spec(model, BLOCK), NUM_BLOCKS, where)
     steps = [([0, 0], [9, 20]), ([9, 20], [30, 21]), ([30, 21], [31, 22])]  # prefill; a chunk beside a decode; decodes

@@ -1,0 +1,126 @@
+"""Tensor parallelism: which part of a model each rank holds, and what the ranks say to each other. The only home of torch.distributed.
+
+Projections that read the residual stream are cut by rows, those that write to it by columns (Shoeybi et al. 2019): each rank adds its
+heads' and its neurons' share, and a sum over all ranks is what one process alone would have added. Query heads go with their KV
+head. Where there are more ranks than KV heads, several ranks hold the same one and share its query heads.
+"""
+
+from datetime import timedelta
+from typing import Protocol
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disaggd.errors import ModelError
+from disaggd.model.spec import ModelSpec
+from disaggd.transfer.reshape import heads_of
+
+UNIT = 64
+"""Neurons of an MLP are shared out by so many, as long as there are enough: kernels work in panels of them."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank holds."""
+
+    rank: int
+    num_ranks: int
+    heads: range
+    """Query heads."""
+    kv_heads: range
+    neurons: range
+    """Of every MLP."""
+    vocabulary: range
+
+    @property
+    def adds_biases(self) -> bool:
+        """To what is summed over all ranks: one of them must."""
+        return self.rank == 0
+
+
+def part_of(spec: ModelSpec, rank: int = 0, num_ranks: int = 1) -> Part:
+    """Raises ModelError where a rank would have nothing to do."""
+    if num_ranks > spec.num_heads:
+        raise ModelError(f"tp = {num_ranks}: the model has {spec.num_heads} heads, too few for so many ranks")
+    kv_heads = heads_of(rank, num_ranks, spec.num_kv_heads)
+    unit = UNIT if spec.intermediate_size % UNIT == 0 and spec.intermediate_size >= UNIT * num_ranks else 1
+    units = _share(spec.intermediate_size // unit, rank, num_ranks)
+    return Part(
+        rank=rank,
+        num_ranks=num_ranks,
+        heads=_query_heads(spec, kv_heads, rank, num_ranks),
+        kv_heads=kv_heads,
+        neurons=range(units.start * unit, units.stop * unit),
+        vocabulary=_share(spec.vocab_size, rank, num_ranks),
+    )
+
+
+def _query_heads(spec: ModelSpec, kv_heads: range, rank: int, num_ranks: int) -> range:
+    """Those of the rank's KV heads; of one that others hold too, this rank's share."""
+    group = spec.num_heads // spec.num_kv_heads
+    holders = [other for other in range(num_ranks) if heads_of(other, num_ranks, spec.num_kv_heads) == kv_heads]
+    share = _share(group * len(kv_heads), holders.index(rank), len(holders))
+    return range(kv_heads.start * group + share.start, kv_heads.start * group + share.stop)
+
+
+def _share(total: int, rank: int, num_ranks: int) -> range:
+    return range(rank * total // num_ranks, (rank + 1) * total // num_ranks)
+
+
+class Ranks(Protocol):
+    """Those that compute a model together, as one of them sees it. Each call is made by all of them, in the same order."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x`; `x` may be changed."""
+
+    def collect(self, x: Tensor, widths: list[int]) -> Tensor:
+        """On rank 0 every rank's columns side by side: rank r's `x` is [n, widths[r]]. The others get their own back."""
+
+
+class Alone:
+    """The only rank."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def collect(self, x: Tensor, widths: list[int]) -> Tensor:
+        return x
+
+
+class DistributedRanks:
+    """Ranks in processes of their own, over NCCL between GPUs and gloo between CPUs. Raises RuntimeError when another one is gone."""
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        store: dist.TCPStore,  # type: ignore[name-defined]
+        where: torch.device,
+        timeout_s: float,
+    ) -> None:
+        """Returns when all of them are there."""
+        self._rank = rank
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s))
+
+    def sum(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x)
+        return x
+
+    def collect(self, x: Tensor, widths: list[int]) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
+        if self._rank:
+            dist.gather(padded, dst=0)
+            return x
+        gathered = [torch.empty_like(padded) for _ in widths]
+        dist.gather(padded, gathered, dst=0)
+        return torch.cat([one[:, :width] for one, width in zip(gathered, widths, strict=True)], dim=1)
+
+    def leave(self) -> None:
+        dist.destroy_process_group()
+
+
+def meeting_place(port: int | None = None) -> dist.TCPStore:  # type: ignore[name-defined]
+    """Where the ranks of one node find each other, on loopback: rank 0 opens it without a port, and tells the others which it got."""
+    return dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)  # type: ignore[attr-defined]

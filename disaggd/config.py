@@ -209,6 +209,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Compute threads (CPU)."""
     cpus: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
     """Pin the process to these processors."""
+    tp: Positive = 1
+    """Tensor parallelism: so many ranks compute the model together, each a process with `threads` of its own (CPU)."""
     max_step_tokens: Positive = 1024
     """Tokens computed per step, over all sequences."""
     max_sequences: Positive = 64
@@ -385,6 +387,16 @@ def _check_blocks(config: Config) -> None:
             )
 
 
+def _check_ranks(config: Config) -> None:
+    for node in config.nodes:
+        if node.tp == 1:
+            continue
+        if node.is_gpu:
+            raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for CPU nodes so far, but its device is {node.device}")
+        if node.role == "prefill" or config.nodes_of("prefill"):
+            raise ConfigError(f"node {node.name!r}: tp = {node.tp}, but KV cannot go between nodes with several ranks so far")
+
+
 def _check_weights(config: Config) -> None:
     for node in config.nodes:
         if config.model.weights == "int8" and node.device != "cpu":
@@ -408,7 +420,17 @@ def _check_transfer_ports(config: Config) -> None:
             raise ConfigError(f"node {node.name!r} listens on {node.listen.port}, which is in transfer.port_range {first}-{last}")
 
 
-_CHECKS = (_check_roles, _check_names, _check_addresses, _check_secret, _check_tls, _check_blocks, _check_weights, _check_transfer_ports)
+_CHECKS = (
+    _check_roles,
+    _check_names,
+    _check_addresses,
+    _check_secret,
+    _check_tls,
+    _check_blocks,
+    _check_ranks,
+    _check_weights,
+    _check_transfer_ports,
+)
 
 
 def _listed(names: Any) -> str:

@@ -14,6 +14,7 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
+from disaggd.engine.ranks import STEP_TIMEOUT_S, Followers, RankOrder
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
@@ -22,6 +23,7 @@ from disaggd.errors import ConfigError, ResourceError
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.kv import allocate_kv
+from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
 from disaggd.model.spec import Dtype, ModelSpec, Weights
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
@@ -42,8 +44,10 @@ class LoadedEngine:
     spec: ModelSpec
     kv_spec: KVSpec
     kv: Tensor
-    """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: the pool."""
+    """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: the pool; of several ranks the first one's heads."""
     stream: DeviceStream
+    followers: Followers | None = None
+    """The other ranks, if there are any."""
 
     @property
     def place(self) -> PoolPlace:
@@ -65,6 +69,7 @@ def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
             max_sequences=node.max_sequences,
             max_model_len=config.model.max_model_len,
             layer_group=config.transfer.layer_group,
+            tp=node.tp,
             prefix_cache=node.prefix_cache,
             itl_target_ms=config.disaggregation.itl_target_ms,
             progress=progress,
@@ -85,13 +90,14 @@ def build_engine(
     layer_group: int = 4,
     itl_target_ms: float | None = None,
     prefix_cache: bool = False,
+    tp: int = 1,
     progress: StartProgress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
 
-    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself. `clock`: seconds, to time
-    steps by.
+    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself. `tp` ranks compute it, each but
+    the first in a process of its own. `clock`: seconds, to time steps by.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
     a missing device.
@@ -105,25 +111,72 @@ def build_engine(
     where = _device(device)
     stream = DeviceStream(where)
     stream.enter()
-    kv = None if kv_cache_bytes is None else _allocate(layout, kv_cache_bytes, where)
-    with _memory_shortage_on(where, "the weights"):
-        transformer = load_weights(directory, spec, where, progress.loading, weights)
+    kv: Tensor | None = None
+    followers: Followers | None = None
+    if tp > 1:
+        assert kv_cache_bytes is not None, "the config refuses ranks on other devices than CPUs"
+        kv, transformer, followers = _with_others(directory, spec, where, weights, block_size, kv_cache_bytes, tp, progress)
+    else:
+        if kv_cache_bytes is not None:
+            kv = allocate_kv(layout, _num_blocks(layout, kv_cache_bytes), where)
+        with _memory_shortage_on(where, "the weights"):
+            transformer = load_weights(directory, spec, where, progress.loading, weights)
     transformer.layer_group = layer_group
     if kv is None:
-        kv = _allocate(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE), where)
+        kv = allocate_kv(layout, _num_blocks(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE)), where)
     hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
     pool = BlockPool(kv.shape[1], block_size, hasher)
     pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
-    engine = Engine(_runner(transformer, kv, limits, progress), pool, limits, spec.eos_token_ids, pace)
+    engine = Engine(_runner(transformer, kv, limits, progress, followers), pool, limits, spec.eos_token_ids, pace)
     if where.type == "cuda":
         warm_up(engine, where)
-    return LoadedEngine(engine, directory, spec, layout, kv, stream)
+    return LoadedEngine(engine, directory, spec, layout, kv, stream, followers)
 
 
-def _runner(transformer: Transformer, kv: Tensor, limits: Limits, progress: StartProgress) -> ModelRunner:
+def _with_others(
+    directory: ModelDirectory,
+    spec: ModelSpec,
+    where: torch.device,
+    weights: Weights,
+    block_size: int,
+    kv_cache_bytes: int,
+    tp: int,
+    progress: StartProgress,
+) -> tuple[Tensor, Transformer, Followers]:
+    """The first rank's KV and part of the model, and the other ranks, which are loaded at the same time."""
+    part = part_of(spec, 0, tp)
+    num_blocks = _num_blocks(kv_spec(spec, block_size), kv_cache_bytes)
+    kv = allocate_kv(kv_spec(spec, block_size, len(part.kv_heads)), num_blocks, where)
+    place = meeting_place()
+    order = RankOrder(
+        rank=0,
+        num_ranks=tp,
+        port=place.port,
+        path=str(directory.root),
+        dtype=spec.dtype,
+        weights=weights,
+        device=str(where),
+        block_size=block_size,
+        num_blocks=num_blocks,
+    )
+    followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)])
+    try:
+        followers.wait()
+        ranks = ProcessRanks(0, tp, place, STEP_TIMEOUT_S)
+        transformer = load_weights(directory, spec, where, progress.loading, weights, part, ranks)
+        followers.wait()
+    except BaseException:
+        followers.close()
+        raise
+    return kv, transformer, followers
+
+
+def _runner(
+    transformer: Transformer, kv: Tensor, limits: Limits, progress: StartProgress, followers: Followers | None = None
+) -> ModelRunner:
     """On a GPU with its decode steps captured."""
     if not kv.is_cuda:
-        return ModelRunner(transformer, kv, limits.max_step_tokens)
+        return ModelRunner(transformer, kv, limits.max_step_tokens, followers=followers)
     num_blocks, block_size = kv.shape[1], kv.shape[4]
     graphs = DecodeGraphs(
         transformer,
@@ -165,11 +218,10 @@ def _model_len(spec: ModelSpec, wanted: int | None) -> int:
     return wanted or limit
 
 
-def _allocate(layout: KVSpec, kv_cache_bytes: int, where: torch.device) -> Tensor:
-    num_blocks = kv_cache_bytes // layout.bytes_per_block
-    if not num_blocks:
+def _num_blocks(layout: KVSpec, kv_cache_bytes: int) -> int:
+    if kv_cache_bytes < layout.bytes_per_block:
         raise ConfigError(f"kv_cache: {kv_cache_bytes:,} bytes do not hold one block of {layout.bytes_per_block:,}")
-    return allocate_kv(layout, num_blocks, where)
+    return kv_cache_bytes // layout.bytes_per_block
 
 
 def _device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from disaggd.engine.batch import HostBatch, build_batch
 from disaggd.engine.graphs import DecodeGraphs
+from disaggd.engine.ranks import Followers
 from disaggd.engine.sampler import Drawn, SampledToken, SamplerRow, draw
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
@@ -22,14 +23,18 @@ from disaggd.model.transformer import Transformer
 class ModelRunner:
     """One rank's model, and the KV pool `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] that it writes and reads.
 
-    `max_rows`: sequences that one step may sample for. `graphs`: the decode steps that were captured, if any.
+    `max_rows`: sequences that one step may sample for. `graphs`: the decode steps that were captured, if any. `followers`: the other
+    ranks, if this is the first of several.
     """
 
-    def __init__(self, transformer: Transformer, kv: Tensor, max_rows: int, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self, transformer: Transformer, kv: Tensor, max_rows: int, graphs: DecodeGraphs | None = None, followers: Followers | None = None
+    ) -> None:
         self.lookahead = 1 if kv.is_cuda else 0
         self._transformer = transformer
         self._kv = kv
         self._graphs = graphs
+        self._followers = followers
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=kv.device) if graphs is None else graphs.sampled
         self._sampled_rows: dict[Sequence, int] = {}
 
@@ -37,6 +42,8 @@ class ModelRunner:
         """See `engine.Runner`."""
         with torch.inference_mode():
             batch = build_batch(plan, self._kv.shape[4], self._sampled_rows)
+            if self._followers is not None:
+                self._followers.compute(batch)
             logits, last_tokens = self._forward(batch, layers_done)
             drawn = draw(self._transformer.ops, logits, last_tokens, [_sampler_row(chunk) for chunk in plan.sampling])
             self._remember(drawn, plan)

@@ -1,4 +1,5 @@
-"""Tensor parallelism: which part of a model each rank holds, and what the ranks say to each other. The only home of torch.distributed.
+"""Tensor parallelism: which part of a model each rank holds, and what the ranks say to each other. The only home of
+torch's process groups.
 
 Projections that read the residual stream are cut by rows, those that write to it by columns (Shoeybi et al. 2019): each rank adds its
 heads' and its neurons' share, and a sum over all ranks is what one process alone would have added. Query heads go with their KV
@@ -10,8 +11,9 @@ from typing import Protocol
 
 import msgspec
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import GatherOptions, ProcessGroup, ProcessGroupGloo, TCPStore
 
 from disaggd.errors import ModelError
 from disaggd.model.spec import ModelSpec
@@ -88,39 +90,28 @@ class Alone:
         return x
 
 
-class DistributedRanks:
-    """Ranks in processes of their own, over NCCL between GPUs and gloo between CPUs. Raises RuntimeError when another one is gone."""
+class ProcessRanks:
+    """Ranks in processes of their own, over gloo. Raises RuntimeError when another one is gone, or takes longer than `timeout_s`."""
 
-    def __init__(
-        self,
-        rank: int,
-        num_ranks: int,
-        store: dist.TCPStore,  # type: ignore[name-defined]
-        where: torch.device,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, rank: int, num_ranks: int, store: TCPStore, timeout_s: float) -> None:
         """Returns when all of them are there."""
         self._rank = rank
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s))
+        # Not the process's default group: that is a global, of which two engines in one process could not have one each.
+        self._group: ProcessGroup = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))  # type: ignore[assignment]
 
     def sum(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x)
+        self._group.allreduce([x]).wait()
         return x
 
     def collect(self, x: Tensor, widths: list[int]) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
-        if self._rank:
-            dist.gather(padded, dst=0)
-            return x
-        gathered = [torch.empty_like(padded) for _ in widths]
-        dist.gather(padded, gathered, dst=0)
-        return torch.cat([one[:, :width] for one, width in zip(gathered, widths, strict=True)], dim=1)
-
-    def leave(self) -> None:
-        dist.destroy_process_group()
+        padded = F.pad(x, (0, max(widths) - x.shape[1])).contiguous()
+        gathered = [] if self._rank else [torch.empty_like(padded) for _ in widths]
+        options = GatherOptions()
+        options.rootRank = 0
+        self._group.gather([gathered] if gathered else [], [padded], options).wait()
+        return torch.cat([one[:, :width] for one, width in zip(gathered, widths, strict=True)], dim=1) if gathered else x
 
 
-def meeting_place(port: int | None = None) -> dist.TCPStore:  # type: ignore[name-defined]
+def meeting_place(port: int | None = None) -> TCPStore:
     """Where the ranks of one node find each other, on loopback: rank 0 opens it without a port, and tells the others which it got."""
-    return dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)  # type: ignore[attr-defined]
+    return TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)

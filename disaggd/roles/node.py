@@ -95,6 +95,8 @@ class EngineNode:
         gc.freeze()  # weights, modules, the block pool: nothing that a collection needs to walk again
         self._transfer.start()
         self._compute.start()
+        if self._loaded.followers is not None:
+            self._loaded.followers.watch(self._fail)
         server: LinkServer | None = None
         watching = self._loop.create_task(self._watchdog.run())
         try:
@@ -129,6 +131,8 @@ class EngineNode:
         if not self._compute.stop(STOP_TIMEOUT_S):
             log.warning("the step under way did not end within %g s", STOP_TIMEOUT_S)
         self._transfer.stop()
+        if self._loaded.followers is not None:
+            self._loaded.followers.close()
 
     # ── the end (asyncio thread) ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -56,8 +56,11 @@ class PoolPlace(msgspec.Struct, frozen=True, array_like=True):
     num_blocks: int
 
 
-def kv_spec(model: ModelSpec, block_size: int) -> KVSpec:
-    """The pool geometry of `model` with blocks of `block_size` tokens, KV in the model's own dtype."""
+def kv_spec(model: ModelSpec, block_size: int, kv_heads: int | None = None) -> KVSpec:
+    """The pool geometry of `model` with blocks of `block_size` tokens, KV in the model's own dtype.
+
+    `kv_heads`: of a rank that holds only so many.
+    """
     head_bytes = 2 * block_size * model.head_dim * DTYPE_BYTES[model.dtype]
-    group = KVGroup(layers=model.num_layers, kv_heads=model.num_kv_heads, head_bytes=head_bytes, window=model.sliding_window)
+    group = KVGroup(layers=model.num_layers, kv_heads=kv_heads or model.num_kv_heads, head_bytes=head_bytes, window=model.sliding_window)
     return KVSpec(dtype=model.dtype, block_size=block_size, head_dim=model.head_dim, groups=(group,))

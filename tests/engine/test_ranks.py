@@ -1,0 +1,80 @@
+"""Engines of several ranks, each a process: their tokens are those of one rank, and none outlives another."""
+
+import os
+import queue
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from disaggd.engine.build import LoadedEngine, build_engine
+from disaggd.engine.engine import generate
+from disaggd.errors import DisaggdError, ModelError, ResourceError
+from disaggd.sampling import SamplingParams
+
+VALUES = {
+    "path": "builtin:tiny",
+    "dtype": "float32",
+    "kv_cache_bytes": 16 * 2**20,
+    "block_size": 16,
+    "max_step_tokens": 64,
+    "max_sequences": 4,
+}
+PROMPT = list(range(5, 95))
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.8, seed=7, top_p=0.9, max_tokens=24, ignore_eos=True)
+
+pytestmark = pytest.mark.process
+
+
+def tokens_of(loaded: LoadedEngine, sampling: SamplingParams) -> list[int]:
+    return [token for output in generate(loaded.engine, PROMPT, sampling) for token in output.tokens]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LoadedEngine]:
+    loaded = build_engine(**VALUES, tp=2)
+    yield loaded
+    assert loaded.followers is not None
+    loaded.followers.close()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
+def test_two_ranks_say_what_one_says(two: LoadedEngine, sampling: SamplingParams) -> None:
+    assert tokens_of(two, sampling) == tokens_of(build_engine(**VALUES), sampling)
+
+
+def test_each_rank_holds_its_heads_of_every_block(two: LoadedEngine) -> None:
+    one = build_engine(**VALUES)
+    assert two.kv.shape[1] == one.kv.shape[1] == two.engine.pool.num_blocks
+    assert 2 * two.kv.shape[2] == one.kv.shape[2]
+
+
+def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
+    loaded = build_engine(**VALUES, tp=2)
+    assert loaded.followers is not None
+    deaths = queue.Queue[ResourceError]()
+    loaded.followers.watch(deaths.put)
+    (pid,) = loaded.followers.pids
+    os.kill(pid, signal.SIGKILL)
+    assert "rank 1 of 2 has ended" in str(deaths.get(timeout=10))
+    with pytest.raises((DisaggdError, RuntimeError)):
+        tokens_of(loaded, GREEDY)
+    loaded.followers.close()
+
+
+def test_a_closed_engines_ranks_are_gone_and_nobody_is_told_of_a_death() -> None:
+    loaded = build_engine(**VALUES, tp=2)
+    assert loaded.followers is not None
+    deaths = queue.Queue[ResourceError]()
+    loaded.followers.watch(deaths.put)
+    (pid,) = loaded.followers.pids
+    loaded.followers.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert deaths.empty()
+
+
+def test_more_ranks_than_heads_are_refused_before_any_is_started() -> None:
+    with pytest.raises(ModelError, match="heads, too few for so many ranks"):
+        build_engine(**VALUES, tp=64)

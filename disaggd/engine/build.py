@@ -50,6 +50,11 @@ class LoadedEngine:
     """The other ranks, if there are any."""
 
     @property
+    def held_kv_spec(self) -> KVSpec:
+        """The geometry of `kv`: of `kv_spec`, the heads that this process holds."""
+        return kv_spec(self.spec, self.kv_spec.block_size, self.kv.shape[2])
+
+    @property
     def place(self) -> PoolPlace:
         """Where `kv` lies."""
         return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)

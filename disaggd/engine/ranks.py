@@ -7,8 +7,6 @@ Nothing waits for a rank that is gone: its pipe, or the ranks' own connections, 
 node is gone ends too.
 """
 
-import ctypes
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -36,8 +34,6 @@ STEP_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 600.0
 """Reading the weights of a large model from a slow disk takes minutes."""
 STOP_TIMEOUT_S = 5.0
-
-_PR_SET_PDEATHSIG = 1
 
 
 class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +130,11 @@ def _answer(pipe: Connection) -> str | None:
 
 def follow(order: RankOrder, pipe: Connection) -> None:
     """Load the rank's part of the model, and compute its part of every step, until the pipe ends."""
-    _end_with_the_node()
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a terminal and systemd send them to all of a node's processes: the pipe's end says more
+        signal.signal(number, signal.SIG_IGN)
     where = torch.device(order.device)
     try:
         directory = open_directory(order.path)
@@ -160,13 +160,3 @@ def _next_step(pipe: Connection) -> HostBatch | None:
     except (EOFError, OSError):
         return None
     return batch
-
-
-def _end_with_the_node() -> None:
-    """The node tells its ranks when to end, by closing their pipes; what signals its whole group gets is its own matter."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    node = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != node:
-        os._exit(1)  # it was gone before we could ask to be told

@@ -66,7 +66,7 @@ class EngineNode:
         self._transfer = TransferThread(
             place=self._loaded.place,
             pool_bytes=self._loaded.kv.nbytes,
-            kv=self._loaded.kv_spec,
+            kv=self._loaded.held_kv_spec,
             post=self._on_transfer_event,
             port_range=config.transfer.port_range,
             on_start=self._loaded.stream.enter,

@@ -202,7 +202,9 @@ def test_a_projected_row_is_the_same_alone_and_in_a_batch(ops, dtype):
 
 
 @pytest.mark.parametrize(
-    "weight", [torch.randn(128, 64).half(), torch.randn(150, 64), torch.randn(151, 64).bfloat16(), torch.randn(128, 63).bfloat16()], ids=str
+    "weight",
+    [torch.randn(128, 64).half(), torch.randn(150, 64), torch.randn(151, 64).bfloat16(), torch.randn(128, 63).bfloat16()],
+    ids=["half precision", "150 outputs", "151 outputs", "63 inputs"],
 )
 def test_a_weight_that_does_not_fit_is_onednns(ops, weight):
     x = torch.randn(3, weight.shape[1]).to(weight.dtype)

@@ -24,6 +24,7 @@ import msgspec
 from disaggd.cluster.hello import PROTOCOL_VERSION, Challenge, Frame, HelloRejected, NodeHello, Proof, RouterHello
 from disaggd.config import NodeConfig
 from disaggd.errors import HelloRefused
+from disaggd.wire import WireDecoder
 
 SECRET_FIELD = "secret"
 """Of a `HelloRejected` for a wrong proof; it tells no value."""
@@ -32,7 +33,9 @@ _MAX_QUOTED = 80
 """Characters of a refusal that go into a log."""
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(RouterHello | Challenge | Proof | NodeHello | HelloRejected).decode
+Greetings = RouterHello | Challenge | Proof | NodeHello | HelloRejected
+
+_decode = WireDecoder[Greetings](Greetings)
 
 Expected = TypeVar("Expected", RouterHello, Challenge, Proof, NodeHello)
 
@@ -96,7 +99,7 @@ async def meet_router(
 ) -> tuple[RouterHello, HelloRejected | None]:
     """The engine node's part: the router's hello, and why it was refused, if it was.
 
-    `answer` is asked once the router has proved that it knows the secret. Raises UnexpectedFrame and msgspec.MsgspecError.
+    `answer` is asked once the router has proved that it knows the secret. Raises UnexpectedFrame and Undecodable.
     """
     theirs = await greeting.hear(RouterHello)
     refusal = HelloRejected("version", str(PROTOCOL_VERSION), str(theirs.version)) if theirs.version != PROTOCOL_VERSION else None
@@ -124,7 +127,7 @@ def _answer(theirs: RouterHello, answer: Callable[[RouterHello], NodeHello | Hel
 async def meet_node(greeting: Greeting, hello: RouterHello, node: NodeConfig) -> NodeHello:
     """The router's part: the hello of `node`, which knows the secret and is what the file says.
 
-    Raises HelloRefused naming the field in which the two ends differ, UnexpectedFrame and msgspec.MsgspecError.
+    Raises HelloRefused naming the field in which the two ends differ, UnexpectedFrame and Undecodable.
     """
     ours = msgspec.structs.replace(hello, node=node.name, nonce=secrets.token_bytes(_NONCE_BYTES))
     await greeting.say(ours)

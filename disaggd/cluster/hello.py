@@ -3,12 +3,14 @@
 `protocol.py` has all others, and says who sends what.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.wire import Count
 
 PROTOCOL_VERSION = 4
 
@@ -55,8 +57,8 @@ class NodeHello(Frame, frozen=True):
     incarnation: Incarnation
     model_id: str
     kv: KVSpec
-    num_blocks: int
-    max_model_len: int
+    num_blocks: Annotated[int, Meta(ge=1, lt=2**31)]
+    max_model_len: Count
     shares_prefixes: bool = False
     """It keeps a prefix cache, and pushes what is in it to other nodes, or takes such pushes."""
 

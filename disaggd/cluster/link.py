@@ -42,6 +42,7 @@ from disaggd.tls import days_left, mutual_contexts
 from disaggd.tls import reason as tls_reason
 from disaggd.troubles import Refusals, Repeated
 from disaggd.units import Address
+from disaggd.wire import Undecodable, WireDecoder
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ _websockets_log = logging.getLogger(f"{__name__}.websockets")
 _websockets_log.setLevel(logging.CRITICAL)
 
 _encode = msgspec.msgpack.Encoder().encode
-_from_router: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
-_from_node: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+decode_from_router = WireDecoder[ToNode](ToNode)
+decode_from_node = WireDecoder[ToRouter](ToRouter)
 
 Out = TypeVar("Out", bound=Frame)
 In = TypeVar("In", bound=Frame)
@@ -211,7 +212,7 @@ class Link(Generic[Out, In, Hello]):
             return self._decode(await _recv_bytes(self._socket))
         except ConnectionClosed as error:
             raise self._end or _closed(error) from error
-        except msgspec.MsgspecError as error:
+        except Undecodable as error:
             raise LinkClosed(f"undecodable frame: {error}") from error
 
     async def _write(self) -> None:
@@ -302,7 +303,7 @@ class LinkServer:
             hello = await self._greet(socket)
             if hello is not None:
                 self._strangers.gone(socket)
-                link: NodeLink = Link(socket, hello.router, hello, _from_router.decode, self._settings, farewell_level=logging.INFO)
+                link: NodeLink = Link(socket, hello.router, hello, decode_from_router, self._settings, farewell_level=logging.INFO)
                 await link.carry(*self._callbacks)
         except Exception:
             log.exception("a link's callback failed")  # the library would log it where nobody looks
@@ -314,7 +315,7 @@ class LinkServer:
         try:
             async with asyncio.timeout(self._settings.hello_timeout_s):
                 theirs, refusal = await meet_router(_greeting(socket, self._settings), self._hello)
-        except (TimeoutError, ConnectionClosed, msgspec.MsgspecError, UnexpectedFrame) as error:
+        except (TimeoutError, ConnectionClosed, Undecodable, UnexpectedFrame) as error:
             self._refusals.note("no_hello", peer, f"no hello from {peer}: {_why(error)}")
             return None
         if refusal is not None:
@@ -379,7 +380,7 @@ async def dial(
             on_refused("tls")
             troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: TLS: {tls_reason(error)}")
             pause_s = settings.refused_s
-        except (OSError, TimeoutError, WebSocketException, msgspec.MsgspecError, UnexpectedFrame) as error:
+        except (OSError, TimeoutError, WebSocketException, Undecodable, UnexpectedFrame) as error:
             if isinstance(error, OSError) and now() < missed_from:
                 troubles.log(logging.INFO, f"waiting for {node.name} at {node.listen}")
             else:
@@ -410,7 +411,7 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
             raise
     _lift_limit(socket, settings)
     _warn_of_expiry(socket, node.name)
-    return Link(socket, node.name, theirs, _from_node.decode, settings, farewell_level=logging.WARNING)
+    return Link(socket, node.name, theirs, decode_from_node, settings, farewell_level=logging.WARNING)
 
 
 # ── both sides ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,22 +6,23 @@ Plain data that travels inside frames (`protocol.py`). Seconds throughout; None 
 import msgspec
 
 from disaggd.ids import NodeName
+from disaggd.wire import Count, Real
 
 
 class PrefillWork(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens to compute, of one prompt or of several."""
 
-    num_tokens: int
-    context: float
+    num_tokens: Count
+    context: Real
     """Σ n · (c + n/2) over n tokens of each behind c others: what they attend to, all together."""
 
 
 class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds to prefill n uncached tokens behind c cached ones: `base + per_token · n + per_token_context · n · (c + n/2)`."""
 
-    base_s: float
-    per_token_s: float
-    per_token_context_s: float
+    base_s: Real
+    per_token_s: Real
+    per_token_context_s: Real
 
     def seconds(self, num_uncached: int, num_cached: int) -> float:
         """For a prompt of which `num_cached` tokens need not be computed."""
@@ -32,8 +33,8 @@ class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
 class TransferCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds from a push's last computed layer to its landing, or of a whole push: `base + per_byte · bytes`."""
 
-    base_s: float
-    per_byte_s: float
+    base_s: Real
+    per_byte_s: Real
 
 
 class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
@@ -41,21 +42,21 @@ class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
 
     prefill: NodeName
     """The prefill node that would take the job, were it decided now."""
-    prefill_nodes: int
+    prefill_nodes: Count
     """Those that could."""
-    queue_depth: int
+    queue_depth: Count
     """Jobs waiting in the prefill queue."""
     queue_is_full: bool
-    wait_s: float
+    wait_s: Real
     """Until that node would begin with the job, by arithmetic alone; without what the decode node has decided since `num_decisions`."""
-    num_cached: int
+    num_cached: Count
     """Tokens of this prompt that its prefix cache holds, as far as the router knows."""
     prefill_cost: PrefillCost | None
     transfer_cost: TransferCost | None
     """From that node to the decode node asked."""
     may_grant: bool
     """It has a free credit and nobody waits: a grant for it may ride on `NeedPrefill`."""
-    num_decisions: int = 0
+    num_decisions: Count = 0
     """Of the decode node that is asked, those that the router has heard of."""
     overhead_s: float = 0.0
     slowness: float = 1.0
@@ -65,13 +66,13 @@ class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
 class Predicted(msgspec.Struct, frozen=True, array_like=True):
     """What a decision was made on: seconds; None for what nobody could tell."""
 
-    local_ttft_s: float | None = None
+    local_ttft_s: Real | None = None
     """From the decision to the first token, prefilled here."""
-    remote_ttft_s: float | None = None
+    remote_ttft_s: Real | None = None
     """The same, prefilled elsewhere."""
-    local_damage_s: float | None = None
+    local_damage_s: Real | None = None
     """By how much a prefill here would delay the tokens of all that run here, summed over them."""
-    remote_plain_s: float | None = None
+    remote_plain_s: Real | None = None
     """Its `remote_ttft_s` by arithmetic alone, before that is corrected by experience."""
-    breakeven_tokens: int | None = None
+    breakeven_tokens: Count | None = None
     """From so many uncached tokens on a prompt would cost less elsewhere at that moment."""

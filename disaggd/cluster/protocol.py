@@ -23,9 +23,10 @@ an engine node that is told to stop sends Draining, and stops when every router 
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from disaggd.cluster.hello import (
     ConnectPair,
@@ -40,6 +41,7 @@ from disaggd.cluster.holdings import Holding
 from disaggd.cluster.offer import Predicted, PrefillCost, PrefillWork, RemoteOffer
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
+from disaggd.wire import Count, Real, SmallCount
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
@@ -70,10 +72,10 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     writer: NodeName
     agent_id: AgentId
     """The target's agent for this pair: a push to any other is refused."""
-    first_token_index: int
+    first_token_index: Count
     """Tokens before this one are cached at the target and left out."""
-    block_ids: tuple[BlockId, ...]
-    lease_s: float
+    block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
+    lease_s: Annotated[float, Meta(gt=0, le=1e9)]
     verify: bool = False
     """The target wants a checksum of every block."""
 
@@ -82,16 +84,16 @@ class Generate(Frame, frozen=True):
     """Router → decode: generate what follows `tokens`."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     tokens: bytes
     """Prompt and what earlier attempts already delivered (`pack_tokens`)."""
-    num_prompt_tokens: int
+    num_prompt_tokens: Count
     sampling: SamplingParams
     cache_salt: str
     """Prefixes are shared only between sequences of the same salt; empty: with all that have none."""
     policy: Literal["auto", "local", "remote"]
     """`local` and `remote` override the node's own decision; `remote` still needs a live prefill node."""
-    ttft_target_s: float
+    ttft_target_s: Real
     """What is left of the time in which the request should have its first token; negative when that has passed."""
     offer: RemoteOffer | None
     """None: no prefill node can be reached."""
@@ -101,9 +103,9 @@ class Decided(Frame, frozen=True):
     """Decode → router: the sequence is prefilled here."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     reason: str
-    num_cached: int
+    num_cached: Count
     predicted: Predicted | None = None
 
 
@@ -111,12 +113,12 @@ class LocalPrefill(Frame, frozen=True):
     """Decode → router, just before the first token of a sequence that was prefilled here: how that went."""
 
     seq: SeqId
-    attempt: int
-    num_cached: int
+    attempt: Count
+    num_cached: Count
     """Tokens that the prefix cache held when the sequence was admitted."""
-    wait_ms: float
+    wait_ms: Real
     """From its arrival to its first step."""
-    prefill_ms: float
+    prefill_ms: Real
     """From there to the first token, the decode of others in between included."""
 
 
@@ -124,9 +126,9 @@ class NeedPrefill(Frame, frozen=True):
     """Decode → router: another node should prefill. No blocks are reserved unless `grant` is set."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     reason: str
-    num_cached: int
+    num_cached: Count
     grant: Grant | None
     predicted: Predicted | None = None
 
@@ -135,7 +137,7 @@ class Refused(Frame, frozen=True):
     """Engine node → router: the sequence cannot be served here at all. `code` is an OpenAI error code."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     code: str
     message: str
 
@@ -144,7 +146,7 @@ class RequestGrant(Frame, frozen=True):
     """Router → decode: reserve blocks for a prefill by `prefill`; answered `Granted` or `NoRoom`."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     prefill: NodeName
     earmark: bool = False
     """It has waited long: if there is no room, keep what comes free for it, ahead of later grants and new local sequences."""
@@ -154,7 +156,7 @@ class Granted(Frame, frozen=True):
     """Decode → router: the blocks are reserved."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     grant: Grant
 
 
@@ -162,23 +164,23 @@ class NoRoom(Frame, frozen=True):
     """Decode → router: no blocks now; `Room` follows when there are."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
 
 
 class PrefixSource(msgspec.Struct, frozen=True, array_like=True):
     """A decode node that holds the beginning of a prompt, and may push what a prefill node lacks of it."""
 
     node: NodeName
-    num_tokens: int
+    num_tokens: Count
 
 
 class Prefill(Frame, frozen=True):
     """Router → prefill: compute `tokens`, sample one more, push the KV into `grant` (None: nothing is to be pushed)."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     tokens: bytes
-    num_prompt_tokens: int
+    num_prompt_tokens: Count
     sampling: SamplingParams
     cache_salt: str
     grant: Grant | None
@@ -190,7 +192,7 @@ class PrefixGrant(Frame, frozen=True):
     """Prefill → router → decode (as `PushPrefix`): blocks for what the prefill node lacks of the prompt's beginning."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     grant: Grant
 
 
@@ -198,7 +200,7 @@ class PushPrefix(Frame, frozen=True):
     """Router → decode: push what you hold cached of this sequence into `grant`; `Quiesced` if you do not, or stop."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     grant: Grant
 
 
@@ -211,14 +213,14 @@ class PrefixEnded(Frame, frozen=True):
     """Prefill → router, once per `Prefill` with a `prefix`, before its `JobEnded`: nothing is awaited of decode any more."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     outcome: PrefixOutcome
     reason: str
     """Why it did not land; else empty."""
-    num_tokens: int
+    num_tokens: Count
     """That landed."""
-    kv_bytes: int
-    took_ms: float
+    kv_bytes: Count
+    took_ms: Real
     """From the job's arrival until the prefix had landed, or was given up."""
 
 
@@ -226,17 +228,17 @@ class Prefilled(Frame, frozen=True):
     """Prefill → router: the first token, at once; the push may still be under way."""
 
     seq: SeqId
-    attempt: int
-    start: int
+    attempt: Count
+    start: Count
     """Output index of the token: `len(tokens) − num_prompt_tokens` of the job."""
-    token: int
+    token: SmallCount
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
     """Set when this token ends the sequence: nothing more is pushed."""
-    num_cached: int
-    prefill_ms: float
+    num_cached: Count
+    prefill_ms: Real
     """Computing the prompt, from the first step that had a part of it."""
-    reported_ms: float
+    reported_ms: Real
     """When this was reported, on the prefill node's clock, since the job came in."""
     computed: PrefillWork
     """In the time of `prefill_ms`: the prompt, and what of others shared its steps."""
@@ -246,15 +248,15 @@ class JobEnded(Frame, frozen=True):
     """Prefill → router, once per `Prefill`: the job is over and its push's last handle has ended. Returns the credit."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     clean: bool
     """The first token was sampled and every handle ended DONE."""
     reason: str
     """Why not clean; else empty."""
-    kv_bytes: int
+    kv_bytes: Count
     """Sum of the descriptor lengths of the handles that ended DONE."""
-    first_post_ms: float | None
-    last_done_ms: float | None
+    first_post_ms: Real | None
+    last_done_ms: Real | None
     """When the first handle was posted and the last one ended, on the prefill node's clock, since the job came in."""
 
 
@@ -268,7 +270,7 @@ class Abort(Frame, frozen=True):
     """Router → engine node: nobody waits for this sequence any more."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
 
 
 class Cancel(Frame, frozen=True):
@@ -291,21 +293,21 @@ class PrefillLost(Frame, frozen=True):
     """Router → decode, the arbiter: the prefill is lost or failed; answered `Landed` (keep) or `Released` (retry)."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
 
 
 class Landed(Frame, frozen=True):
     """Decode → router: the whole grant is in; the sequence runs here."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
 
 
 class Released(Frame, frozen=True):
     """Decode → router: the grant is given up and the sequence forgotten: place it again. Also sent unasked."""
 
     seq: SeqId
-    attempt: int
+    attempt: Count
     reason: str
     is_fenced: bool = False
     """A fence for others' sake ended it: not one of the request's retries."""
@@ -315,10 +317,10 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence."""
 
     seq: SeqId
-    attempt: int
-    start: int
+    attempt: Count
+    start: Count
     """Index of the first token here among the request's output tokens."""
-    tokens: tuple[int, ...]
+    tokens: tuple[SmallCount, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: FinishReason | None
 
@@ -336,34 +338,34 @@ class Room(Frame, frozen=True):
 class Credit(Frame, frozen=True):
     """Prefill → router: tokens of jobs that this router may have at this node at once."""
 
-    limit_tokens: int
+    limit_tokens: Count
 
 
 class Gauges(Frame, frozen=True):
     """Engine node → router, a few times a second and when they change: what the node holds."""
 
-    waiting: int
-    running: int
-    queued: int
+    waiting: Count
+    running: Count
+    queued: Count
     """Sequences that wait for a prefill elsewhere."""
-    blocks_free: int
-    blocks_cached: int
-    blocks_used: int
-    blocks_granted: int
-    blocks_held: int
-    blocks_quarantined: int
-    preemptions: int
+    blocks_free: Count
+    blocks_cached: Count
+    blocks_used: Count
+    blocks_granted: Count
+    blocks_held: Count
+    blocks_quarantined: Count
+    preemptions: Count
     """Since the node's start, as the other totals below."""
-    prefill_backlog_tokens: int = 0
+    prefill_backlog_tokens: Count = 0
     """Prompt tokens that wait for their turn here, or are half computed."""
-    prefix_queried_tokens: int = 0
+    prefix_queried_tokens: Count = 0
     """Tokens of all sequences that were admitted or granted."""
-    prefix_hit_tokens: int = 0
+    prefix_hit_tokens: Count = 0
     """Those of them that the prefix cache held."""
-    prefix_evicted_blocks: int = 0
-    blocks_verified: int = 0
+    prefix_evicted_blocks: Count = 0
+    blocks_verified: Count = 0
     """That landed with the right checksums."""
-    checksum_failures: int = 0
+    checksum_failures: Count = 0
     """Blocks that landed with wrong ones, and were not used."""
 
 
@@ -396,7 +398,7 @@ class CacheSnapshot(Frame, frozen=True):
 class CacheEvents(Frame, frozen=True):
     """Engine node → router: what its prefix cache gained and lost since the last one. The first on a link is a snapshot."""
 
-    number: int
+    number: Count
     """Counts from 0 on each link, by one."""
     snapshot: bool
     """`stored` is all that the node holds, and replaces what was known."""
@@ -409,9 +411,9 @@ class Measured(Frame, frozen=True):
     """Engine node → router, at link up: what it measured of itself at its start."""
 
     prefill_cost: PrefillCost
-    decode_base_s: float
+    decode_base_s: Real
     """A step of one sequence that decodes."""
-    decode_per_sequence_s: float
+    decode_per_sequence_s: Real
     """What each further one adds."""
 
 
@@ -430,7 +432,7 @@ class RefusedLinks(Frame, frozen=True):
     """
 
     cause: str
-    total: int
+    total: Count
 
 
 ToNode = (

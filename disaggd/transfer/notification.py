@@ -8,6 +8,7 @@ import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken
 from disaggd.sampling import TokenLogprob
+from disaggd.wire import SmallCount, Undecodable, WireDecoder
 
 
 class Notification(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -17,7 +18,7 @@ class Notification(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class FirstToken(msgspec.Struct, frozen=True, array_like=True):
     """The token that the prefill sampled, with its logprob if the request asked for logprobs."""
 
-    token: int
+    token: SmallCount
     logprob: TokenLogprob | None = None
 
 
@@ -61,7 +62,7 @@ class WireQuiesced(Notification, frozen=True):
 
 AnyNotification = Connect | Piece | WireQuiesced
 
-_decoder: msgspec.msgpack.Decoder[AnyNotification] = msgspec.msgpack.Decoder(AnyNotification)
+_decode = WireDecoder[AnyNotification](AnyNotification)
 
 
 def encode(notification: AnyNotification) -> bytes:
@@ -72,6 +73,6 @@ def encode(notification: AnyNotification) -> bytes:
 def decode(raw: bytes) -> AnyNotification | None:
     """The inverse; None for bytes that are no notification of ours."""
     try:
-        return _decoder.decode(raw)
-    except msgspec.DecodeError:
+        return _decode(raw)
+    except Undecodable:
         return None

@@ -25,3 +25,10 @@ def test_round_trip(notification: AnyNotification) -> None:
 @pytest.mark.parametrize("raw", [b"", b"hello", b"\xc1", b"\x92\xa7Connect", b"\x92\xa7Unknown\xa1x", b"\x92\xa7Connect\x01"])
 def test_foreign_bytes_are_none(raw: bytes) -> None:
     assert decode(raw) is None
+
+
+def test_bytes_that_no_string_is_made_of_are_no_notification() -> None:
+    """What an agent heard once ended the whole node: a decoder may raise more than its own errors."""
+    raw = encode(Connect(AgentId("agent")))
+    assert decode(raw.replace(b"agent", b"\xffgent")) is None
+    assert decode(b"\x93\xa5Piece" + b"\x91" * 100_000) is None

@@ -68,15 +68,18 @@ class Agent:
         return bytes(self._nixl.get_agent_metadata())
 
     def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
-        """Get ready to write into `pool` at the remote agent. Blocks for 10-35 ms. Raises `PeerLost`."""
+        """Get ready to write into `pool` at the remote agent. Blocks for 10-35 ms. Raises `PeerLost`.
+
+        All that describes the agent came over the wire: NIXL refuses what it cannot read, and a pool beyond the memory that is registered.
+        """
         try:
             self._remote_name: bytes = self._nixl.add_remote_agent(metadata)
+            if self._remote_name != agent_id.encode():
+                raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
+            self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), "DRAM")
         except _METADATA_ERRORS as error:
             raise PeerLost(f"agent {agent_id} cannot be connected to: {error}") from error
-        if self._remote_name != agent_id.encode():
-            raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
         self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), "DRAM")
-        self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), "DRAM")
 
     def notify(self, message: bytes) -> None:
         """Send a notification on its own. Raises `PeerLost`."""

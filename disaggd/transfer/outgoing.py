@@ -144,6 +144,9 @@ class Outgoing:
 
     def _build(self, command: ConnectPair) -> _Pair | None:
         remote = Pool(command.place, self._pool.kv)
+        if not remote.can_be:
+            self._post(PairFailed(command.peer, command.agent_id, f"no pool lies at {command.place}"))
+            return None
         try:
             agent = self._open_agent()
         except NoAgent as error:

@@ -27,6 +27,12 @@ class Pool(msgspec.Struct, frozen=True):
     def num_bytes(self) -> int:
         return self.num_blocks * self.kv.bytes_per_block
 
+    @property
+    def can_be(self) -> bool:
+        """Whether its bytes can be addressed, and its descriptors numbered: a place that came over the wire may be any two numbers."""
+        start, num_descriptors = self.place.address, self.kv.num_layers * self.num_blocks
+        return 0 <= start <= start + self.num_bytes < 2**63 and 0 < num_descriptors < 2**31
+
     def rows(self) -> Rows:
         """One descriptor per block and layer, as NIXL's strided rows: uint64 [groups, 5].
 

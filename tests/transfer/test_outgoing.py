@@ -114,6 +114,17 @@ def test_connecting_to_an_unreachable_agent_fails_and_leaves_none_behind() -> No
     assert bench.agents[0].is_destroyed and bench.agents[0].port.is_released
 
 
+@pytest.mark.parametrize(
+    "place", [PoolPlace(0, 0), PoolPlace(-8, 4), PoolPlace(0, -4), PoolPlace(2**63 - 1, 4), PoolPlace(0, 2**30), PoolPlace(0, 2**63 - 1)]
+)
+def test_a_place_where_no_pool_can_lie_is_out_of_reach(bench: Bench, place: PoolPlace) -> None:
+    """Whatever numbers came over the wire: reckoning with them must not end the thread."""
+    bench.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), AgentId("farther"), b"", place))
+    assert bench.turn() == [m.PairFailed(D0, AgentId("farther"), f"no pool lies at {place}")]
+    bench.connect()
+    assert bench.turn() == [m.PairConnected(D0, FAR)]
+
+
 def test_pieces_are_numbered_and_the_first_token_does_not_wait_for_the_handles(bench: Bench) -> None:
     bench.begin()
     bench.outgoing.push_blocks(WRITE)

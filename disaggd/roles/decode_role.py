@@ -249,6 +249,8 @@ class DecodeRole:
     @_on_event.register
     def _(self, event: transfer.Landed) -> None:
         self._granting.verified.landed(event)
+        if event.first is not None and event.first.token >= self._vocab_size:
+            self._give_up(event.token, f"its first token, {event.first.token}, is beyond the vocabulary")
         record = self._grants.landed(event.token)
         if record is None:  # given up meanwhile; but all of it is in, so nothing more will be written
             return self._granting.free(self._grants.quiesced(event.token, clean=True))

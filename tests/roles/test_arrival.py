@@ -1,5 +1,7 @@
 """What a link may bring that a router of ours never sends: refused, and the node lives."""
 
+import math
+
 import pytest
 
 from disaggd.cluster.protocol import Generate, Prefill, pack_tokens
@@ -38,6 +40,16 @@ def test_a_good_one_is_a_sequence_with_all_it_was_given() -> None:
         prefill(pack_tokens([5]), 1, SamplingParams(temperature=-1.0)),
         prefill(pack_tokens([5]), 1, SamplingParams(repetition_penalty=0.0)),
         prefill(pack_tokens([5]), 1, SamplingParams(seed=-1)),
+        prefill(pack_tokens([5]), 1, SamplingParams(temperature=math.nan)),
+        prefill(pack_tokens([5]), 1, SamplingParams(top_k=-2)),
+        prefill(pack_tokens([5]), 1, SamplingParams(top_k=2**31)),
+        prefill(pack_tokens([5]), 1, SamplingParams(top_p=0.0)),
+        prefill(pack_tokens([5]), 1, SamplingParams(top_p=math.nan)),
+        prefill(pack_tokens([5]), 1, SamplingParams(min_p=math.nan)),
+        prefill(pack_tokens([5]), 1, SamplingParams(presence_penalty=-math.inf)),
+        prefill(pack_tokens([5]), 1, SamplingParams(frequency_penalty=1e30)),
+        prefill(pack_tokens([5]), 1, SamplingParams(repetition_penalty=math.inf)),
+        prefill(pack_tokens([5]), 1, SamplingParams(logit_bias={5: math.nan})),
     ],
 )
 def test_a_bad_one_is_refused(frame: Generate | Prefill) -> None:

@@ -24,7 +24,7 @@ from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import AGENT, P0, PLACE, Node, S, delivered, generate, granted, is_empty, landed, make_decode_node
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, expected, next_token, prompt
+from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, VOCAB_SIZE, expected, next_token, prompt
 
 # ── decisions ──
 
@@ -323,6 +323,14 @@ def test_a_first_token_that_ends_the_sequence_here_finishes_it() -> None:
     grant = granted(node, stop=(next_token(prompt(20)),))
     landed(node, grant)
     assert node.last(Tokens).runs[0].finish_reason == "stop"
+    assert is_empty(node)
+
+
+def test_a_first_token_beyond_the_vocabulary_is_never_computed() -> None:
+    """A peer's notification brings it; the model's table ends there, and with the lookup the node would."""
+    node = make_decode_node()
+    node.event(transfer.Landed(granted(node).token, FirstToken(VOCAB_SIZE), 0))
+    assert "beyond the vocabulary" in node.last(Released).reason
     assert is_empty(node)
 
 

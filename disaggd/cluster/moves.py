@@ -16,6 +16,7 @@ from disaggd.cluster.cache_book import CacheBook
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.learning import Learning
+from disaggd.cluster.output import nonsense_in
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, Duty, JobStage, Peer, PrefillPeer, able_to_decode, is_any_serving
 from disaggd.cluster.placement import Cached, Placement, prefill_s
@@ -59,6 +60,8 @@ class DispatchRules:
     """So many times what the decode nodes hold may the sequences under way be predicted to need; more are refused."""
     round_robin: bool = False
     """Decode nodes take turns, whatever they would cost."""
+    vocab_size: int = 2**31
+    """The model's: what a node says of tokens beyond it ends the request."""
 
 
 class Moves:
@@ -285,14 +288,17 @@ class Moves:
         if known < 0:
             log.error("%s: tokens from index %d, but only %d were seen", record.request.id, start, len(record.sent))
             return self.retry(record, f"tokens before {start} were lost")
-        fresh = tokens[known:]
+        fresh, their_logprobs = tokens[known:], None if logprobs is None else logprobs[known:]
+        if nonsense := nonsense_in(fresh, their_logprobs, most=record.num_remaining, vocab_size=self._rules.vocab_size):
+            log.error("%s: %s sent what cannot be output: %s", record.request.id, record.decode, nonsense)
+            return self.fail(record, RequestFailed("a node sent what cannot be output"))
         if fresh:
             if record.timeline.resumed is None:
                 record.timeline.tokens_came(self._clock())
             record.sent.extend(fresh)
             self._grow(record, len(fresh))
             self.admission.grew(record)
-            record.sink.deliver(fresh, None if logprobs is None else logprobs[known:], finish)
+            record.sink.deliver(fresh, their_logprobs, finish)
         elif finish is not None:
             record.sink.deliver((), None, finish)
         if finish is not None:

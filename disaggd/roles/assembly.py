@@ -24,7 +24,7 @@ Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]
 
 
-def dispatch_rules(config: Config) -> DispatchRules:
+def dispatch_rules(config: Config, vocab_size: int) -> DispatchRules:
     rules = config.disaggregation
     return DispatchRules(
         max_retries=rules.max_retries,
@@ -39,6 +39,7 @@ def dispatch_rules(config: Config) -> DispatchRules:
         weights=RoutingWeights(prefill=config.routing.prefill_weight, load=config.routing.load_weight),
         kv_overcommit=config.router.kv_overcommit,
         round_robin=config.routing.decode == "round_robin",
+        vocab_size=vocab_size,
     )
 
 

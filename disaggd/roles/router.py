@@ -80,7 +80,7 @@ class RouterBackend:
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
         self.dispatcher = Dispatcher(
             self.incarnation,
-            dispatch_rules(config),
+            dispatch_rules(config, spec.vocab_size),
             time.monotonic,
             self._on_update,
         )

@@ -99,7 +99,7 @@ class SimulatedCluster:
         self._num_open = 0
         self.fabric = Fabric(self.loop, lambda *_: self._make_wire())
         self.dispatcher = Dispatcher(
-            Incarnation("simulated"), dispatch_rules(self._config), clock=lambda: self.loop.now, on_update=self._on_update
+            Incarnation("simulated"), dispatch_rules(self._config, VOCAB_SIZE), clock=lambda: self.loop.now, on_update=self._on_update
         )
         self.nodes = self._make_nodes()
         self._link_all()

@@ -10,12 +10,17 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 from msgspec import Meta
 
+from disaggd.ids import BlockId
+
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Of anything, or an index."""
 SmallCount = Annotated[int, Meta(ge=0, lt=2**31)]
 """Of what numpy or NIXL counts in 32 bits."""
+WireBlock = Annotated[BlockId, Meta(ge=0, lt=2**31)]
 Real = Annotated[float, Meta(ge=-1e15, le=1e15)]
 """A finite number: NaN and the infinities are outside."""
+Cost = Annotated[float, Meta(ge=0, le=1e15)]
+"""What something takes, or is thought to."""
 
 Message = TypeVar("Message")
 

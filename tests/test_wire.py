@@ -1,13 +1,14 @@
 """Whatever is wrong with the bytes, it is one exception; and numbers that no honest peer means do not come in."""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
 
 from disaggd.cluster.link import decode_from_node, decode_from_router
-from disaggd.cluster.protocol import Abort, CacheEvents, Credit, Frame, JobEnded, PushPrefix, Released, TokenRun, Tokens
+from disaggd.cluster.protocol import Abort, CacheEvents, Credit, Frame, JobEnded, PushPrefix, Released, TokenRun, Tokens, ToNode, ToRouter
 from disaggd.ids import SeqId
 from disaggd.wire import Undecodable
 from tests.support.routing import KV, P0, grant_of, hello
@@ -66,6 +67,34 @@ def test_a_node_takes_no_grant_that_no_node_gives(changed: dict[str, Any]) -> No
     decode_from_router(encoded(PushPrefix(S, 0, GRANT)))
     with pytest.raises(Undecodable):
         decode_from_router(encoded(PushPrefix(S, 0, msgspec.structs.replace(GRANT, **changed))))
+
+
+UNBOUNDED = {"version", "sampling", "logprob", "logprobs", "place", "kv"}
+"""Sampling is checked by `read_sequence`, logprobs by `nonsense_in`, a place by `Pool.can_be`; versions and geometries are compared."""
+
+
+@pytest.mark.parametrize("kind", get_args(ToNode) + get_args(ToRouter), ids=lambda kind: kind.__name__)
+def test_every_number_of_a_frame_has_bounds(kind: type[Frame]) -> None:
+    assert list(unbounded(kind)) == []
+
+
+def unbounded(kind: type[msgspec.Struct]) -> Iterator[str]:
+    """Fields that hold a plain int or float, in `kind` or in what that holds."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if name not in UNBOUNDED:
+            yield from (f"{kind.__name__}.{name}" for _ in plain_numbers(hint))
+
+
+def plain_numbers(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Annotated or hint is Ellipsis:
+        return
+    hint = getattr(hint, "__supertype__", hint)
+    if hint in (int, float):
+        yield hint
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        yield from unbounded(hint)
+    for inside in () if get_origin(hint) is Literal else get_args(hint):
+        yield from plain_numbers(inside)
 
 
 def test_the_bounds_keep_nothing_else_out() -> None:

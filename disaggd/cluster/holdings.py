@@ -4,7 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from disaggd.ids import BlockId, NodeName, SeqId
+from disaggd.ids import NodeName, SeqId
+from disaggd.wire import Count, Real, WireBlock
 
 HoldingState = Literal["granted", "held", "quarantined"]
 
@@ -16,11 +17,11 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """`granted`: the peer may write them. `held`: only writes to the peer read them. `quarantined`: the peer may still write them."""
     memory: Literal["pool", "staging"]
     """What the ids are of: on a GPU peers write staging memory."""
-    blocks: tuple[BlockId, ...]
+    blocks: tuple[WireBlock, ...]
     seq: SeqId
-    attempt: int
+    attempt: Count
     peer: NodeName
-    age_s: float
+    age_s: Real
     """Since it came into this state; `held`: since the push began."""
     reason: str
     """Why it is in this state; empty where that is the usual course."""

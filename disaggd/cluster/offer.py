@@ -6,23 +6,23 @@ Plain data that travels inside frames (`protocol.py`). Seconds throughout; None 
 import msgspec
 
 from disaggd.ids import NodeName
-from disaggd.wire import Count, Real
+from disaggd.wire import Cost, Count, Real
 
 
 class PrefillWork(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens to compute, of one prompt or of several."""
 
     num_tokens: Count
-    context: Real
+    context: Cost
     """Σ n · (c + n/2) over n tokens of each behind c others: what they attend to, all together."""
 
 
 class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds to prefill n uncached tokens behind c cached ones: `base + per_token · n + per_token_context · n · (c + n/2)`."""
 
-    base_s: Real
-    per_token_s: Real
-    per_token_context_s: Real
+    base_s: Cost
+    per_token_s: Cost
+    per_token_context_s: Cost
 
     def seconds(self, num_uncached: int, num_cached: int) -> float:
         """For a prompt of which `num_cached` tokens need not be computed."""
@@ -33,8 +33,8 @@ class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
 class TransferCost(msgspec.Struct, frozen=True, array_like=True):
     """Seconds from a push's last computed layer to its landing, or of a whole push: `base + per_byte · bytes`."""
 
-    base_s: Real
-    per_byte_s: Real
+    base_s: Cost
+    per_byte_s: Cost
 
 
 class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
@@ -58,8 +58,8 @@ class RemoteOffer(msgspec.Struct, frozen=True, array_like=True):
     """It has a free credit and nobody waits: a grant for it may ride on `NeedPrefill`."""
     num_decisions: Count = 0
     """Of the decode node that is asked, those that the router has heard of."""
-    overhead_s: float = 0.0
-    slowness: float = 1.0
+    overhead_s: Cost = 0.0
+    slowness: Cost = 1.0
     """What first tokens from elsewhere were late by, against the arithmetic, of late: a constant and a factor."""
 
 

@@ -39,9 +39,9 @@ from disaggd.cluster.hello import (
 )
 from disaggd.cluster.holdings import Holding
 from disaggd.cluster.offer import Predicted, PrefillCost, PrefillWork, RemoteOffer
-from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
+from disaggd.ids import AgentId, GrantToken, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
-from disaggd.wire import Count, Real, SmallCount
+from disaggd.wire import Cost, Count, Real, SmallCount, WireBlock
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
@@ -74,7 +74,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """The target's agent for this pair: a push to any other is refused."""
     first_token_index: Count
     """Tokens before this one are cached at the target and left out."""
-    block_ids: tuple[Annotated[BlockId, Meta(ge=0, lt=2**31)], ...]
+    block_ids: tuple[WireBlock, ...]
     lease_s: Annotated[float, Meta(gt=0, le=1e9)]
     verify: bool = False
     """The target wants a checksum of every block."""
@@ -380,14 +380,14 @@ class Dismiss(Frame, frozen=True):
 class ListBlocks(Frame, frozen=True):
     """Router → engine node: which blocks do you hold because of other nodes? Answered `BlockList`."""
 
-    request: int
+    request: Count
     """Counted by the router; the answer names it."""
 
 
 class BlockList(Frame, frozen=True):
     """Engine node → router."""
 
-    request: int
+    request: Count
     holdings: tuple[Holding, ...]
 
 
@@ -421,7 +421,7 @@ class SlowThread(Frame, frozen=True):
     """Engine node → every router, once a second while one of the node's threads does not get on; and when it does again, with 0."""
 
     thread: str
-    seconds: float
+    seconds: Cost
     """For so long."""
 
 

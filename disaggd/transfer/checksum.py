@@ -70,9 +70,10 @@ class Verification:
     def _claim(self, piece: Piece, sums: Checksums, layers: range) -> None:
         """The numbers came over the wire: nothing is read that is not the grant's, and nothing twice in place of something else."""
         pool = self._memory.pool
-        claimed = {(layer, block) for layer in layers for block in sums.blocks}
+        are_layers = 0 <= layers.start < layers.stop <= pool.kv.num_layers  # or there may be 2⁶² of them to go through
+        claimed = {(layer, block) for layer in layers for block in sums.blocks} if are_layers else set()
         is_sound = (
-            0 <= layers.start < layers.stop <= pool.kv.num_layers
+            are_layers
             and len(sums.blocks) == len(sums.crcs)
             and len(claimed) == len(layers) * len(sums.blocks)
             and self._blocks.issuperset(sums.blocks)

@@ -93,6 +93,7 @@ UNSOUND = {
     "of one block twice": (ALL, (BlockId(3), BlockId(3)), None, GRANT_BYTES),
     "of layers that there are not": (range(1, 3), GRANTED, (1, 2), GRANT_BYTES),
     "of layers before the first": (range(-1, 1), GRANTED, (1, 2), GRANT_BYTES),
+    "of more layers than one could go through": (range(2**62), (), (), GRANT_BYTES),
     "of fewer bytes than it brought": (range(1), GRANTED, None, GRANT_BYTES),
     "of one block too few": (ALL, GRANTED, (1,), GRANT_BYTES),
 }

@@ -143,7 +143,8 @@ class AgentMaker:
     """Makes agents that register `pool`, each on a free port of `ports`.
 
     Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end. Those after it are for peers
-    that came back or were fenced, perhaps while a network device is down; the node goes on without them for so long.
+    that came back or were fenced, perhaps while a network device is down; the node goes on without them for so long. So it does when its
+    ports are used up: routers say which peers there are, and how often they were restarted.
     """
 
     def __init__(self, ports: PortRange, pool: Pool) -> None:
@@ -152,19 +153,18 @@ class AgentMaker:
         self._has_made_one = False
 
     def __call__(self) -> Agent:
-        """Raises `NoAgent` if NIXL cannot start for it but did before, and `ResourceError` if it never did or no port is free."""
+        """Raises `NoAgent` if NIXL cannot start for it, or no port is free, but could before; `ResourceError` if it never did."""
         for port in self._ports.leases():
             try:
                 agent = Agent(port, self._pool)
             except nixlBackendError as error:
                 port.release()
                 if is_free(port.number):
-                    raise self._failed(str(error)) from error
+                    raise self._failed(f"NIXL cannot start its UCX backend ({error}): check [transfer] devices and transports") from error
                 continue
             self._has_made_one = True
             return agent
-        raise self._ports.exhausted()
+        raise self._failed(str(self._ports.exhausted()))
 
-    def _failed(self, why: str) -> Exception:
-        message = f"NIXL cannot start its UCX backend ({why}): check [transfer] devices and transports"
+    def _failed(self, message: str) -> Exception:
         return NoAgent(message) if self._has_made_one else ResourceError(message)

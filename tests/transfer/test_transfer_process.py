@@ -1,6 +1,7 @@
 """Two and more processes, real NIXL, loopback: what only the real thing can show."""
 
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -228,13 +229,24 @@ def test_fenced_port_stays_bound_until_the_new_agent_is_reached(start_node: Call
     assert taken().isdisjoint(burnt)
 
 
-def test_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
-    decode = start_node(ports=(port_range[0], port_range[0]))
-    open_pair(decode)
-    decode.submit(m.OpenPair(NodeName("p1"), Incarnation("one")))
-    error = decode.expect(m.TransferFailed).error
+def test_a_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
+    with socket.create_server(("127.0.0.1", port_range[0])):
+        decode = start_node(ports=(port_range[0], port_range[0]))
+        decode.submit(m.OpenPair(P, Incarnation("one")))
+        error = decode.expect(m.TransferFailed).error
     assert isinstance(error, ResourceError) and "no free port" in str(error)
     assert decode.stop() == 0
+
+
+def test_a_range_that_is_used_up_costs_the_next_pair_and_not_the_node(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
+    """Routers name the peers: whoever names many must not end the node."""
+    node = start_node(ports=(port_range[0], port_range[0]))
+    opened = open_pair(node)
+    node.submit(m.OpenPair(NodeName("p1"), Incarnation("one")))
+    node.submit(m.ConnectPair(NodeName("d1"), Incarnation("one"), opened.agent_id, opened.metadata, opened.place))
+    assert "no free port" in node.expect(m.PairFailed).reason
+    assert open_pair(node) == opened
+    assert node.stop() == 0
 
 
 def test_processes_that_race_for_ports_share_the_range(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 
@@ -22,11 +22,22 @@ class Surface:
     """Of a long run's cases."""
 
 
-def fuzz(surface: Surface, num_cases: int, seed: int | None = None) -> int:
-    """Checks so many cases, always the same ones if `seed` is None, and returns how many. Raises what the simplest bad case raises."""
+def fuzz(surface: Surface, num_cases: int, seed: int | None = None, *, shrinks: bool = True) -> int:
+    """Checks so many cases, always the same ones if `seed` is None, and returns how many. Raises what the simplest bad case raises.
+
+    Unless it `shrinks`, what the first one raises: where a case leaves something behind, no other can be compared with it.
+    """
+    phases = [phase for phase in Phase if shrinks or phase is Phase.generate]
     count = 0
 
-    @settings(max_examples=num_cases, derandomize=seed is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=num_cases,
+        derandomize=seed is None,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(surface.cases)
     def check(case: Any) -> None:
         nonlocal count

@@ -37,18 +37,26 @@ def wait_until(what: str, condition: Callable[[], bool], deadline_s: float, ever
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Below the ephemeral ports: a router that dials one of those, before its node listens, may get it for its own end."""
+    ports = _of_this_worker(range(12_000, 18_000))
     while True:
-        port = random.randrange(12_000, 18_000)
+        port = random.choice(ports)
         if can_listen(port, host):
             return port
 
 
 def free_port_range(size: int = 100) -> str:
     """A range below the ephemeral ports and beyond those of `free_port`, all of it to be had now."""
+    ports = _of_this_worker(range(18_000, 32_000))
     while True:
-        first = random.randrange(18_000, 32_000 - size)
+        first = random.choice(ports[:-size])
         if all(can_listen(port) for port in range(first, first + size)):
             return f"{first}-{first + size - 1}"
+
+
+def _of_this_worker(ports: range) -> range:
+    """Its share, where several processes of tests run at once: what one has chosen and not bound yet, another must not choose."""
+    worker, count = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return ports[worker * len(ports) // count : (worker + 1) * len(ports) // count]
 
 
 def can_listen(port: int, host: str = "127.0.0.1") -> bool:

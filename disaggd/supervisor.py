@@ -32,6 +32,8 @@ from disaggd.units import Address
 
 STOP_GRACE_S = 10.0
 """Between SIGTERM and SIGKILL, beside the time that nodes may take to drain."""
+LAST_GRACE_S = 2.0
+"""The same after a second signal: routers need a second (LAST_WORDS_S) to tell every client that its stream ends."""
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 RESTART_PAUSE_S = 0.5
@@ -128,6 +130,7 @@ class Supervisor:
         has_keys: bool = False,
         out: TextIO | None = None,
         grace_s: float = STOP_GRACE_S,
+        last_grace_s: float = LAST_GRACE_S,
         restart_pause_s: float = RESTART_PAUSE_S,
     ) -> None:
         self._nodes = nodes
@@ -139,15 +142,20 @@ class Supervisor:
         """Routers show the cluster to nobody without an API key, and we have none."""
         self._out = out or sys.stderr
         self._grace_s = grace_s
+        self._last_grace_s = last_grace_s
         self._restart_pause_s = restart_pause_s
         self._children: dict[NodeName, Process] = {}
         self._styles = {node.name: NODE_STYLES[index % len(NODE_STYLES)] for index, node in enumerate(nodes)}
         self._stop = asyncio.Event()
+        self._interrupts = 0
+        self._ending: list[NodeConfig] = []
+        """Those that were told to end."""
         self._exit_code = 0
         self._is_ready = False
 
     async def run(self) -> int:
-        """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM: once they are drained; at once on a second signal.
+        """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM: once they are drained; at once on a second signal,
+        with a last word to clients; without on a third.
 
         Returns the exit code.
         """
@@ -164,9 +172,13 @@ class Supervisor:
         return self._exit_code
 
     def _interrupt(self, exit_code: int) -> None:
-        if self._stop.is_set():
-            self._signal(self._nodes, signal.SIGKILL)
+        self._interrupts += 1
         self._end(exit_code)
+        if self._interrupts == 2:
+            self._signal(self._ending, signal.SIGTERM)  # their second: it ends them at once
+            asyncio.get_running_loop().call_later(self._last_grace_s, self._signal, self._nodes, signal.SIGKILL)
+        elif self._interrupts > 2:
+            self._signal(self._nodes, signal.SIGKILL)
 
     def _end(self, exit_code: int) -> None:
         """The first reason to end is the one that counts."""
@@ -244,6 +256,7 @@ class Supervisor:
         routers = [node for node in self._nodes if node.role == "router"]
         engines = [node for node in self._nodes if node.role != "router"]
         for nodes in (routers, engines):
+            self._ending += nodes
             self._signal(nodes, signal.SIGTERM)
             alive = [asyncio.create_task(child.wait()) for child in self._of(nodes)]
             if alive and (await asyncio.wait(alive, timeout=self._grace_s))[1]:

@@ -83,6 +83,7 @@ def supervise(
     screen: Screen,
     on_ready: OnReady = lambda router, view: None,
     grace_s: float = 10.0,
+    last_grace_s: float = 10.0,
     **options: bool,
 ) -> int:
     view = msgspec.json.encode(WHOLE).decode()
@@ -94,6 +95,7 @@ def supervise(
             on_ready,
             out=screen,
             grace_s=grace_s,
+            last_grace_s=last_grace_s,
             restart_pause_s=0.001,
             **options,
         )
@@ -157,12 +159,25 @@ def test_what_outlives_its_grace_is_killed(free_port: Callable[[], int]) -> None
     assert supervise({node("d0", "decode", free_port()): STUBBORN}, screen, grace_s=0.05) == 0
 
 
-def test_a_second_ctrl_c_kills_at_once(free_port: Callable[[], int]) -> None:
-    def twice() -> None:
-        interrupt()
-        asyncio.get_running_loop().call_later(0.01, interrupt)
+def test_a_second_ctrl_c_is_passed_on_to_those_that_drain(free_port: Callable[[], int]) -> None:
+    last = "print('drains', flush=True); signal.sigwait({signal.SIGTERM}); print('last words')"
+    drains = ROUTER.replace("print('ended', flush=True)", last)
+    programs = {node("d0", "decode", free_port()): ENGINE, node("router", "router", free_port()): drains}
+    screen = Screen("drains", interrupt)
+    assert supervise(programs, screen, on_ready=lambda router, view: interrupt(), grace_s=1000.0) == 130
+    assert [line for line in screen.lines if not line.endswith(" up")] == ["[router] drains", "[router] last words", "[d0] ended"]
 
-    assert supervise({node("d0", "decode", free_port()): STUBBORN}, Screen("up", twice), grace_s=1000.0) == 130
+
+@pytest.mark.parametrize(("signals", "last_grace_s"), [(2, 0.01), (3, 1000.0)])
+def test_what_outlives_a_second_ctrl_c_is_killed_soon_and_by_a_third_at_once(
+    free_port: Callable[[], int], signals: int, last_grace_s: float
+) -> None:
+    def again() -> None:
+        for number in range(signals):
+            asyncio.get_running_loop().call_later(0.01 * number, interrupt)
+
+    programs = {node("d0", "decode", free_port()): STUBBORN}
+    assert supervise(programs, Screen("up", again), grace_s=1000.0, last_grace_s=last_grace_s) == 130
 
 
 def test_no_node_survives_a_kill_of_its_supervisor(free_port: Callable[[], int]) -> None:

@@ -22,6 +22,7 @@ from disaggd.launch import node_environment
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.supervisor import is_local
+from disaggd.tls import mutual_contexts, server_context
 from disaggd.toml_file import naming
 from disaggd.transfer.layout import KVSpec, kv_spec
 from disaggd.transfer.source import staging_blocks
@@ -39,8 +40,10 @@ def describe(path: Path, config: Config) -> None:
     read_tokenizer(directory.root, spec.vocab_size)
     with naming(path):
         _check_model_len(config, spec)
+        _check_tls(config)
         for node in config.nodes:
             node_environment(config, node)
+            spec.check_ranks(node.tp)
             _staging_blocks(config, node, spec)
         facts = _facts(path, config, directory, spec)
         table = _nodes(config, spec)
@@ -57,6 +60,15 @@ def _check_model_len(config: Config, spec: ModelSpec) -> None:
     wanted, limit = config.model.max_model_len, spec.max_position_embeddings
     if wanted is not None and wanted > limit:
         raise ConfigError(f"model.max_model_len: {wanted:,} is more than the model's own limit of {limit:,} tokens")
+
+
+def _check_tls(config: Config) -> None:
+    """Opens the files as this host's nodes would; those of other hosts are there."""
+    router, cluster = config.router, config.cluster
+    if router.tls_cert is not None and router.tls_key is not None and any(is_local(node) for node in config.nodes_of("router")):
+        server_context("router", router.tls_cert, router.tls_key)
+    if cluster.tls_cert is not None and cluster.tls_key is not None and cluster.tls_ca is not None and any(map(is_local, config.nodes)):
+        mutual_contexts("cluster", cluster.tls_cert, cluster.tls_key, cluster.tls_ca)
 
 
 def _warnings(config: Config, spec: ModelSpec) -> Iterator[str]:
@@ -141,10 +153,13 @@ def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
     if node.role == "router":
         return ()
     blocks, size = num_blocks(node, kv_spec(spec, node.block_size)), node.block_size
-    threads = str(node.threads) if node.cpus is None else f"{node.threads} on {','.join(map(str, node.cpus))}"
+    threads = str(node.threads) if node.tp == 1 else f"{node.tp} ranks x {node.threads}"
+    if node.cpus is not None:
+        threads += f" on {','.join(map(str, node.cpus))}"
     if node.kv_cache_bytes is None or blocks is None:
         return node.device, threads, "what is free", f"? x {size}", "?"
-    return node.device, threads, _size(node.kv_cache_bytes), f"{blocks:,} x {size}", f"{blocks * size:,}"
+    pool = _size(node.kv_cache_bytes) + (" of all ranks" if node.tp > 1 else "")
+    return node.device, threads, pool, f"{blocks:,} x {size}", f"{blocks * size:,}"
 
 
 def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:
@@ -156,7 +171,7 @@ def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpe
         "model id": directory.served_id(config.model.weights),
         "policy": _policy(config),
         "transfer": _transfer(config),
-        "http": f"{config.router.scheme}, {_keys(config)}",
+        "clients": f"{config.router.scheme}, {_keys(config)}",
         "links": _links(config),
     }
     return Text("\n").join(Text.assemble((f"{name:<9}", "bold"), value) for name, value in facts.items())
@@ -184,6 +199,8 @@ def _dtype(config: Config, spec: ModelSpec) -> str:
 def _transfer(config: Config) -> str:
     transfer = config.transfer
     shown = f"{transfer.transports} on {transfer.devices or 'loopback'}, ports {transfer.port_range}"
+    if transfer.verify:
+        shown += ", every block verified"
     return shown + f", a GPU's through {_size(transfer.staging)} of its host" if any(node.is_gpu for node in config.nodes) else shown
 
 

@@ -12,6 +12,7 @@ import disaggd
 from disaggd import cli
 from disaggd.api_keys import key_table
 from disaggd.errors import HelloRefused, ModelError, ResourceError
+from tests.support.certificates import make_certificates
 
 ROOT = Path(__file__).parent.parent
 ROUTER = '[[node]]\nname = "router"\nrole = "router"\nlisten = "127.0.0.1:8000"\n'
@@ -131,6 +132,7 @@ def test_check_shows_the_resolved_cluster(config: Path, capsys: pytest.CaptureFi
         ('[model]\npath = "builtin:huge"', "builtin:huge: no such built-in model"),
         ('[transfer]\ntransports = "pigeon"', "cluster.toml: [transfer] transports = 'pigeon'"),
         ('device = "cuda"\n[transfer]\nstaging = "100KiB"', "transfer.staging: 102,400 bytes are less than one write takes; it must have"),
+        ("tp = 99", "disaggd: tp = 99: the model has 4 heads, too few for so many ranks"),
         ("[model]\nmax_model_len = 5000", "cluster.toml: model.max_model_len: 5,000 is more than the model's own limit of 4,096 tokens"),
     ],
 )
@@ -138,6 +140,34 @@ def test_check_refuses_what_no_node_could_start_with(config: Path, capsys: pytes
     config.write_text(ROUTER + DECODE.replace('kv_cache = "32MiB"\n', "") + line)
     assert run("check", "--config", str(config)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_opens_the_tls_files_of_this_hosts_nodes_as_they_would(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_certificates(tmp_path)
+    tables = '[router]\ntls_cert = "router.pem"\ntls_key = "router.key"\n'
+    tables += '[cluster]\ntls_cert = "d0.pem"\ntls_key = "d0.key"\ntls_ca = "ca.pem"\n'
+    config.write_text(tables + ROUTER + DECODE)
+    assert run("check", "--config", str(config)) == 0
+    for file, message in (
+        ("ca.pem", f"cluster.tls_ca: {tmp_path}/absent: No such file or directory"),
+        ("d0.key", f"cluster.tls_cert, tls_key: {tmp_path}/d0.pem, {tmp_path}/p0.key: key values mismatch"),
+        ("router.key", f"router.tls_cert, tls_key: {tmp_path}/router.pem, {tmp_path}/p0.key: key values mismatch"),
+    ):
+        config.write_text(tables.replace(file, "absent" if file == "ca.pem" else "p0.key") + ROUTER + DECODE)
+        assert run("check", "--config", str(config)) == 2
+        assert message in capsys.readouterr().err
+    elsewhere = 'secret = "0123456789abcdef"\n' + (ROUTER + DECODE).replace("127.0.0.1", "192.0.2.7") + '[transfer]\ndevices = "lo"\n'
+    config.write_text(tables.replace("ca.pem", "absent").replace("router.key", "absent") + elsewhere)
+    assert run("check", "--config", str(config)) == 0
+
+
+def test_check_shows_ranks_and_verification(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(ROUTER + DECODE + "tp = 2\nthreads = 3\n[transfer]\nverify = true\n")
+    assert run("check", "--config", str(config)) == 0
+    shown = capsys.readouterr().out
+    assert "2 ranks x 3" in shown and "32 MiB of all ranks" in shown and ", every block verified" in shown
 
 
 def test_check_warns_of_what_this_host_lacks(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +263,7 @@ def test_a_key_is_shown_once_and_its_table_can_be_appended_to_the_file(config: P
     (config.parent / "keys.toml").write_text(shown.out)
     config.write_text('[router]\napi_keys = "keys.toml"\n' + config.read_text())
     assert run("check", "--config", str(config)) == 0
-    assert "http     http, 1 API key, metrics for admins" in capsys.readouterr().out
+    assert "clients  http, 1 API key, metrics for admins" in capsys.readouterr().out
     (config.parent / "keys.toml").write_text("[[key]]")
     assert run("check", "--config", str(config)) == 2
     assert f"router.api_keys: {config.parent}/keys.toml: key[0]: table missing required field name" in capsys.readouterr().err

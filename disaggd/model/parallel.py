@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._distributed_c10d import GatherOptions, ProcessGroup, ProcessGroupGloo, TCPStore
 
-from disaggd.errors import ModelError
 from disaggd.model.spec import ModelSpec
 from disaggd.transfer.reshape import heads_of
 
@@ -43,8 +42,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 def part_of(spec: ModelSpec, rank: int = 0, num_ranks: int = 1) -> Part:
     """Raises ModelError where a rank would have nothing to do."""
-    if num_ranks > spec.num_heads:
-        raise ModelError(f"tp = {num_ranks}: the model has {spec.num_heads} heads, too few for so many ranks")
+    spec.check_ranks(num_ranks)
     kv_heads = heads_of(rank, num_ranks, spec.num_kv_heads)
     unit = UNIT if spec.intermediate_size % UNIT == 0 and spec.intermediate_size >= UNIT * num_ranks else 1
     units = _share(spec.intermediate_size // unit, rank, num_ranks)

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from disaggd.errors import ModelError
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["auto", "int8"]
 """How the projections' weights are held: as the dtype says, or in 8 bits."""
@@ -48,3 +50,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Of the weights and the activations while serving."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raises ModelError where a rank would have nothing to do."""
+        if num_ranks > self.num_heads:
+            raise ModelError(f"tp = {num_ranks}: the model has {self.num_heads} heads, too few for so many ranks")

@@ -27,7 +27,7 @@ import msgspec
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidMessage, WebSocketException
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
@@ -83,7 +83,8 @@ class LinkSettings:
     refused_s: float = 5.0
     """The pause after a hello or a secret was refused: only an operator can mend that."""
     patience_s: float = 20.0
-    """A node that was never there is only waited for, not missed, for so long: nodes start in any order."""
+    """A node that was never there, or took its leave, is only waited for, not missed, for so long: nodes start in any order, and are
+    restarted."""
     hello_timeout_s: float = 5.0
     max_buffered_bytes: int = 256 * 2**20
     """Frames that wait for a slow peer; more closes the link."""
@@ -131,7 +132,6 @@ class Link(Generic[Out, In, Hello]):
         peer: Hello,
         decode: Callable[[bytes], In],
         settings: LinkSettings,
-        farewell_level: int,
     ) -> None:
         self.name = name
         """The other end's."""
@@ -140,8 +140,6 @@ class Link(Generic[Out, In, Hello]):
         self._socket = socket
         self._decode = decode
         self._settings = settings
-        self._farewell_level = farewell_level
-        """To a node routers come and go; a router misses every node."""
         self._outgoing: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._wake_writer = asyncio.Event()
@@ -172,19 +170,20 @@ class Link(Generic[Out, In, Hello]):
 
     async def carry(
         self, on_up: Callable[["Link[Out, In, Hello]"], None], on_frame: Callable[[Any, In], None], on_down: Callable[[Any, str], None]
-    ) -> None:
-        """Runs the link to its end. Cancelling it closes the link; `on_down` is called in any case."""
+    ) -> LinkClosed:
+        """Runs the link to its end, which it returns. Cancelling it closes the link; `on_down` is called in any case."""
         log.info("link to %s is up", self.name)
         on_up(self)
         end, level = LinkClosed("stopping", is_farewell=True), logging.INFO
         try:
             end = await self._run(on_frame)
-            level = self._farewell_level if end.is_farewell else logging.WARNING
+            level = logging.INFO if end.is_farewell else logging.WARNING
         finally:
             self._end = self._end or end
             log.log(level, "link to %s is down: %s", self.name, end)
             on_down(self, str(end))
             await _close(self._socket, CloseCode.GOING_AWAY if end.is_farewell else CloseCode.INTERNAL_ERROR, str(end))
+        return end
 
     async def _run(self, on_frame: Callable[[Any, In], None]) -> LinkClosed:
         """Until the link ends; returns why."""
@@ -303,7 +302,7 @@ class LinkServer:
             hello = await self._greet(socket)
             if hello is not None:
                 self._strangers.gone(socket)
-                link: NodeLink = Link(socket, hello.router, hello, decode_from_router, self._settings, farewell_level=logging.INFO)
+                link: NodeLink = Link(socket, hello.router, hello, decode_from_router, self._settings)
                 await link.carry(*self._callbacks)
         except Exception:
             log.exception("a link's callback failed")  # the library would log it where nobody looks
@@ -316,7 +315,7 @@ class LinkServer:
             async with asyncio.timeout(self._settings.hello_timeout_s):
                 theirs, refusal = await meet_router(_greeting(socket, self._settings), self._hello)
         except (TimeoutError, ConnectionClosed, Undecodable, UnexpectedFrame) as error:
-            self._refusals.note("no_hello", peer, f"no hello from {peer}: {_why(error)}")
+            self._refusals.note("no_hello", peer, f"no hello from {peer}: {_why(error, self._settings)}")
             return None
         if refusal is not None:
             self._refusals.note(refusal.field, peer, f"refused router {theirs.router:.63} at {peer}: {_differs(refusal)}")
@@ -363,7 +362,7 @@ async def dial(
     `on_refused` is told the field over which either end refused the other.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
-    Each standing trouble is logged once; that a node is not there yet is none for `patience_s`.
+    Each standing trouble is logged once; that a node is not there yet, or took its leave, is none for `patience_s`.
     """
     troubles = Repeated(log)
     now = asyncio.get_running_loop().time
@@ -384,13 +383,13 @@ async def dial(
             if isinstance(error, OSError) and now() < missed_from:
                 troubles.log(logging.INFO, f"waiting for {node.name} at {node.listen}")
             else:
-                troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error)}")
+                troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error, settings)}")
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
         else:
             troubles.forget()
-            missed_from = now()
             pause_s = settings.reconnect_min_s
-            await link.carry(on_up, on_frame, on_down)
+            end = await link.carry(on_up, on_frame, on_down)
+            missed_from = now() + (settings.patience_s if end.is_farewell else 0.0)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
 
@@ -411,7 +410,7 @@ async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeH
             raise
     _lift_limit(socket, settings)
     _warn_of_expiry(socket, node.name)
-    return Link(socket, node.name, theirs, decode_from_node, settings, farewell_level=logging.WARNING)
+    return Link(socket, node.name, theirs, decode_from_node, settings)
 
 
 # ── both sides ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -467,9 +466,15 @@ def _differs(refusal: HelloRejected) -> str:
     return f"{refusal.field} differs (ours {refusal.ours}, theirs {refusal.theirs})"
 
 
-def _why(error: BaseException) -> str:
+def _why(error: BaseException, settings: LinkSettings) -> str:
     if isinstance(error, ConnectionClosed):
         return str(_closed(error))
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return f"no answer within {settings.hello_timeout_s:g} s"
+    if isinstance(error, InvalidMessage) and settings.dial_tls is None:
+        return f"{error} (does it expect TLS? [cluster] tls_cert)"
+    if isinstance(error, ConnectionResetError) and settings.dial_tls is not None:
+        return "connection reset (does it not speak TLS? [cluster] tls_cert)"
     return _reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 

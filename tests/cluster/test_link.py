@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -335,22 +336,23 @@ def test_a_stranger_cannot_make_a_node_hold_much_and_a_router_can(free_port: Cal
     run(scenario())
 
 
-def test_a_router_may_leave_but_a_node_is_missed(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+def test_either_end_may_leave_and_is_waited_for(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "disaggd")
 
     async def scenario() -> None:
         port, router, node = free_port(), End(), End()
-        async with serving(port, node):
+        async with serving(port, node) as server:
             async with dialling(port, router):
                 await router.up.get()
             assert await node.down.get() == "closed by the peer: stopping"
             assert levels(caplog, "link to r0 is down") == {"INFO"}
             caplog.clear()
             await node.up.get()
-            async with dialling(port, router):
-                (await node.up.get()).close("draining")
-                await logged(caplog, "link to p0 is down: closed by the peer: draining")
-        assert levels(caplog, "link to p0 is down: closed by the peer: draining") == {"WARNING"}
+            async with dialling(port, router, settings=replace(SETTINGS, patience_s=3600.0)):
+                await node.up.get()
+                await server.close()
+                await logged(caplog, "waiting for p0")
+        assert {record.levelname for record in caplog.records} == {"INFO"}
 
     run(scenario())
 
@@ -399,9 +401,20 @@ def test_a_node_that_was_there_is_missed_at_once(free_port: Callable[[], int], c
     async def scenario() -> None:
         port, router = free_port(), End()
         async with dialling(port, router, settings=replace(SETTINGS, patience_s=3600.0)):
-            async with serving(port, End()):
-                await router.up.get()
+            async with serving(port, node := End()) as server:
+                (await node.up.get())._socket.transport.abort()
+                await server.close()
             await logged(caplog, f"no link to p0 at 127.0.0.1:{port}, trying again: Connection refused")
+
+    run(scenario())
+
+
+def test_a_node_that_accepts_and_says_nothing_is_told_of(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            async with dialling(port, End(), settings=replace(SETTINGS, patience_s=0.0, hello_timeout_s=0.25)):
+                await logged(caplog, f"no link to p0 at 127.0.0.1:{port}, trying again: no answer within 0.25 s")
 
     run(scenario())
 

@@ -429,6 +429,7 @@ class Moves:
         for record in [r for r in self.sequences.values() if now > r.deadline]:
             self.fail(record, RequestFailed(f"not finished within {self._rules.request_timeout_s:g} s", code="timeout"))
         for record in [r for r in self.sequences.values() if r.decode is None and now > r.homeless_until]:
+            log.warning("%s: no decode node came back within %g s", record.request.id, DECODE_PATIENCE_S)
             self.fail(record, RequestFailed("no decode node is left to continue this request", code="no_decode_node"))
         self.dispatch()
         peers: list[Peer] = [*self.prefills.values(), *self.decodes.values()]

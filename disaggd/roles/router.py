@@ -27,6 +27,7 @@ from disaggd.api_keys import KeyFile
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
+from disaggd.cluster.moves import DECODE_PATIENCE_S
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
@@ -259,8 +260,12 @@ class RouterBackend:
     def on_down(self, link: RouterLink, reason: str) -> None:
         self._observer.node_down(link.name, link.peer, reason)
         self.dispatcher.node_down(link.name)
-        if link.peer.role == "prefill" and not self.dispatcher.prefills and self._draining_since is None:
+        if self._draining_since is not None:
+            return
+        if link.peer.role == "prefill" and not self.dispatcher.prefills:
             log.warning("no prefill node is left: decode nodes prefill by themselves")
+        if link.peer.role == "decode" and not self.dispatcher.decodes:
+            log.error("no decode node is left: requests wait for one for %g s, then fail", DECODE_PATIENCE_S)
 
     def on_refused(self, field: str) -> None:
         """This router and a node refused each other."""
@@ -282,6 +287,8 @@ class RouterBackend:
     def tick(self) -> None:
         self.dispatcher.tick()
         if self._draining_since is not None and time.monotonic() - self._draining_since > self._config.cluster.drain_s:
+            if count := len(self.dispatcher.sequences):
+                log.warning("%d under way are cut: drain_s is over", count)
             self.end_all()
         self._observer.tick(self.dispatcher)
 
@@ -400,7 +407,10 @@ async def _follow_keys(file: KeyFile, access: Access) -> None:
                 log.error("%s; the API keys stay as they were", error)
             else:
                 access.set_keys(keys)
-                log.info("%d API keys", len(keys))
+                if keys:
+                    log.info("%d API keys", len(keys))
+                else:
+                    log.warning("0 API keys: nobody may use this router")
 
 
 async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBackend, settings: LinkSettings) -> None:

@@ -269,7 +269,7 @@ def test_requests_that_lost_the_last_decode_node_go_on_when_it_is_back() -> None
     assert all(client.error is None for client in clients)
 
 
-def test_the_last_decode_nodes_loss_fails_every_request_loudly_in_the_end() -> None:
+def test_the_last_decode_nodes_loss_fails_every_request_loudly_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
     routing = Routing(credit=100)
     clients = everyone(routing)
     routing.down(D0)
@@ -279,6 +279,7 @@ def test_the_last_decode_nodes_loss_fails_every_request_loudly_in_the_end() -> N
     routing.now += 0.1
     routing.dispatcher.tick()
     assert all(isinstance(client.error, RequestFailed) and client.error.code == "no_decode_node" for client in clients)
+    assert sum("no decode node came back within 10 s" in message for message in caplog.messages) == len(clients)
     assert not routing.dispatcher.sequences and not routing.dispatcher.queue
 
 

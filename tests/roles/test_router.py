@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,18 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from disaggd.api_keys import KeyFile, key_table, new_key
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.peers import DecodePeer
 from disaggd.cluster.protocol import Abort, Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
 from disaggd.config import parse_config
 from disaggd.errors import HelloRefused, Overloaded, TooSlow, Unavailable
+from disaggd.gateway.access import Access
 from disaggd.gateway.backend import Deltas, GenerationRequest
 from disaggd.ids import Incarnation, NodeName
 from disaggd.model.directory import open_directory
 from disaggd.observe.metrics import Metrics
+from disaggd.roles import router
 from disaggd.roles.router import RouterBackend
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import KVSpec, kv_spec
@@ -191,7 +195,9 @@ def test_a_draining_router_admits_nothing_and_lets_streams_go_on_for_a_while() -
 
 
 @pytest.mark.parametrize(("seconds", "is_over"), [(6.9, False), (7.1, True)])
-def test_what_is_not_through_within_drain_s_ends_with_an_error(seconds: float, is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_through_within_drain_s_ends_with_an_error(
+    seconds: float, is_over: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         front = Front()
         stream = await front.begin(front.request("a"))
@@ -199,11 +205,40 @@ def test_what_is_not_through_within_drain_s_ends_with_an_error(seconds: float, i
         now = time.monotonic() + seconds
         monkeypatch.setattr(time, "monotonic", lambda: now)
         front.backend.tick()
+        front.backend.tick()
         assert front.backend.is_drained == is_over
+        assert caplog.messages == ["1 under way are cut: drain_s is over"] * is_over
         if is_over:
             with pytest.raises(Unavailable, match="the router is stopping"):
                 await anext(stream)
         await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_the_last_decode_node_is_missed_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    front = Front()
+    front.backend.dispatcher.decode_up(DecodePeer(NodeName("d1"), hello(), front.sent.append))
+    for name in ("d0", "d1"):
+        assert caplog.messages == []
+        front.backend.on_down(SimpleNamespace(name=NodeName(name), peer=hello()), "connection lost")  # type: ignore[arg-type]
+    assert caplog.messages == ["no decode node is left: requests wait for one for 10 s, then fail"]
+
+
+def test_a_key_file_that_is_emptied_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "KEY_FILE_POLL_S", 0.001)
+    (tmp_path / "keys.toml").write_text(key_table("alice", new_key()))
+    file = KeyFile(str(tmp_path / "keys.toml"))
+    access = Access(Metrics(CollectorRegistry()), file.read())
+    told: asyncio.Queue[str] = asyncio.Queue()
+    monkeypatch.setattr(router.log, "warning", told.put_nowait)
+
+    async def scenario() -> None:
+        following = asyncio.create_task(router._follow_keys(file, access))
+        (tmp_path / "keys.toml").write_text("")
+        async with asyncio.timeout(20):
+            assert await told.get() == "0 API keys: nobody may use this router"
+        following.cancel()
 
     asyncio.run(scenario())
 

@@ -205,7 +205,7 @@ class Supervisor:
                 self._end(_exit_code(code))
                 return
             deaths.append(now)
-            self._say(node, f"error: died ({_ending(code)}); restarting it")
+            self._say(node, f"{f'error: died ({_ending(code)})' if code else 'ended in good order'}; restarting it")
             await self._stops_within(self._restart_pause_s)
 
     async def _run_once(self, node: NodeConfig) -> int:

@@ -146,6 +146,12 @@ def test_a_node_that_dies_later_is_restarted(free_port: Callable[[], int], tmp_p
         os.close(writer)
 
 
+def test_a_node_that_somebody_else_stops_is_restarted_and_did_not_die(free_port: Callable[[], int]) -> None:
+    screen = Screen("restarting it", terminate)
+    assert supervise({node("d0", "decode", free_port()): "raise SystemExit(0)"}, screen) == 0  # no router to wait for: ready from the start
+    assert "error" not in screen.getvalue() and screen.lines[0].endswith(" ended in good order; restarting it")
+
+
 def test_a_node_that_dies_too_often_ends_everything(free_port: Callable[[], int]) -> None:
     screen = Screen()
     engine = node("d0", "decode", free_port())

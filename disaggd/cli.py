@@ -46,8 +46,8 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
       disaggd up                          every node of the file that lives on this host
       disaggd --role decode --name d0     one node: what a service manager starts
 
-    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, or a request that trace cannot find; 2 bad usage,
-    configuration or model; 3 a port, a peer or memory that could not be had; 130 interrupted. up ends with the code of
+    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, or a request that trace cannot find or show; 2 bad
+    usage, configuration or model; 3 a port, a peer or memory that could not be had; 130 interrupted. up ends with the code of
     the node that ended it.
     """
     context.obj = config_path
@@ -157,7 +157,7 @@ def trace(outer_path: Path | None, request_id: str | None, url: str, key_file: P
     """Show what happened to request ID: the decision, and where its time went. Without ID, the latest requests.
 
     ID is a reply's id or x-request-id, or as much of its beginning as tells it from the others. Exit code 1: the router knows
-    no such request; 3: no router answers.
+    no such request, or does not show it; 3: no router answers.
     """
     interrupts_raise()
     show(url, request_id, as_json, None if key_file is None else read_key(key_file))

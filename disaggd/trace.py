@@ -84,9 +84,12 @@ class Router:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
-            raise DisaggdError(f"{self._url} answered {error.code}: {_message(error)}") from error
+            hint = " (--key-file names a file with one)" if error.code == 401 else ""
+            raise DisaggdError(f"{self._url} answered {error.code}: {_message(error)}{hint}") from error
         except (OSError, HTTPException) as error:
-            raise ResourceError(f"no router at {self._url}: {getattr(error, 'reason', error)}") from error
+            cut = isinstance(error, ConnectionResetError) and self._url.startswith("http:")
+            hint = f" (does it serve HTTPS? --url {self._url.replace('http', 'https', 1)})" if cut else ""
+            raise ResourceError(f"no router at {self._url}: {getattr(error, 'reason', error)}{hint}") from error
         except msgspec.MsgspecError as error:
             raise DisaggdError(f"{self._url} does not answer as a router of this version does: {error}") from error
 

@@ -178,6 +178,8 @@ def _verdict(receipt: Receipt) -> str:
     error = receipt.prediction_error
     if error is None:
         return ""
+    if error > 2:
+        return f"; the prediction was {1 + error:,.3g} times too high"
     return f"; the prediction was {abs(error):.0%} too {'low' if error < 0 else 'high'}"
 
 

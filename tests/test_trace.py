@@ -1,7 +1,9 @@
 """`disaggd trace` against a router that answers what a test says: what it prints, and how it ends."""
 
+import contextlib
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,6 +13,8 @@ import pytest
 
 from disaggd import cli
 from disaggd.observe.receipts import Receipt, ReceiptList
+from disaggd.tls import server_context
+from tests.support.certificates import make_certificates
 from tests.support.receipts import local_receipt, remote_receipt
 
 
@@ -122,12 +126,30 @@ def test_no_router_exits_3(router: FakeRouter, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("disaggd: no router at http://127.0.0.1:9: ")
 
 
+def test_a_router_that_serves_https_is_guessed(free_port: Callable[[], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_certificates(tmp_path)
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        context = server_context("router", made.path("router.pem"), made.path("router.key"))
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True):
+                pass
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        port = listener.getsockname()[1]
+        assert run("x", "--url", f"http://127.0.0.1:{port}") == 3
+        thread.join()
+    assert capsys.readouterr().err.endswith(f" (does it serve HTTPS? --url https://127.0.0.1:{port})\n")
+
+
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
         (200, b"<html>", "does not answer as a router of this version does"),
         (200, b'{"id": 5}', "does not answer as a router of this version does"),
         (400, b'{"error": {"message": "limit: no"}}', "answered 400: limit: no"),
+        (401, b'{"error": {"message": "no API key"}}', "answered 401: no API key (--key-file names a file with one)"),
         (500, b"oops", "answered 500: Internal Server Error"),
     ],
 )

@@ -100,6 +100,11 @@ def test_the_head_says_what_was_decided_and_why_what_was_expected_and_what_came(
         assert text in head
 
 
+@pytest.mark.parametrize(("error", "shown"), [(-0.5, "50% too low"), (2.0, "200% too high"), (112.26, "113 times too high")])
+def test_a_prediction_that_is_far_off_is_told_in_times(error: float, shown: str) -> None:
+    assert f"the prediction was {shown}" in "\n".join(page(remote_receipt(prediction_error=error)))
+
+
 @pytest.mark.parametrize(
     ("predicted", "shown"),
     [

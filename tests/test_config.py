@@ -1,12 +1,14 @@
 """What the TOML file may say, and how a mistake in it is answered."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggd.config import Config, find_config, load_config, parse_config
+from disaggd.config import Config, NodeConfig, find_config, load_config, parse_config
 from disaggd.errors import ConfigError
 from disaggd.units import Address, PortRange, Size
 
@@ -32,6 +34,18 @@ def test_the_file_at_the_root_shows_the_defaults() -> None:
     config = load_config(Path(__file__).parent.parent / "config.toml")
     assert (config.router, config.cluster) == (Config().router, Config().cluster)
     assert config.disaggregation == Config().disaggregation
+
+
+def test_the_file_at_the_root_explains_every_key_and_no_other() -> None:
+    shown: dict[str, set[str]] = {}
+    section = ""
+    for line in (Path(__file__).parent.parent / "config.toml").read_text().splitlines():
+        if header := re.match(r"(?:# )?\[\[?(\w+)\]", line):
+            section = header[1]
+        elif key := re.match(r"(?:# )?(\w+) = ", line):
+            shown.setdefault(section, set()).add(key[1])
+    tables = {field.encode_name: NodeConfig if field.encode_name == "node" else field.type for field in msgspec.structs.fields(Config)}
+    assert shown == {section: set(table.__struct_fields__) for section, table in tables.items()}
 
 
 def test_sizes_are_bytes() -> None:

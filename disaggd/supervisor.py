@@ -313,12 +313,13 @@ def banner(config: Config, router: NodeConfig, view: ClusterView | None) -> str:
         view = ClusterView(tuple(LinkedNode(node.name, node.role, node.listen, "up") for node in config.nodes))
     host = "127.0.0.1" if router.listen.is_wildcard else router.listen.rpartition(":")[0]
     head = f"Ready, but {styled('without ' + ', '.join(view.missing), WARNING_STYLE)}" if view.missing else "Ready"
-    key = "" if config.router.api_keys is None else " -H 'authorization: Bearer …'"
+    access = "" if config.router.tls_cert is None else " --cacert …"
+    access += "" if config.router.api_keys is None else " -H 'authorization: Bearer …'"
     counts = ", ".join((f"{len(config.nodes_of('router'))} router", view.count("prefill"), view.count("decode")))
     body = f'{{"model": "{config.model.served_name}", "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0.5, "stream": true}}'
     return (
         f"\n{head}: {config.model.served_name} on {counts}. Ctrl-C ends all of them, their requests first; a second one at once. Try:\n\n"
-        f"  curl -N {config.router.scheme}://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json'{key} "
+        f"  curl -N {config.router.scheme}://{host}:{router.listen.port}/v1/completions -H 'content-type: application/json'{access} "
         f"-d '{body}'\n"
     )
 

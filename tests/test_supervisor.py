@@ -272,7 +272,7 @@ def test_the_banner_of_a_router_with_keys_and_tls_says_what_a_client_needs() -> 
     router = msgspec.structs.replace(CONFIG.router, api_keys="keys.toml", tls_cert="a.pem", tls_key="a.key")
     text = banner(msgspec.structs.replace(CONFIG, router=router), CONFIG.node("router"), None)
     assert "Ready: tiny on 1 router, 1 prefill, 1 decode." in text
-    assert "curl -N https://127.0.0.1:9000/v1/completions" in text and "-H 'authorization: Bearer …'" in text
+    assert "curl -N https://127.0.0.1:9000/v1/completions" in text and " --cacert … -H 'authorization: Bearer …'" in text
 
 
 def test_the_banner_says_what_is_missing() -> None:

@@ -49,9 +49,9 @@ def measure_steps(engine: Engine, clock: Callable[[], float]) -> None:
         log.warning("this node is too slow to measure itself within %g s: its first decisions go by the threshold", LIMIT_S)
         return
     log.info(
-        "measured in %.1f s: prefills %.0f tokens/s; a step of 1 and of %d sequences takes %.1f and %.1f ms",
+        "measured in %.1f s: prefills %s tokens/s; a step of 1 and of %d sequences takes %.1f and %.1f ms",
         clock() - began,
-        PROMPTS[-1] / (cost.base_s + cost.prefill_s(PROMPTS[-1], 0)),
+        f"{PROMPTS[-1] / (cost.base_s + cost.prefill_s(PROMPTS[-1], 0)):,.0f}",
         len(decodes),
         cost.decode_step_s(1, CONTEXTS[-1]) * 1e3,
         cost.decode_step_s(len(decodes), len(decodes) * CONTEXTS[-1]) * 1e3,

@@ -1,5 +1,7 @@
 """A node that measures itself knows its speed, takes no longer than it may, and is as if it had not."""
 
+import logging
+import re
 from collections.abc import Callable
 
 import pytest
@@ -52,7 +54,8 @@ def measure(machine: Machine, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_it_finds_out_what_steps_take(lookahead: int) -> None:
+def test_it_finds_out_what_steps_take(lookahead: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "disaggd")
     machine = Machine(FAST, lookahead)
     engine = make_engine(machine)
     measure(machine, engine)
@@ -62,6 +65,7 @@ def test_it_finds_out_what_steps_take(lookahead: int) -> None:
         assert cost.decode_step_s(decodes, context) == pytest.approx(FAST.decode_step_s(decodes, context), rel=0.15)
     assert cost.base_s + cost.prefill_s(512, 0) == pytest.approx(FAST.base_s + FAST.prefill_s(512, 0), rel=0.15)
     assert engine.pace.prefill_tokens(8, 4000, 0) is not None
+    assert re.search(r"prefills 2,\d{3} tokens/s;", caplog.text)
 
 
 @pytest.mark.parametrize("cost", [FAST, SLOW])

@@ -80,8 +80,8 @@ class Front:
         self.sent: list[ToNode] = []
         self.backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), hello(), self.sent.append))
 
-    def request(self, request_id: str) -> GenerationRequest:
-        return GenerationRequest(id=request_id, tokens=[5, 6, 7], sampling=SamplingParams(max_tokens=4), policy="auto")
+    def request(self, request_id: str, max_tokens: int = 4) -> GenerationRequest:
+        return GenerationRequest(id=request_id, tokens=[5, 6, 7], sampling=SamplingParams(max_tokens=max_tokens), policy="auto")
 
     async def begin(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         """Generate until the first delta, token 9."""
@@ -151,7 +151,7 @@ def test_a_stream_that_fell_behind_finds_all_that_came_and_then_the_error() -> N
 def test_a_stream_that_leaves_too_much_unread_is_aborted_on_its_node() -> None:
     async def scenario() -> None:
         front = Front()
-        stream = await front.begin(front.request("a"))
+        stream = await front.begin(front.request("a", max_tokens=2 * UNREAD))
         frame = front.generates()[0]
         front.tokens(frame, 1, *range(UNREAD + 1))
         await asyncio.sleep(0)

@@ -13,6 +13,8 @@ import asyncio
 import enum
 import socket
 import struct
+import termios
+from fcntl import ioctl
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
@@ -25,9 +27,8 @@ from disaggd.errors import BodyTooLarge, HeadTooLarge, InvalidRequest, RequestEr
 from disaggd.gateway.cuts import Cuts
 from disaggd.gateway.errors import error_object
 
-_MIN_READ_BYTES_PER_S = 256
-"""Less is no headway: one token's event is about 200 bytes."""
 _NO_LINGER = struct.pack("ii", 1, 0)
+_INT = struct.Struct("i")
 _FRAMING = 2
 """So many times its size a body may be on the wire: chunk sizes, and trailers, which nobody reads."""
 _MAX_PIPELINED = 16
@@ -47,7 +48,9 @@ class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: float = 30.0
     """From there to the request's end."""
     stall_s: float = 30.0
-    """What waits for a client has to become less within this time."""
+    """A client that leaves something unread is looked at in such intervals."""
+    min_read_bytes_per_s: int = 256
+    """Less is no headway: one token's event is about 200 bytes."""
 
 
 class Stage(enum.Enum):
@@ -201,16 +204,22 @@ class ClientConnection(HttpToolsProtocol):
             self._stall_timer = None
 
     def _time_reading(self) -> None:
-        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._unread_bytes = self._count_unread()
         self._stall_timer = self.loop.call_later(self._limits.stall_s, self._check_reading)
 
     def _check_reading(self) -> None:
         """More than before is the work of other choices of the reply, which waited for the same moment: the next look tells."""
-        read_bytes = self._unread_bytes - self.transport.get_write_buffer_size()
-        if read_bytes < 0 or read_bytes >= _MIN_READ_BYTES_PER_S * self._limits.stall_s:
+        read_bytes = self._unread_bytes - self._count_unread()
+        if read_bytes < 0 or read_bytes >= self._limits.min_read_bytes_per_s * self._limits.stall_s:
             return self._time_reading()
         self._cuts.slow("stalled", self._name, self.loop.time())
         return self._reset()
+
+    def _count_unread(self) -> int:
+        """Here, and in the kernel: that says when a third of its buffer is free, which a slow client reads for minutes."""
+        fd = self.transport.get_extra_info("socket").fileno()
+        (in_kernel,) = _INT.unpack(ioctl(fd, termios.TIOCOUTQ, bytes(_INT.size)))  # SIOCOUTQ, of a socket: sent and not acknowledged too
+        return self.transport.get_write_buffer_size() + cast(int, in_kernel)
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

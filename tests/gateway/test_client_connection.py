@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -101,10 +102,12 @@ STREAM = post(stream=True, max_tokens=MUCH)
 
 
 @contextlib.asynccontextmanager
-async def serving(call: Any, limits: ConnectionLimits = PATIENT, keep_alive_s: int = 60) -> AsyncIterator[Front]:
+async def serving(
+    call: Any, limits: ConnectionLimits = PATIENT, keep_alive_s: int = 60, send_buffer_bytes: int = 4096
+) -> AsyncIterator[Front]:
     cuts = CollectorRegistry()
     listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     settings = uvicorn.Config(
         call.app,
         http=bounded(limits, Cuts(Metrics(cuts))),
@@ -408,6 +411,27 @@ def test_a_client_that_reads_slowly_but_steadily_gets_everything(call: Any, back
         return got
 
     assert uvloop.run(scenario()).count(b"data: ") == NOT_MUCH + 1
+
+
+@pytest.mark.parametrize(("bytes_per_s", "is_cut"), [(40_000, False), (5_000, True)])
+def test_a_client_is_cut_by_what_it_reads_and_not_by_when_the_kernel_says_so(
+    call: Any, backend: Any, bytes_per_s: int, is_cut: bool
+) -> None:
+    """The kernel has room again when a third of its buffer is free: after some looks, at the quicker of these rates."""
+    stall_s, looks = 1.5, 4
+
+    async def scenario() -> None:
+        backend.script, backend.max_model_len = chatter, 2 * MUCH
+        async with serving(call, limits(stall_s=stall_s, min_read_bytes_per_s=15_000), send_buffer_bytes=128 * 1024) as front:
+            reader, _ = await front.connect(STREAM)
+            began, num_read = time.monotonic(), 0
+            while not front.cut("stalled") and time.monotonic() < began + (LATE_S if is_cut else looks * stall_s):
+                while num_read < bytes_per_s * (time.monotonic() - began):
+                    num_read += len(await reader.read(1024))
+                await asyncio.sleep(0.02)
+            assert front.cut("stalled") == is_cut
+
+    uvloop.run(scenario())
 
 
 def test_a_reply_that_is_over_but_not_read_does_not_keep_the_connection(call: Any, backend: Any) -> None:

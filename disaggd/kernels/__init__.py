@@ -1,6 +1,5 @@
 """The operations a transformer is made of, as one frozen record per kind of device. Knows tensors, nothing of models or batches."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,8 +10,6 @@ from torch import Tensor, cuda, device
 from disaggd.kernels import int8, native, native_int8, native_layers, onednn, reference, reference_sampling
 from disaggd.kernels.draws import Draws
 from disaggd.kernels.layer_weights import LayerWeights
-
-log = logging.getLogger(__name__)
 
 
 class PagedAttention(Protocol):
@@ -145,10 +142,9 @@ def gpu_ops(processors: int) -> Ops:
 
 @cache
 def cpu_ops() -> Ops:
-    """The native kernels for what this CPU has; without them PyTorch's operations, and one warning."""
+    """The native kernels for what this CPU has; without them PyTorch's operations."""
     library = native.library()
     if library is None:
-        log.warning("no native CPU kernels (was there a C++ compiler at install?): serving from PyTorch's operations, several times slower")
         return replace(REFERENCE, pack=onednn.pack, linear=onednn.linear, linear_silu_mul=onednn.linear_silu_mul)
     return native_ops(native.Native(library, native.best_isa(library)))
 

@@ -6,8 +6,9 @@ torch's own threads. Calls release the GIL. Knows tensors, nothing of models or 
 """
 
 import ctypes
+import logging
 import sysconfig
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from disaggd.kernels import onednn
+from disaggd.kernels import native_sources, onednn
 from disaggd.kernels.draws import Draws
+
+log = logging.getLogger(__name__)
 
 PANEL = 64
 """Outputs whose weights lie side by side in a packed weight: 4 vectors of 16."""
@@ -54,15 +57,38 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
-    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")  # named as if it were a module of Python's
-    if not path.exists():
+    """The library; None, and one warning, where it was not built or was built from other sources."""
+    here = Path(__file__)
+    built = here.with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")  # named as if it were a module of Python's
+    return _load(built, here.with_name("native"))
+
+
+def _load(built: Path, sources: Path) -> ctypes.CDLL | None:
+    """A library of other sources may read the structs that it is handed otherwise than `native_layers.py` writes them, and never return."""
+    if not built.exists():
+        log.warning("no native CPU kernels (was there a C++ compiler at install?): serving from PyTorch's operations, several times slower")
         return None
-    loaded = ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(built))
+    if sources.is_dir() and _digest_of(loaded) != native_sources.digest(sources):  # a wheel has none beside it
+        log.warning(
+            "the native kernels were built from other sources: run make. Until then PyTorch's operations serve, several times slower"
+        )
+        return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded
+
+
+def _digest_of(loaded: ctypes.CDLL) -> str | None:
+    """Of the sources that it was built from; None for a library from before they were noted."""
+    try:
+        function = loaded.disaggd_sources
+    except AttributeError:
+        return None
+    function.argtypes, function.restype = [], c_char_p
+    text: bytes = function()
+    return text.decode()
 
 
 def best_isa(loaded: ctypes.CDLL) -> Isa:

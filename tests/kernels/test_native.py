@@ -1,7 +1,5 @@
 """The native kernels, for every instruction set that this CPU has, against the reference in float32."""
 
-import logging
-
 import pytest
 import torch
 
@@ -210,18 +208,6 @@ def test_a_weight_that_does_not_fit_is_onednns(ops, weight):
     x = torch.randn(3, weight.shape[1]).to(weight.dtype)
     assert ops.pack(weight).dim() == 2
     assert torch.equal(ops.linear(x, ops.pack(weight), None), onednn.linear(x, onednn.pack(weight), None))
-
-
-def test_without_the_library_there_is_one_warning(monkeypatch, caplog):
-    monkeypatch.setattr(native, "library", lambda: None)
-    kernels.cpu_ops.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            chosen = [kernels.select(torch.device("cpu")) for _ in range(2)]
-    finally:
-        kernels.cpu_ops.cache_clear()
-    assert [ops.paged_attention for ops in chosen] == [reference.PagedAttention] * 2
-    assert [record.getMessage() for record in caplog.records].count(caplog.records[0].getMessage()) == len(caplog.records) == 1
 
 
 def test_the_best_set_is_selected():

@@ -1,7 +1,5 @@
 """The native product by weights of 8 bits, for every instruction set that this CPU has, against float64."""
 
-import logging
-
 import pytest
 import torch
 
@@ -82,17 +80,3 @@ def test_linear_silu_mul_is_the_two_in_turn(ops, dtype):
     weight, bias, x, _ = int8_case((128, 63), dtype)
     packed = ops.pack(weight)
     assert torch.equal(ops.linear_silu_mul(x, packed, bias), ops.native.silu_mul(ops.linear(x, packed, bias)))
-
-
-def test_without_the_library_int8_is_the_reference_with_the_same_warning(monkeypatch, caplog):
-    monkeypatch.setattr(native, "library", lambda: None)
-    kernels.cpu_ops.cache_clear()
-    kernels.cpu_int8_ops.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            chosen = [kernels.select(torch.device("cpu"), "int8") for _ in range(2)]
-    finally:
-        kernels.cpu_ops.cache_clear()
-        kernels.cpu_int8_ops.cache_clear()
-    assert [(ops.pack, ops.linear, ops.linear_silu_mul) for ops in chosen] == [(int8.pack, int8.linear, int8.linear_silu_mul)] * 2
-    assert len(caplog.records) == 1 and "no native CPU kernels" in caplog.records[0].getMessage()

@@ -134,6 +134,9 @@ void* scratch(ScratchUse use, int64_t bytes) {
 extern "C" {
 #pragma GCC visibility push(default)
 
+// See native_sources.py.
+const char* disaggd_sources() { return DISAGGD_SOURCES; }
+
 // 0: any x86-64, 1: AVX2, 2: AVX-512, 3: AVX-512 with bfloat16 pairs.
 int disaggd_best_isa() {
     __builtin_cpu_init();

@@ -8,6 +8,7 @@ Of everything NIXL offers to stop a peer's writes only one thing does: destroyin
 
 import uuid
 import weakref
+from collections.abc import Callable
 
 from nixl._api import nixl_agent, nixl_agent_config, nixl_xfer_handle
 from nixl._bindings import (
@@ -142,18 +143,19 @@ class Agent:
 class AgentMaker:
     """Makes agents that register `pool`, each on a free port of `ports`.
 
-    Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end. Those after it are for peers
-    that came back or were fenced, perhaps while a network device is down; the node goes on without them for so long. So it does when its
-    ports are used up: routers say which peers there are, and how often they were restarted.
+    Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end; unless `is_patient`: a network
+    device is down. Those after it are for peers that came back or were fenced, and the node goes on without them for so long. So it does
+    when its ports are used up: routers say which peers there are, and how often they were restarted.
     """
 
-    def __init__(self, ports: PortRange, pool: Pool) -> None:
+    def __init__(self, ports: PortRange, pool: Pool, is_patient: Callable[[], bool] = lambda: False) -> None:
         self._ports = ports
         self._pool = pool
+        self._is_patient = is_patient
         self._has_made_one = False
 
     def __call__(self) -> Agent:
-        """Raises `NoAgent` if NIXL cannot start for it, or no port is free, but could before; `ResourceError` if it never did."""
+        """Raises `NoAgent` if NIXL cannot start for it, or no port is free, but this may pass; else `ResourceError`."""
         for port in self._ports.leases():
             try:
                 agent = Agent(port, self._pool)
@@ -167,4 +169,4 @@ class AgentMaker:
         raise self._failed(str(self._ports.exhausted()))
 
     def _failed(self, message: str) -> Exception:
-        return NoAgent(message) if self._has_made_one else ResourceError(message)
+        return NoAgent(message) if self._has_made_one or self._is_patient() else ResourceError(message)

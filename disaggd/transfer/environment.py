@@ -20,6 +20,9 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 _GPU_CLASSES = ("0x0300", "0x0302")
 
+NET_DEVICES = Path("/sys/class/net")
+_IFF_UP = 1
+
 KEEPALIVE_IDLE_S = 3
 KEEPALIVE_INTERVAL_S = 1
 
@@ -38,6 +41,12 @@ def pinned_devices(devices: str, *, listen_is_loopback: bool) -> str:
         f'[transfer] devices = {devices!r}: name the network devices that carry KV (for instance devices = "eth1"); '
         "anyone who reaches a device that NIXL listens on can read and write this process's memory"
     )
+
+
+def has_device_down(devices: str, net: Path = NET_DEVICES) -> bool:
+    """Whether one of `devices` is a network interface of this host that is down just now. UCX knows only those that are up."""
+    flags = [_first_line(net / device / "flags") for device in devices.split(",") if device]
+    return any(one and not int(one, 16) & _IFF_UP for one in flags)
 
 
 def has_nvidia_gpu(pci: Path = PCI_DEVICES) -> bool:

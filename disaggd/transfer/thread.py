@@ -5,6 +5,7 @@ which commands come is the role's affair.
 """
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import AgentMaker
 from disaggd.transfer.cadence import Cadence
+from disaggd.transfer.environment import has_device_down
 from disaggd.transfer.incoming import RETRY_S, Incoming
 from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
@@ -74,7 +76,8 @@ class TransferThread:
         self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
         source = InPlace(pool) if staging is None else Staged(pool, staging)
-        open_agent = AgentMaker(PortRange(*port_range), source.registered)
+        devices = os.environ.get("UCX_NET_DEVICES", "")
+        open_agent = AgentMaker(PortRange(*port_range), source.registered, lambda: has_device_down(devices))
         self._incoming = Incoming(source.registered, open_agent, self._report, clock)
         self._outgoing = Outgoing(source, rank, open_agent, self._report, clock, push_timeout_s)
         self._cadence = Cadence(clock)

@@ -31,3 +31,12 @@ def test_only_after_the_first_agent_nixl_may_fail_for_a_while(port_range: tuple[
     with pytest.raises(NoAgent, match="NIXL_ERR_BACKEND"):
         make()
     assert all(is_free(port) for port in range(port_range[0], port_range[1] + 1)), "a port is still leased"
+
+
+def test_the_first_agent_too_waits_for_a_device_that_is_down(port_range: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(port: Port, pool: Pool) -> None:
+        raise agent.nixlBackendError("NIXL_ERR_BACKEND")
+
+    monkeypatch.setattr(agent, "Agent", fail)
+    with pytest.raises(NoAgent, match="NIXL_ERR_BACKEND"):
+        AgentMaker(PortRange(*port_range), POOL, is_patient=lambda: True)()

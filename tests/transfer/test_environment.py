@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.environment import has_nvidia_gpu, pinned_devices, transfer_environment
+from disaggd.transfer.environment import has_device_down, has_nvidia_gpu, pinned_devices, transfer_environment
 
 
 def make_device(pci: Path, name: str, vendor: str, kind: str) -> None:
@@ -57,3 +57,23 @@ def test_loopback_node_is_pinned_to_loopback() -> None:
 def test_unpinned_node_is_refused(devices: str, listen_is_loopback: bool) -> None:
     with pytest.raises(ConfigError, match="name the network devices"):
         pinned_devices(devices, listen_is_loopback=listen_is_loopback)
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "is_down"),
+    [
+        ({"eth0": "0x1003"}, "eth0", False),
+        ({"eth0": "0x1002"}, "eth0", True),
+        ({"eth0": "0x1003", "eth1": "0x1002"}, "eth0,eth1", True),
+        ({"eth0": "0x1003"}, "eth1", False),
+        ({"eth0": "0x1003"}, "mlx5_0:1", False),
+        ({}, "", False),
+    ],
+)
+def test_a_device_that_is_there_and_down_is_told_from_one_that_is_not_there(
+    tmp_path: Path, flags: dict[str, str], devices: str, is_down: bool
+) -> None:
+    for name, text in flags.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "flags").write_text(text + "\n")
+    assert has_device_down(devices, tmp_path) is is_down

@@ -72,10 +72,11 @@ class Dispatcher:
         self._moves.admit(record)
         return seq
 
-    def end(self, seq: SeqId, reason: FinishReason) -> None:
-        """The client has gone (`abort`), or has all it wants (`stop`). Harmless for a sequence that is over."""
+    def end(self, seq: SeqId, reason: FinishReason, why: str | None = None) -> None:
+        """The client has gone (`abort`), or was cut, and then `why`; or has all it wants (`stop`). Harmless for a sequence that is over."""
         record = self.sequences.get(seq)
         if record is not None:
+            record.error = why
             self._moves.finish(record, reason)
 
     def fail(self, seq: SeqId, error: RequestError) -> None:

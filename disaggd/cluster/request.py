@@ -224,7 +224,7 @@ class RoutedSequence:
     """Of the last attempt for which one was asked."""
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """What the client was told when it ended without being finished."""
+    """What the client was told when it ended without being finished; or why it was cut."""
     past: list[PastAttempt] = field(default_factory=list)
     """By attempt: those before this one."""
 

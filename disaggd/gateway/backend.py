@@ -76,6 +76,9 @@ class Backend(Protocol):
     def stopped(self, request: GenerationRequest) -> None:
         """A stop string ended the text: the receipt shall say `stop`. Called just before the generator is closed."""
 
+    def cut(self, request: GenerationRequest, why: str) -> None:
+        """Its client was cut: the sequence ends, and the receipt shall say why. Called before the generator is closed."""
+
     def ready(self) -> bool:
         """Whether a request sent now could be served."""
 

@@ -1,7 +1,8 @@
 """One client's connection, within bounds: how long it may take to ask, what it may ask in, how slowly it may read.
 
 uvicorn's protocol parses and answers; what it leaves to a proxy in front of it is added here. Runs on the asyncio thread. Knows
-nothing of what is asked.
+nothing of what is asked. The app may leave two things in the state of a request's scope: `request_id`, for the log, and `on_cut`, which
+is told why before the connection of a client that does not read is reset.
 
     connected ─► HEAD ─► BODY ─► ASKED, the reply goes out; then idle, which uvicorn's own timer ends ─► HEAD ─► …
 
@@ -212,7 +213,10 @@ class ClientConnection(HttpToolsProtocol):
         read_bytes = self._unread_bytes - self._count_unread()
         if read_bytes < 0 or read_bytes >= self._limits.min_read_bytes_per_s * self._limits.stall_s:
             return self._time_reading()
-        self._cuts.slow("stalled", self._name, self.loop.time())
+        state: dict[str, Any] = {} if self._answered is None else self._answered.scope["state"]
+        self._cuts.slow("stalled", self._name, self.loop.time(), state.get("request_id"))
+        if (on_cut := state.get("on_cut")) is not None:
+            on_cut(f"the client read less than {self._limits.min_read_bytes_per_s} bytes a second for {self._limits.stall_s:g} s")
         return self._reset()
 
     def _count_unread(self) -> int:

@@ -57,6 +57,11 @@ class Generation:
             cached_tokens=sum(receipt.num_cached for receipt in receipts) if receipts else None,
         )
 
+    def cut(self, why: str) -> None:
+        """Their client was cut: what becomes of the reply is of no interest."""
+        for request, _ in self._pairs:
+            self._backend.cut(request, why)
+
     async def run(self, listener: Listener) -> None:
         """Until every choice has ended. The first RequestError of any ends all; cancelling aborts all."""
         try:

@@ -59,7 +59,7 @@ class TextEndpoints:
         with self._metrics.open_request():
             call = read_headers(request, form.id_prefix)
             body = await read_object(request, self._limits.max_body_bytes)
-            await while_connected(receive, self._answer(call, form, read, body, send))
+            await while_connected(receive, self._answer(request, call, form, read, body, send))
 
     async def _read_completion(self, body: dict[str, Any]) -> tuple[Options, list[Tokens]]:
         asked = read_completion(body, self._backend.model_name, self._backend.vocab_size, self._limits)
@@ -83,10 +83,11 @@ class TextEndpoints:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def _answer(self, call: Call, form: Format, read: BodyReader, body: dict[str, Any], send: Send) -> None:
+    async def _answer(self, request: Request, call: Call, form: Format, read: BodyReader, body: dict[str, Any], send: Send) -> None:
         options, prompts = await read(body)
         model = self._backend.model_name
         generation = Generation(self._backend, self._metrics, call.arrived_s, self._sequences(call, options, prompts))
+        request.state.on_cut = generation.cut
         reply = Reply(form, self._tokenizer, call.id, model, int(time.time()), usage_follows=options.include_usage)
         num_reserved = sum(len(tokens) + (options.max_tokens or 0) for tokens in prompts)
         with self._access.reserved(call.client, len(prompts), num_reserved, generation.num_tokens):

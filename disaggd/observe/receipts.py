@@ -149,7 +149,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     """None while the request runs."""
     error: str | None = None
-    """What the client was told, if it ended with one."""
+    """What the client was told, if it ended with one; or why the router cut it."""
     phase: str = "placed"
     """Who has it now; `done` when it is over."""
     policy: Policy = "auto"

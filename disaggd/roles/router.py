@@ -116,7 +116,7 @@ class RouterBackend:
             raise Unavailable("the router is stopping")
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
-        deltas = DeltaQueue(self._unread, lambda: self._give_up(seq, request.id))
+        deltas = DeltaQueue(self._unread, lambda why: self._give_up(seq, request.id, why))
         seq = self.dispatcher.submit(_asked(request), deltas)
         self._running[request.id, request.key] = seq
         self._sequence_of[id(request)] = seq
@@ -133,15 +133,20 @@ class RouterBackend:
             if self._running.get((request.id, request.key)) == seq:
                 del self._running[request.id, request.key]
 
-    def _give_up(self, seq: SeqId, request_id: str) -> None:
+    def _give_up(self, seq: SeqId, request_id: str, why: str) -> None:
         """Its client leaves too much unread: nobody computes for it any more."""
         self._cuts.slow("unread", request_id, time.monotonic())
-        self.dispatcher.end(seq, "abort")
+        self.dispatcher.end(seq, "abort", why)
 
     def stopped(self, request: GenerationRequest) -> None:
         """See `Backend.stopped`."""
         if (seq := self._sequence_of.get(id(request))) is not None:
             self.dispatcher.end(seq, "stop")
+
+    def cut(self, request: GenerationRequest, why: str) -> None:
+        """See `Backend.cut`."""
+        if (seq := self._sequence_of.get(id(request))) is not None:
+            self.dispatcher.end(seq, "abort", why)
 
     def receipt(self, request_id: str, key: str | None) -> Receipt | None:
         """See `Backend.receipt`."""

@@ -50,11 +50,11 @@ class Unread:
 class DeltaQueue:
     """A `Sink` that one coroutine reads: what the dispatcher delivers waits here until the client's stream takes it.
 
-    `abort` is called, once and on a later turn of the loop, when too much waits. A list and a future: asyncio.Queue costs 1.5 µs more
-    per token, and gives them one by one.
+    `abort` is called with why, once and on a later turn of the loop, when too much waits. A list and a future: asyncio.Queue costs
+    1.5 µs more per token, and gives them one by one.
     """
 
-    def __init__(self, unread: Unread, abort: Callable[[], None]) -> None:
+    def __init__(self, unread: Unread, abort: Callable[[str], None]) -> None:
         self.num_unread = 0
         """As `UnreadLimits` count."""
         self._unread = unread
@@ -82,7 +82,7 @@ class DeltaQueue:
         """Drop what waits, and end the sequence; the reader is told if it ever comes."""
         self.close()
         self.fail(TooSlow(why, code="client_too_slow"))
-        self._loop.call_soon(self._abort)
+        self._loop.call_soon(self._abort, why)
 
     def close(self) -> None:
         """Nobody reads here any more."""

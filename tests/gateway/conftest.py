@@ -55,6 +55,9 @@ class ScriptedBackend:
     def stopped(self, request: GenerationRequest) -> None:
         self.events.append(f"stopped {request.id}")
 
+    def cut(self, request: GenerationRequest, why: str) -> None:
+        self.events.append(f"cut {request.id}: {why}")
+
     def ready(self) -> bool:
         return self.is_ready
 

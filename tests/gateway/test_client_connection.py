@@ -368,7 +368,9 @@ def test_an_idle_connection_is_closed(call: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_does_not_read_is_cut_and_its_sequence_aborted(call: Any, backend: Any, registry: Any, stream: bool) -> None:
+def test_a_client_that_does_not_read_is_cut_and_its_sequence_aborted(
+    call: Any, backend: Any, registry: Any, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
     async def scenario() -> None:
         backend.script, backend.max_model_len = chatter, 2 * MUCH
         async with serving(call, limits(stall_s=SOON_S)) as front:
@@ -379,7 +381,10 @@ def test_a_client_that_does_not_read_is_cut_and_its_sequence_aborted(call: Any, 
             await until(lambda: not front.server.server_state.connections and not front.server.server_state.tasks)
 
     uvloop.run(scenario())
-    assert len(backend.events) == stream, "a whole reply had nothing left to abort"
+    (request,) = backend.requests
+    assert backend.events[0] == f"cut {request.id}: the client read less than 256 bytes a second for 0.2 s"
+    assert f"cut a client that does not read: 127.0.0.1 (request {request.id})" in caplog.messages
+    assert len(backend.events) == 1 + stream, "a whole reply had nothing left to abort"
     assert registry.get_sample_value("disaggd_open_requests") == 0
 
 
@@ -394,7 +399,7 @@ def test_a_client_that_reads_a_byte_at_a_time_is_cut(call: Any, backend: Any) ->
                     await asyncio.sleep(0.02)
 
     uvloop.run(scenario())
-    assert len(backend.events) == 1
+    assert [event.split()[0] for event in backend.events] == ["cut", "aborted"]
 
 
 def test_a_client_that_reads_slowly_but_steadily_gets_everything(call: Any, backend: Any) -> None:

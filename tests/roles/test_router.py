@@ -160,7 +160,24 @@ def test_a_stream_that_leaves_too_much_unread_is_aborted_on_its_node() -> None:
             await anext(stream)
         receipt = front.backend.receipt("a", None)
         assert receipt is not None and receipt.finish_reason == "abort"
+        assert receipt.error == "101 tokens wait for its client, which reads too slowly"
         assert front.registry.get_sample_value("disaggd_slow_clients_total", {"why": "unread"}) == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_receipt_of_a_request_whose_client_was_cut_says_so_and_of_one_whose_client_left_nothing() -> None:
+    async def scenario() -> None:
+        front = Front()
+        cut, left = front.request("cut"), front.request("left")
+        streams = [await front.begin(cut), await front.begin(left)]
+        front.backend.cut(cut, "it reads nothing")
+        assert isinstance(front.sent[-1], Abort)
+        for stream in streams:
+            await stream.aclose()
+        front.backend.cut(cut, "too late for that")
+        receipts = [front.backend.receipt(name, None) for name in ("cut", "left")]
+        assert [(one.finish_reason, one.error) for one in receipts if one is not None] == [("abort", "it reads nothing"), ("abort", None)]
 
     asyncio.run(scenario())
 

@@ -19,7 +19,7 @@ class Streams:
         self.aborted: list[str] = []
 
     def open(self, name: str) -> DeltaQueue:
-        return DeltaQueue(self.unread, lambda: self.aborted.append(name))
+        return DeltaQueue(self.unread, lambda why: self.aborted.append(name))
 
 
 def test_a_stream_may_leave_as_much_as_its_bound_and_finds_it_later() -> None:

@@ -62,10 +62,17 @@ class Dispatcher:
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def why_closed(self) -> str | None:
+        """Why no decode node takes a new sequence; None if one does."""
+        if is_any_serving(self.decodes):
+            return None
+        return "every decode node is draining" if self.decodes else "no decode node is up"
+
     def submit(self, request: Request, sink: Sink) -> SeqId:
         """Place a new sequence. Raises `Unavailable` when no decode node takes any, `Overloaded` when they hold as much as they may."""
-        if not is_any_serving(self.decodes):
-            raise Unavailable("every decode node is draining" if self.decodes else "no decode node is up")
+        if (why := self.why_closed) is not None:
+            raise Unavailable(why)
         now = self._clock()
         seq = SeqId(f"{self._incarnation}-{next(self._counter)}")
         record = RoutedSequence(seq, request, sink, now + self._rules.request_timeout_s, Timeline(arrived=now))

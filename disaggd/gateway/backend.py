@@ -79,8 +79,8 @@ class Backend(Protocol):
     def cut(self, request: GenerationRequest, why: str) -> None:
         """Its client was cut: the sequence ends, and the receipt shall say why. Called before the generator is closed."""
 
-    def ready(self) -> bool:
-        """Whether a request sent now could be served."""
+    def why_not_ready(self) -> str | None:
+        """Why a request sent now could not be served; None if it could."""
 
     async def blocks(self) -> dict[str, object]:
         """What `GET /v1/debug/blocks` shows: every block that a node holds because of another; plain JSON values.

@@ -69,8 +69,8 @@ class StatusEndpoints:
 
     async def ready(self, request: Request) -> Response:
         """A request sent now could be served; else 503."""
-        if not self._backend.ready():
-            raise Unavailable("no decode node is ready yet")
+        if (why := self._backend.why_not_ready()) is not None:
+            raise Unavailable(why)
         return _json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:

@@ -28,7 +28,7 @@ from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
 from disaggd.cluster.moves import DECODE_PATIENCE_S
-from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer, is_any_serving
+from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
@@ -70,6 +70,7 @@ STOP_TIMEOUT_S = 5
 """Once drained: connections that take the last of their replies for longer are cut."""
 LAST_WORDS_S = 1
 """The same after a second signal, when each stream's last event is an error."""
+STOPPING = "the router is stopping"
 
 
 class RouterBackend:
@@ -113,7 +114,7 @@ class RouterBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         """See `Backend.generate`."""
         if self._draining_since is not None:
-            raise Unavailable("the router is stopping")
+            raise Unavailable(STOPPING)
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
             raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
         deltas = DeltaQueue(self._unread, lambda why: self._give_up(seq, request.id, why))
@@ -164,18 +165,22 @@ class RouterBackend:
         """See `Backend.trace`."""
         return self._observer.trace(seconds, self.dispatcher.sequences.values())
 
-    def ready(self) -> bool:
-        """A decode node is there; and, while the cluster starts, everything else that the file names. Not while the router drains."""
-        if self._draining_since is not None or not is_any_serving(self.dispatcher.decodes):
-            return False
-        if self._is_complete():
+    def why_not_ready(self) -> str | None:
+        """No decode node is there; or, while the cluster starts, anything else that the file names is not; or the router drains."""
+        if self._draining_since is not None:
+            return STOPPING
+        if time.monotonic() < self._starting_until:
+            if missing := self._missing():
+                return f"the cluster is starting: {', '.join(missing)}"
             self._starting_until = 0.0
-        return time.monotonic() >= self._starting_until
+        return self.dispatcher.why_closed
 
-    def _is_complete(self) -> bool:
-        num_linked = len(self.dispatcher.prefills) + len(self.dispatcher.decodes)
-        num_nodes = len(self._config.nodes_of("prefill", "decode"))
-        return num_linked == num_nodes and all(pair.state is PairState.READY for pair in self.dispatcher.pairs)
+    def _missing(self) -> list[str]:
+        """What is not there of a whole cluster: links, then the ways of KV."""
+        linked = {*self.dispatcher.prefills, *self.dispatcher.decodes}
+        nodes = [f"no link to {node.name} yet" for node in self._config.nodes_of("prefill", "decode") if node.name not in linked]
+        pairs = [pair for pair in self.dispatcher.pairs if pair.state is not PairState.READY]
+        return nodes or [f"no way for KV from {pair.writer} to {pair.target} yet" for pair in pairs]
 
     async def blocks(self) -> dict[str, object]:
         """See `Backend.blocks`."""
@@ -287,7 +292,7 @@ class RouterBackend:
     def end_all(self) -> None:
         """End every sequence that still runs, with an error for its client."""
         for seq in list(self.dispatcher.sequences):
-            self.dispatcher.fail(seq, Unavailable("the router is stopping"))
+            self.dispatcher.fail(seq, Unavailable(STOPPING))
 
     def tick(self) -> None:
         self.dispatcher.tick()

@@ -41,7 +41,7 @@ class ScriptedBackend:
         self.script: Script = echo
         self.requests: list[GenerationRequest] = []
         self.events: list[str] = []
-        self.is_ready = True
+        self.trouble: str | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Deltas, None]:
         self.requests.append(request)
@@ -58,8 +58,8 @@ class ScriptedBackend:
     def cut(self, request: GenerationRequest, why: str) -> None:
         self.events.append(f"cut {request.id}: {why}")
 
-    def ready(self) -> bool:
-        return self.is_ready
+    def why_not_ready(self) -> str | None:
+        return self.trouble
 
     async def blocks(self) -> dict[str, object]:
         return {"nodes": [{"name": "d0", "state": "answered"}], "blocks": []}

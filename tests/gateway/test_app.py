@@ -14,11 +14,12 @@ def test_models_lists_the_one_model(call: Any) -> None:
 
 def test_ready_follows_the_backend_and_health_does_not(call: Any, backend: Any) -> None:
     assert call("GET", "/ready").status_code == 200
-    backend.is_ready = False
+    backend.trouble = "d0 has a cold"
     response = call("GET", "/ready")
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"]["type"] == "service_unavailable"
+    assert response.json()["error"]["message"] == "d0 has a cold"
     assert call("GET", "/health").status_code == 200
 
 

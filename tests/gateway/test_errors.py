@@ -53,7 +53,7 @@ def test_a_fault_of_whatever_is_looked_at_is_an_internal_error(
     def broken(*_: object) -> NoReturn:
         raise fault
 
-    for name in ("receipts", "receipt", "cluster", "trace", "ready"):
+    for name in ("receipts", "receipt", "cluster", "trace", "why_not_ready"):
         monkeypatch.setattr(backend, name, broken)
     monkeypatch.setattr(type(backend), "model_name", property(broken), raising=False)
     response = call("GET", path)

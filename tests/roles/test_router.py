@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.api_keys import KeyFile, key_table, new_key
 from disaggd.cluster.hello import NodeHello
-from disaggd.cluster.peers import DecodePeer
+from disaggd.cluster.peers import DecodePeer, PrefillPeer
 from disaggd.cluster.protocol import Abort, Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
-from disaggd.config import parse_config
+from disaggd.config import Config, NodeConfig, parse_config
 from disaggd.errors import HelloRefused, Overloaded, TooSlow, Unavailable
 from disaggd.gateway.access import Access
 from disaggd.gateway.backend import Deltas, GenerationRequest
@@ -23,9 +23,10 @@ from disaggd.ids import Incarnation, NodeName
 from disaggd.model.directory import open_directory
 from disaggd.observe.metrics import Metrics
 from disaggd.roles import router
-from disaggd.roles.router import RouterBackend
+from disaggd.roles.router import STARTING_S, RouterBackend
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.layout import KVSpec, kv_spec
+from disaggd.units import Address
 
 CONFIG = parse_config(
     """
@@ -45,6 +46,9 @@ CONFIG = parse_config(
     role = "decode"
     listen = "127.0.0.1:8102"
     """
+)
+CONFIG_1P1D = msgspec.structs.replace(
+    CONFIG, nodes=(*CONFIG.nodes, NodeConfig(name=NodeName("p0"), role="prefill", listen=Address("127.0.0.1:8101")))
 )
 UNREAD = CONFIG.router.max_unread_tokens
 SPEC = open_directory("builtin:tiny").spec("float32")
@@ -74,9 +78,9 @@ GAUGES = Gauges(
 class Front:
     """A backend with one decode node that answers what the test says."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config = CONFIG) -> None:
         self.registry = CollectorRegistry()
-        self.backend = RouterBackend(CONFIG, CONFIG.node("front"), SPEC, Metrics(self.registry))
+        self.backend = RouterBackend(config, CONFIG.node("front"), SPEC, Metrics(self.registry))
         self.sent: list[ToNode] = []
         self.backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), hello(), self.sent.append))
 
@@ -202,7 +206,7 @@ def test_a_draining_router_admits_nothing_and_lets_streams_go_on_for_a_while() -
         front.backend.drain()
         with pytest.raises(Unavailable, match="stopping"):
             await anext(front.backend.generate(front.request("b")))
-        assert not front.backend.is_drained and not front.backend.ready()
+        assert not front.backend.is_drained and front.backend.why_not_ready() == "the router is stopping"
         assert front.backend.cluster()["state"] == "draining"
         front.tokens(front.generates()[0], 1, 10, 11, 12, finish=True)
         assert [delta.finish_reason async for deltas in stream for delta in deltas] == ["length"]
@@ -262,14 +266,31 @@ def test_a_key_file_that_is_emptied_is_a_warning(tmp_path: Path, monkeypatch: py
 
 def test_a_draining_node_is_shown_as_such_and_with_no_other_the_router_is_not_ready() -> None:
     front = Front()
-    front.backend._starting_until = 0.0
     states = []
     for frames in ([], [Draining()]):
         for frame in frames:
             front.backend.dispatcher.on_frame(NodeName("d0"), frame)
         (node,) = front.backend.cluster()["nodes"]  # type: ignore[misc]
-        states.append((node["state"], front.backend.ready()))  # type: ignore[index]
-    assert states == [("serving", True), ("draining", False)]
+        states.append((node["state"], front.backend.why_not_ready()))  # type: ignore[index]
+    assert states == [("serving", None), ("draining", "every decode node is draining")]
+
+
+def test_a_router_says_what_it_waits_for_while_the_cluster_starts_and_what_it_lacks_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = Front(CONFIG_1P1D)
+    now = time.monotonic()
+    dispatcher, reasons = front.backend.dispatcher, [front.backend.why_not_ready()]
+    dispatcher.prefill_up(PrefillPeer(NodeName("p0"), msgspec.structs.replace(hello(), name=NodeName("p0"), role="prefill"), print))
+    reasons.append(front.backend.why_not_ready())
+    monkeypatch.setattr(time, "monotonic", lambda: now + STARTING_S)
+    reasons.append(front.backend.why_not_ready())
+    dispatcher.node_down(NodeName("d0"))
+    reasons.append(front.backend.why_not_ready())
+    assert reasons == [
+        "the cluster is starting: no link to p0 yet",
+        "the cluster is starting: no way for KV from p0 to d0 yet",
+        None,
+        "no decode node is up",
+    ]
 
 
 def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:

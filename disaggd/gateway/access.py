@@ -107,7 +107,9 @@ class Access:
         cause = "wrong" if "authorization" in request.headers else "missing"
         address = request.client.host if request.client else "unknown"
         self._refusals.note(cause, address, f"refused {address} ({request.method} {request.url.path:.80}): {cause} API key")
-        return Unauthorized("there is no such API key" if cause == "wrong" else "an API key is needed: Authorization: Bearer …")
+        if cause == "missing":
+            return Unauthorized("an API key is needed: Authorization: Bearer …")
+        return Unauthorized("there is no such API key" if _bearer(request) else "the scheme must be Bearer: Authorization: Bearer …")
 
     @staticmethod
     def _find(clients: dict[bytes, Client], key: str) -> Client | None:

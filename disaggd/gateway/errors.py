@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from disaggd.errors import InvalidRequest, NotFound, RequestError, RequestFailed, Unauthorized, Unavailable
+from disaggd.gateway.headers import refusal_id
 
 
 def error_object(error: RequestError) -> dict[str, object]:
@@ -39,7 +40,5 @@ def apologize(request: Request, error: Exception) -> Response:
 
 
 def _response(request: Request, error: RequestError, status: int, headers: dict[str, str]) -> Response:
-    request_id = getattr(request.state, "request_id", None)
-    if request_id is not None:
-        headers["x-request-id"] = request_id
+    headers["x-request-id"] = getattr(request.state, "request_id", None) or refusal_id(request)
     return Response(msgspec.json.encode(error_object(error)), status, headers, media_type="application/json")

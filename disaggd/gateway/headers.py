@@ -43,6 +43,12 @@ def read_headers(request: Request, id_prefix: str) -> Call:
     )
 
 
+def refusal_id(request: Request) -> str:
+    """Of a request that was refused before its headers were read: its own, if that is a name."""
+    given = request.headers.get("x-request-id", "")
+    return given if _NAME.fullmatch(given) else f"req-{uuid4().hex}"
+
+
 def _name(request: Request, header: str) -> str | None:
     name = request.headers.get(header)
     if name is not None and not _NAME.fullmatch(name):

@@ -116,7 +116,7 @@ class RouterBackend:
         if self._draining_since is not None:
             raise Unavailable(STOPPING)
         if len(self.dispatcher.sequences) >= self._config.router.max_requests:
-            raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already")
+            raise Overloaded(f"{self._config.router.max_requests} sequences are in flight already ([router] max_requests)")
         deltas = DeltaQueue(self._unread, lambda why: self._give_up(seq, request.id, why))
         seq = self.dispatcher.submit(_asked(request), deltas)
         self._running[request.id, request.key] = seq

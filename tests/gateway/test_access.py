@@ -86,6 +86,7 @@ def test_without_a_key_nothing_but_probes_is_answered(door: Door, backend: Any) 
         if path not in OPEN and method != "HEAD":
             assert response.headers["www-authenticate"] == "Bearer"
             assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["x-request-id"].startswith("req-")
     assert backend.requests == []
 
 
@@ -108,6 +109,22 @@ def test_a_wrong_key_is_refused_and_so_is_a_short_one(door: Door, backend: Any, 
     assert response.status_code == 401
     assert door.count("disaggd_unauthorized_total", cause="wrong") == 1
     assert ALICE[:-1] not in response.text
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("mine-7", True), ("not a name", False), ("x" * 129, False)])
+def test_a_refusal_bears_the_id_that_the_request_came_with(door: Door, given: str, is_kept: bool) -> None:
+    response = door.call("POST", "/v1/completions", headers={"x-request-id": given})
+    assert response.status_code == 401
+    assert (response.headers["x-request-id"] == given) == is_kept
+
+
+@pytest.mark.parametrize(
+    ("authorization", "said"), [(f"Bearer {32 * 'k'}", "no such API key"), ("Basic YTpi", "the scheme must be Bearer")]
+)
+def test_a_refusal_says_whether_the_key_is_wrong_or_the_scheme(door: Door, authorization: str, said: str) -> None:
+    response = door.call("GET", "/v1/models", headers={"authorization": authorization})
+    assert response.status_code == 401
+    assert said in response.json()["error"]["message"]
 
 
 def test_a_key_serves_and_is_named_in_the_receipt(door: Door, backend: Any) -> None:

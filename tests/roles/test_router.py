@@ -190,7 +190,7 @@ def test_more_requests_than_the_limit_are_refused_at_once() -> None:
     async def scenario() -> None:
         front = Front()
         streams = [await front.begin(front.request(name)) for name in "ab"]
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded, match=r"2 sequences are in flight already \(\[router\] max_requests\)"):
             await anext(front.backend.generate(front.request("c")))
         for stream in streams:
             await stream.aclose()

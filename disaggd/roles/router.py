@@ -195,7 +195,12 @@ class RouterBackend:
                 for node in self._config.nodes_of("prefill", "decode")
             ],
             "blocks": [
-                {"node": name, "request": self._request_id(holding.seq), **msgspec.structs.asdict(holding)}
+                {
+                    "node": name,
+                    "request": self._request_id(holding.seq),
+                    **msgspec.structs.asdict(holding),
+                    "age_s": round(holding.age_s, 3),
+                }
                 for name, holdings in answers.items()
                 for holding in holdings or ()
             ],

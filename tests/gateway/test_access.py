@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -68,6 +69,7 @@ def limited(backend: Any, tokenizer: Any, **limits: Any) -> Door:
 # ── who gets in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPEN = {"/health", "/ready"}
+ADMINS = ["/v1/cluster", "/v1/cluster/trace", "/v1/debug/blocks", "/metrics"]
 
 
 def asked(door: Door) -> list[tuple[str, str]]:
@@ -145,11 +147,17 @@ def test_refusals_are_logged_once_counted_and_show_no_key(door: Door, caplog: py
     assert door.count("disaggd_http_requests_total", route="/v1/models", status="401") == 5
 
 
-@pytest.mark.parametrize("path", ["/v1/cluster", "/v1/cluster/trace", "/v1/debug/blocks", "/metrics"])
+@pytest.mark.parametrize("path", ADMINS)
 def test_what_shows_the_cluster_is_for_admins(door: Door, path: str) -> None:
     assert door(ROOT, "GET", path).status_code == 200
     refused = door(BOB, "GET", path)
     assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+
+
+def test_docs_security_names_what_is_for_admins(door: Door) -> None:
+    (row,) = re.findall(r"^\| `admin` \|.*$", (Path(__file__).parents[2] / "docs" / "security.md").read_text(), re.MULTILINE)
+    for_admins = {path for method, path in asked(door) if method == "GET" and door(BOB, method, path).status_code == 403}
+    assert for_admins == set(ADMINS) == set(re.findall(r"`(/[^`]*)`", row))
 
 
 def test_metrics_may_be_open(backend: Any, tokenizer: Any) -> None:

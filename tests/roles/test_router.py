@@ -13,13 +13,27 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.api_keys import KeyFile, key_table, new_key
 from disaggd.cluster.hello import NodeHello
+from disaggd.cluster.holdings import Holding
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
-from disaggd.cluster.protocol import Abort, Decided, Draining, Gauges, Generate, RefusedLinks, SlowThread, TokenRun, Tokens, ToNode
+from disaggd.cluster.protocol import (
+    Abort,
+    BlockList,
+    Decided,
+    Draining,
+    Gauges,
+    Generate,
+    ListBlocks,
+    RefusedLinks,
+    SlowThread,
+    TokenRun,
+    Tokens,
+    ToNode,
+)
 from disaggd.config import Config, NodeConfig, parse_config
 from disaggd.errors import HelloRefused, Overloaded, TooSlow, Unavailable
 from disaggd.gateway.access import Access
 from disaggd.gateway.backend import Deltas, GenerationRequest
-from disaggd.ids import Incarnation, NodeName
+from disaggd.ids import Incarnation, NodeName, SeqId
 from disaggd.model.directory import open_directory
 from disaggd.observe.metrics import Metrics
 from disaggd.roles import router
@@ -291,6 +305,20 @@ def test_a_router_says_what_it_waits_for_while_the_cluster_starts_and_what_it_la
         None,
         "no decode node is up",
     ]
+
+
+def test_how_long_blocks_have_been_held_is_told_to_the_millisecond() -> None:
+    async def scenario() -> dict[str, Any]:
+        front = Front()
+        asking = asyncio.create_task(front.backend.blocks())
+        await asyncio.sleep(0)
+        (asked,) = (frame for frame in front.sent if isinstance(frame, ListBlocks))
+        held = Holding(state="held", memory="pool", blocks=(), seq=SeqId("s"), attempt=0, peer=NodeName("p0"), age_s=1.23456789, reason="")
+        front.backend.on_frame(LINK, BlockList(asked.request, (held,)))
+        return await asking
+
+    (shown,) = asyncio.run(scenario())["blocks"]
+    assert (shown["state"], shown["age_s"]) == ("held", 1.235)
 
 
 def test_the_receipt_of_a_running_request_shows_what_is_known() -> None:

@@ -95,10 +95,6 @@ class DelayFit:
         self._recent = deque[tuple[float, float]](maxlen=DELAYS_IN_MIND)
         """Predicted and actual seconds."""
 
-    def corrected(self, predicted_s: float) -> float:
-        """What is to be expected where the arithmetic says `predicted_s`."""
-        return self.overhead_s + self.slowness * predicted_s
-
     def learn(self, predicted_s: float, actual_s: float) -> None:
         """The arithmetic had said `predicted_s`."""
         self._recent.append((predicted_s, actual_s))

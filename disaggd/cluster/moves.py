@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 
 from disaggd.cluster import protocol
-from disaggd.cluster.admission import Admission
+from disaggd.cluster.admission import MAX_RETRY_S, Admission
 from disaggd.cluster.cache_book import CacheBook
 from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
@@ -151,7 +151,7 @@ class Moves:
             record,
             Overloaded(
                 f"the prefill queue is full: {len(self.queue)} waiting, {self.queue.num_tokens} tokens in all",
-                retry_after_s=max(1, ceil(wait_s)),
+                retry_after_s=min(MAX_RETRY_S, max(1, ceil(wait_s))),
             ),
         )
 

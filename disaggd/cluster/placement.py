@@ -110,13 +110,14 @@ class Placement:
         )
 
     def wait_s(self, job: Job, now: float) -> float:
-        """Predicted, until a prefill node would begin with the job. With none up there is no telling: 0."""
-        peers = self._prefills.values()
+        """Predicted, until a prefill node would begin with the job. With none that takes jobs there is no telling: 0.
+
+        By arithmetic alone: how late first tokens were tells of hops and steps, by which a long wait is not made several times longer.
+        """
+        peers = [peer for peer in self._prefills.values() if peer.duty is Duty.SERVING]
         if not peers:
             return 0.0
-        return self._learning.delays.corrected(
-            (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers)
-        )
+        return (sum(peer.backlog_s(now) for peer in peers) + self._queue.work_ahead_s(job, now)) / len(peers)
 
     def has_room_elsewhere(self, record: RoutedSequence) -> bool:
         """Whether another decode node than its own has blocks for the sequence."""

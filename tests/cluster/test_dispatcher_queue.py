@@ -1,9 +1,11 @@
 """Jobs that wait for a prefill node: their order, who may overtake, who leaves."""
 
+from disaggd.cluster.admission import MAX_RETRY_S
+from disaggd.cluster.costs import ENOUGH_DELAYS
 from disaggd.cluster.offer import PrefillCost
-from disaggd.cluster.protocol import Abort, Credit, Measured, NoRoom, Prefill, Released, RequestGrant, Room
+from disaggd.cluster.protocol import Abort, Credit, Draining, Measured, NoRoom, Prefill, Released, RequestGrant, Room
 from disaggd.errors import Overloaded
-from disaggd.ids import SeqId
+from disaggd.ids import NodeName, SeqId
 from tests.support.routing import D0, D1, GRANT_PATIENCE_S, P0, P1, Client, Routing, gauges
 
 
@@ -377,6 +379,41 @@ def test_retry_after_is_the_predicted_wait() -> None:
     urgent = routing.queued(100, priority=-100)
     assert isinstance(urgent.error, Overloaded)
     assert urgent.error.retry_after_s == 1, "it would have gone before those that wait"
+
+
+def loaded(*prefills: NodeName, prefill_s: float) -> Routing:
+    """Each prefill node has a job that it has just begun, and as many wait as may."""
+    routing = Routing(prefills=prefills, credit=100, max_prefill_queue=2)
+    for name in prefills:
+        routing.say(name, Measured(PrefillCost(prefill_s, 0.0, 0.0), 0.0, 0.0))
+    for _ in prefills:
+        routing.prefilling(100)
+    routing.queued(100), routing.queued(100)
+    return routing
+
+
+def retry_after_s(routing: Routing) -> int:
+    refused = routing.queued(100)
+    assert isinstance(refused.error, Overloaded)
+    return refused.error.retry_after_s
+
+
+def test_retry_after_is_not_stretched_by_how_late_short_prompts_were() -> None:
+    routing = loaded(P0, prefill_s=5.0)
+    for _ in range(ENOUGH_DELAYS):
+        routing.dispatcher._moves.learning.delays.learn(0.01, 0.05)
+    assert retry_after_s(routing) == 15
+
+
+def test_retry_after_is_shared_by_those_prefill_nodes_that_take_jobs() -> None:
+    routing = loaded(P0, P1, prefill_s=5.0)
+    assert retry_after_s(routing) == 10, "two that are under way and two that wait, for two nodes"
+    routing.say(P1, Draining())
+    assert retry_after_s(routing) == 15, "one that is under way and two that wait, for one node"
+
+
+def test_retry_after_is_a_minute_at_most() -> None:
+    assert retry_after_s(loaded(P0, prefill_s=100.0)) == MAX_RETRY_S
 
 
 def test_a_queue_that_filled_up_after_the_offer_lets_decode_decide_again() -> None:

@@ -7,6 +7,8 @@ import asyncio
 import itertools
 from collections.abc import Mapping
 
+import msgspec
+
 from disaggd.cluster.holdings import Holding
 from disaggd.cluster.peers import Peer
 from disaggd.cluster.protocol import BlockList, ListBlocks
@@ -43,3 +45,8 @@ class BlockSurvey:
         """An answer; nothing happens if nobody waits for it any more."""
         if (future := self._awaited.get((frame.request, name))) is not None and not future.done():
             future.set_result(frame.holdings)
+
+
+def shown(node: NodeName, request_id: str | None, holding: Holding) -> dict[str, object]:
+    """What a reader is told of one holding: plain JSON values, its age to the millisecond."""
+    return {"node": node, "request": request_id, **msgspec.structs.asdict(holding), "age_s": round(holding.age_s, 3)}

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 
-import msgspec
 import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -46,7 +45,7 @@ from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
 from disaggd.roles.assembly import dispatch_rules
-from disaggd.roles.block_survey import BlockSurvey
+from disaggd.roles.block_survey import BlockSurvey, shown
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.unread import DeltaQueue, Unread, UnreadLimits
@@ -195,14 +194,7 @@ class RouterBackend:
                 for node in self._config.nodes_of("prefill", "decode")
             ],
             "blocks": [
-                {
-                    "node": name,
-                    "request": self._request_id(holding.seq),
-                    **msgspec.structs.asdict(holding),
-                    "age_s": round(holding.age_s, 3),
-                }
-                for name, holdings in answers.items()
-                for holding in holdings or ()
+                shown(name, self._request_id(holding.seq), holding) for name, holdings in answers.items() for holding in holdings or ()
             ],
         }
 

@@ -15,9 +15,10 @@ class Repeated:
         self._log = log
         self._last: str | None = None
 
-    def log(self, level: int, message: str) -> None:
+    def log(self, level: int, message: str, fault: BaseException | None = None) -> None:
+        """With the traceback of `fault`."""
         if message != self._last:
-            self._log.log(level, "%s", message)
+            self._log.log(level, "%s", message, exc_info=fault)
         self._last = message
 
     def forget(self) -> None:

@@ -173,16 +173,18 @@ class Link(Generic[Out, In, Hello]):
     ) -> LinkClosed:
         """Runs the link to its end, which it returns. Cancelling it closes the link; `on_down` is called in any case."""
         log.info("link to %s is up", self.name)
-        on_up(self)
         end, level = LinkClosed("stopping", is_farewell=True), logging.INFO
         try:
+            on_up(self)
             end = await self._run(on_frame)
             level = logging.INFO if end.is_farewell else logging.WARNING
         finally:
             self._end = self._end or end
             log.log(level, "link to %s is down: %s", self.name, end)
-            on_down(self, str(end))
-            await _close(self._socket, CloseCode.GOING_AWAY if end.is_farewell else CloseCode.INTERNAL_ERROR, str(end))
+            try:
+                on_down(self, str(end))
+            finally:
+                await _close(self._socket, CloseCode.GOING_AWAY if end.is_farewell else CloseCode.INTERNAL_ERROR, str(end))
         return end
 
     async def _run(self, on_frame: Callable[[Any, In], None]) -> LinkClosed:
@@ -362,7 +364,8 @@ async def dial(
     `on_refused` is told the field over which either end refused the other.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
-    Each standing trouble is logged once; that a node is not there yet, or took its leave, is none for `patience_s`.
+    Each standing trouble is logged once; that a node is not there yet, or took its leave, is none for `patience_s`. No exception ends
+    this: a router goes on with its other nodes, whatever one of them does.
     """
     troubles = Repeated(log)
     now = asyncio.get_running_loop().time
@@ -385,19 +388,33 @@ async def dial(
             else:
                 troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error, settings)}")
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other nodes stay linked
+            troubles.log(logging.ERROR, f"no link to {node.name} at {node.listen}, trying again: {error!r}", error)
+            pause_s = settings.refused_s
         else:
             troubles.forget()
             pause_s = settings.reconnect_min_s
-            end = await link.carry(on_up, on_frame, on_down)
-            missed_from = now() + (settings.patience_s if end.is_farewell else 0.0)
+            missed_from = now()
+            try:
+                end = await link.carry(on_up, on_frame, on_down)
+                missed_from = now() + (settings.patience_s if end.is_farewell else 0.0)
+            except Exception:
+                log.exception("a callback of the link to %s failed", node.name)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+
+class _Dialled(connect):
+    """Follows no redirect: what a router says to a node is for that address alone."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        return exc
 
 
 async def _connect(node: NodeConfig, hello: RouterHello, accept: Callable[[NodeHello], None], settings: LinkSettings) -> RouterLink:
     async with asyncio.timeout(settings.hello_timeout_s):
         scheme = "ws" if settings.dial_tls is None else "wss"
         tls = _tls_options(settings.dial_tls, settings)
-        socket = await connect(f"{scheme}://{node.listen}{LINK_PATH}", proxy=None, **tls, **_SOCKET_OPTIONS)
+        socket = await _Dialled(f"{scheme}://{node.listen}{LINK_PATH}", proxy=None, **tls, **_SOCKET_OPTIONS)
         try:
             theirs = await meet_node(_greeting(socket, settings), hello, node)
             accept(theirs)

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve
 
 from disaggd.cluster.handshake import Greeting, meet_node
-from disaggd.cluster.hello import PROTOCOL_VERSION, Frame, HelloRejected, NodeHello, Ping, RouterHello
+from disaggd.cluster.hello import PROTOCOL_VERSION, Challenge, Frame, HelloRejected, NodeHello, Ping, RouterHello
 from disaggd.cluster.link import Link, LinkServer, LinkSettings, dial, serve_links
 from disaggd.cluster.protocol import Abort, Credit
 from disaggd.config import Address, NodeConfig
@@ -433,15 +434,121 @@ def test_an_undecodable_frame_closes_its_link_only(free_port: Callable[[], int])
     run(scenario())
 
 
-def test_garbage_instead_of_a_hello_is_refused(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+def no_utf8(frame: Frame) -> bytes:
+    return msgspec.msgpack.encode(frame).replace(b"model-a", b"model-\xff")
+
+
+def endlessly_nested(frame: Frame) -> bytes:
+    """With one more field, which nobody knows, of 60,000 lists in each other."""
+    fields = msgspec.to_builtins(frame, builtin_types=(bytes,))
+    return msgspec.msgpack.encode([*fields, None])[:-1] + 60_000 * b"\x91"
+
+
+@pytest.mark.parametrize(
+    ("garbage", "why"),
+    [
+        (msgspec.msgpack.encode(Ping()), "Invalid value 'Ping'"),
+        (no_utf8(ROUTER), "can't decode byte 0xff"),
+        (endlessly_nested(ROUTER), "maximum recursion depth"),
+    ],
+    ids=["another frame", "invalid UTF-8", "60,000 nested lists"],
+)
+def test_garbage_instead_of_a_hello_is_refused_logged_once_and_counted(
+    free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, garbage: bytes, why: str
+) -> None:
     async def scenario() -> None:
-        port, node = free_port(), End()
-        async with serving(port, node), connect(f"ws://127.0.0.1:{port}/link", proxy=None) as socket:
-            await socket.send(msgspec.msgpack.encode(Ping()))
-            assert "Invalid value 'Ping'" in await logged(caplog, "no hello from 127.0.0.1")
-        assert node.ups == 0
+        port, node, refused = free_port(), End(), list[tuple[str, int]]()
+        async with serving(port, node, on_refused=lambda *counted: refused.append(counted)):
+            for _ in range(3):
+                async with connect(f"ws://127.0.0.1:{port}/link", proxy=None) as socket:
+                    await socket.send(garbage)
+                    await socket.wait_closed()
+            assert why in await logged(caplog, "no hello from 127.0.0.1")
+        assert (node.ups, refused) == (0, [("no_hello", 1), ("no_hello", 2), ("no_hello", 3)])
 
     run(scenario())
+    assert len([record for record in caplog.records if "no hello" in record.getMessage()]) == 1
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+CHALLENGE = msgspec.msgpack.encode(Challenge(bytes(32)))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [no_utf8(HelloRejected("model-a", "", ""))],
+        [CHALLENGE, 60_000 * b"\x91"],
+        [CHALLENGE, endlessly_nested(NODE)],
+        [CHALLENGE, no_utf8(NODE)],
+    ],
+    ids=["a refusal with invalid UTF-8", "60,000 nested lists", "a hello with 60,000 nested lists", "a hello with invalid UTF-8"],
+)
+def test_whatever_answers_at_a_nodes_address_the_router_dials_on(
+    free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, answers: list[bytes]
+) -> None:
+    async def answer(socket: ServerConnection) -> None:
+        await socket.recv()
+        for one in answers:
+            await socket.send(one)
+        await socket.wait_closed()
+
+    async def scenario() -> None:
+        port, router = free_port(), End()
+        async with dialling(port, router):
+            async with serve(answer, "127.0.0.1", port):
+                await logged(caplog, "trying again: ")
+            async with serving(port, End()):
+                await router.up.get()
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("target", ["ws://[::1", "ws://127.0.0.1:999999/", "ws://127.0.0.1:{elsewhere}/link"])
+def test_a_redirect_is_not_followed(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, target: str) -> None:
+    async def scenario() -> None:
+        port, elsewhere, router, other = free_port(), free_port(), End(), End()
+
+        async def redirect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(f"HTTP/1.1 302 Found\r\nLocation: {target.format(elsewhere=elsewhere)}\r\nContent-Length: 0\r\n\r\n".encode())
+            writer.close()
+
+        async with serving(elsewhere, other), dialling(port, router):
+            async with await asyncio.start_server(redirect, "127.0.0.1", port):
+                assert "HTTP 302" in await logged(caplog, "trying again: ")
+            async with serving(port, End()):
+                await router.up.get()
+            assert other.ups == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("callback", ["accept", "on_up", "on_down"])
+def test_no_fault_of_a_callback_keeps_the_router_from_dialling_on(
+    free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, callback: str
+) -> None:
+    async def scenario() -> None:
+        port, router, stumbles = free_port(), End(), iter([True])
+        calls: dict[str, Callable[..., None]] = {"accept": lambda _: None, **router.callbacks}
+
+        def stumble(*args: Any) -> None:
+            if next(stumbles, False):
+                raise KeyError("out of the blue")
+            calls[callback](*args)
+
+        async with serving(port, node := End()):
+            task = asyncio.create_task(dial(node_at(port), ROUTER, settings=SETTINGS, **(calls | {callback: stumble})))  # type: ignore[arg-type]
+            if callback == "on_down":
+                (await node.up.get()).close("off")
+                await router.up.get()
+            await router.up.get()
+            task.cancel()
+            await asyncio.wait([task])
+
+    run(scenario())
+    assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
 
 
 def test_a_silent_peer_is_given_up(free_port: Callable[[], int]) -> None:

@@ -104,7 +104,7 @@ class KeyFile:
         """Raises ConfigError, which names the file."""
         with naming(f"router.api_keys: {self._path}"):
             self._read = self._stamp()
-            return parse_keys(read_text(self._path))
+            return parse_keys(read_text(self._path, only_regular=True))  # on the event loop
 
     def has_changed(self) -> bool:
         """Since it was read, but not since it was looked at last: nobody is about to write the rest of it."""

@@ -4,7 +4,9 @@ Knows no file of ours: the struct that it is given says what may be in it. A tab
 """
 
 import difflib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,21 +30,33 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_text(path: Path, *, if_absent: str = "") -> str:
-    """Raises ConfigError, which does not name the file; that of an absent one ends with `if_absent`."""
+def read_text(path: Path, *, if_absent: str = "", only_regular: bool = False) -> str:
+    """Raises ConfigError, which does not name the file; that of an absent one ends with `if_absent`.
+
+    `only_regular` refuses what is no regular file. A FIFO, for one, would keep the caller waiting for who writes to it.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", opener=_open_regular if only_regular else None) as file:
+            return file.read()
     except FileNotFoundError:
         raise ConfigError(f"no such file{if_absent}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}") from error
 
 
+def _open_regular(path: str, flags: int) -> int:
+    opened = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ConfigError("not a regular file")
+    return opened
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """Raises ConfigError."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError; a number of 5,000 digits is another
         raise ConfigError(f"not valid TOML: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """The file of API keys: what it may hold, how a mistake is named, and when it is read again."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def test_a_new_key_is_long_and_let_in_by_its_table() -> None:
     ("text", "message"),
     [
         ("[[key]\n", "not valid TOML"),
+        (f"x = {5000 * '1'}\n", "not valid TOML"),
+        (f"x = {5000 * '['}\n", "not valid TOML"),
         ("[[keys]]\n", "keys: unknown key (key?)"),
         (f'[[key]]\nname = "a"\nhash = "{HASH}"\nadmim = true\n', "key[0] (a).admim: unknown key (admin?)"),
         ('[[key]]\nname = "a"\n', "key[0]: table missing required field hash"),
@@ -63,6 +66,13 @@ def test_the_file_is_read_again_when_it_changes_and_only_then(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"keys\.toml: not valid TOML"):
         file.read()
     assert not file.has_changed(), "a broken file is complained of once"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["a FIFO", "a directory"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(path := tmp_path / "keys.toml")
+    with pytest.raises(ConfigError, match=r"keys\.toml: "):
+        KeyFile(str(path)).read()
 
 
 def test_a_client_reads_its_key_from_a_file(tmp_path: Path) -> None:

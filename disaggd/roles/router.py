@@ -412,6 +412,8 @@ async def _follow_keys(file: KeyFile, access: Access) -> None:
                 keys = file.read()
             except ConfigError as error:
                 log.error("%s; the API keys stay as they were", error)
+            except Exception:
+                log.exception("the API keys cannot be read and stay as they were")
             else:
                 access.set_keys(keys)
                 if keys:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from disaggd.api_keys import KeyFile, key_table, new_key
+from disaggd.api_keys import ApiKey, KeyFile, key_table, new_key, parse_keys
 from disaggd.cluster.hello import NodeHello
 from disaggd.cluster.holdings import Holding
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
@@ -30,7 +30,7 @@ from disaggd.cluster.protocol import (
     ToNode,
 )
 from disaggd.config import Config, NodeConfig, parse_config
-from disaggd.errors import HelloRefused, Overloaded, TooSlow, Unavailable
+from disaggd.errors import ConfigError, HelloRefused, Overloaded, TooSlow, Unavailable
 from disaggd.gateway.access import Access
 from disaggd.gateway.backend import Deltas, GenerationRequest
 from disaggd.ids import Incarnation, NodeName, SeqId
@@ -414,3 +414,32 @@ def test_a_nodes_thread_that_does_not_get_on_is_shown_until_it_does_or_the_node_
     backend.on_down(LINK, "it ended itself")
     shown.append(registry.get_sample_value("disaggd_node_thread_silent_seconds", labels))
     assert shown == [12.0, 0.0, 15.0, None]
+
+
+def test_whatever_befalls_the_file_of_keys_the_router_keeps_those_it_has_and_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(router, "KEY_FILE_POLL_S", 0.001)
+    contents: Iterator[Exception | str] = iter([ConfigError("keys.toml: no such file"), MemoryError(), key_table("alice", new_key())])
+    followed = asyncio.Event()
+
+    class File(KeyFile):
+        def has_changed(self) -> bool:
+            return not followed.is_set()
+
+        def read(self) -> tuple[ApiKey, ...]:
+            if isinstance(content := next(contents), Exception):
+                raise content
+            followed.set()
+            return parse_keys(content)
+
+    async def scenario() -> None:
+        access = Access(Metrics(CollectorRegistry()), ())
+        task = asyncio.create_task(router._follow_keys(File(str(tmp_path)), access))
+        async with asyncio.timeout(10):
+            await asyncio.wait([task, asyncio.create_task(followed.wait())], return_when=asyncio.FIRST_COMPLETED)
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert [record.getMessage().endswith("stay as they were") for record in caplog.records if record.levelname == "ERROR"] == [True, True]

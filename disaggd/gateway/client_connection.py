@@ -106,9 +106,7 @@ class ClientConnection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         began_in = self._stage
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # to nothing that we speak: the request is answered as it stands
+            self._parse(data)
         except httptools.HttpParserError:
             self._cuts.refused("malformed" if self._refusal is None else "too_large", self._name, self.loop.time())
             return self._refuse(self._refusal or InvalidRequest("this is not HTTP"))
@@ -117,6 +115,28 @@ class ClientConnection(HttpToolsProtocol):
         if self._stage is began_in:
             return self._count(len(data))
         return self._time_stage()
+
+    def _parse(self, data: bytes) -> None:
+        """Raises HttpParserError."""
+        while True:
+            try:
+                return self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._asks_for_upgrade:
+                    return None  # CONNECT: answered as it stands
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+
+    @property
+    def _asks_for_upgrade(self) -> bool:
+        """To nothing that we speak, so the request is answered as if it did not (RFC 9110, 7.8): some clients ask with every first
+        request. The parser would pass over its body; it is given the same head again, without that line."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return line + b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade") + b"\r\n"
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:
@@ -130,6 +150,8 @@ class ClientConnection(HttpToolsProtocol):
             self._stop_parser(HeadTooLarge(f"more than {self._limits.max_headers} headers"))
 
     def on_headers_complete(self) -> None:
+        if self._asks_for_upgrade:
+            return
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.max_head_bytes:
             self._stop_parser(self._head_too_large())
         is_behind = self._is_replying
@@ -139,6 +161,8 @@ class ClientConnection(HttpToolsProtocol):
             self._answered = self.cycle
 
     def on_message_complete(self) -> None:
+        if self._asks_for_upgrade:
+            return
         super().on_message_complete()
         self._enter(Stage.ASKED)
 

@@ -15,7 +15,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from disaggd.gateway.backend import Delta, GenerationRequest
-from disaggd.gateway.client_connection import ConnectionLimits, bounded
+from disaggd.gateway.client_connection import ConnectionLimits, Stage, bounded
 from disaggd.gateway.cuts import Cuts
 from disaggd.observe.metrics import Metrics
 
@@ -74,6 +74,14 @@ async def read_reply(reader: asyncio.StreamReader) -> tuple[int, dict[str, Any]]
         fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
         body = await reader.readexactly(int(fields["content-length"]))
     return int(head.split()[1]), msgspec.json.decode(body)
+
+
+async def read_status(reader: asyncio.StreamReader) -> int:
+    """The same of a reply whose body need not be JSON."""
+    async with asyncio.timeout(LATE_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+    return int(head.split()[1])
 
 
 async def is_closed(reader: asyncio.StreamReader) -> bool:
@@ -268,6 +276,36 @@ def test_a_head_of_the_usual_size_in_any_pieces_is_read(call: Any) -> None:
                 await asyncio.sleep(0.01)
                 writer.write(whole[at:])
                 assert (await read_reply(reader))[0] == 200
+
+    uvloop.run(scenario())
+
+
+UPGRADES = ["connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"]
+"""What the JDK's client adds to every request over plain HTTP."""
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("at", ["one piece", "body later"])
+def test_a_request_that_asks_for_an_upgrade_is_answered_as_if_it_did_not(call: Any, backend: Any, at: str, framing: str) -> None:
+    async def scenario() -> None:
+        async with serving(call) as front:
+            body = msgspec.json.encode({"prompt": "one two"})
+            start = head(len(body), *UPGRADES)
+            if framing == "chunked":
+                start = start.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+                body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+            behind = head(0, *UPGRADES).replace(b"POST /v1/completions", b"GET /health") + GET + start + body
+            if at == "one piece":
+                reader, writer = await front.connect(start + body + behind)
+            else:
+                reader, writer = await front.connect(start)
+                await until(lambda: [one._stage for one in front.server.server_state.connections] == [Stage.BODY])  # type: ignore[union-attr]
+                writer.write(body + behind)
+            for _ in range(4):
+                assert (await read_status(reader)) == 200
+            assert len(backend.requests) == 2
+            assert [request.tokens for request in backend.requests] == 2 * [backend.requests[0].tokens]
+            assert front.cut("malformed") == 0
 
     uvloop.run(scenario())
 

@@ -23,7 +23,7 @@ from nixl._bindings import (
 from disaggd.errors import ResourceError
 from disaggd.ids import AgentId, HandleId
 from disaggd.transfer.pool import Indices, Pool
-from disaggd.transfer.ports import Port, PortRange, is_free
+from disaggd.transfer.ports import Port, PortRange, PortsUnusable, is_free
 
 _LINK_ERRORS = (nixlRemoteDisconnectError, nixlNotFoundError, nixlBackendError)
 _METADATA_ERRORS = (*_LINK_ERRORS, nixlInvalidParamError, nixlMismatchError, nixlNotAllowedError)
@@ -145,7 +145,7 @@ class AgentMaker:
 
     Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end; unless `is_patient`: a network
     device is down. Those after it are for peers that came back or were fenced, and the node goes on without them for so long. So it does
-    when its ports are used up: routers say which peers there are, and how often they were restarted.
+    when its ports are used up, or the files that it may open: routers say which peers there are, and how often they were restarted.
     """
 
     def __init__(self, ports: PortRange, pool: Pool, is_patient: Callable[[], bool] = lambda: False) -> None:
@@ -155,17 +155,22 @@ class AgentMaker:
         self._has_made_one = False
 
     def __call__(self) -> Agent:
-        """Raises `NoAgent` if NIXL cannot start for it, or no port is free, but this may pass; else `ResourceError`."""
+        """Raises `NoAgent` if NIXL cannot start for it, or no port can be had, but this may pass; else `ResourceError`."""
+        try:
+            agent = self._make()
+        except PortsUnusable as error:
+            raise self._failed(str(error)) from error
+        self._has_made_one = True
+        return agent
+
+    def _make(self) -> Agent:
         for port in self._ports.leases():
             try:
-                agent = Agent(port, self._pool)
+                return Agent(port, self._pool)
             except nixlBackendError as error:
                 port.release()
                 if is_free(port.number):
                     raise self._failed(f"NIXL cannot start its UCX backend ({error}): check [transfer] devices and transports") from error
-                continue
-            self._has_made_one = True
-            return agent
         raise self._failed(str(self._ports.exhausted()))
 
     def _failed(self, message: str) -> Exception:

@@ -17,6 +17,10 @@ GUARD_ADDRESS = "127.88.88.88"
 """Any loopback address that nothing listens on: the agent itself binds its device's address, so the two never collide."""
 
 
+class PortsUnusable(ResourceError):
+    """Not that they are taken: this process may open no socket, or bind none to them."""
+
+
 class Port:
     """A leased port; `release` gives it back."""
 
@@ -37,7 +41,7 @@ class PortRange:
         self._next = random.randrange(len(self._ports))
 
     def leases(self) -> Iterator[Port]:
-        """Each port of the range that is free now, leased to the taker; ends after one round."""
+        """Each port of the range that is free now, leased to the taker; ends after one round. Raises PortsUnusable."""
         for _ in self._ports:
             number = self._ports[self._next]
             self._next = (self._next + 1) % len(self._ports)
@@ -53,7 +57,7 @@ class PortRange:
 
 
 def is_free(number: int) -> bool:
-    """Whether nothing on this host is bound to the port, connections that linger in the kernel included."""
+    """Whether nothing on this host is bound to the port, connections that linger in the kernel included. Raises PortsUnusable."""
     probe = _bound("", number)
     if probe is None:
         return False
@@ -69,13 +73,16 @@ def _lease(number: int) -> Port | None:
 
 
 def _bound(address: str, number: int) -> socket.socket | None:
-    """A socket bound to that port, None if it is taken."""
-    bound = socket.socket()
+    """A socket bound to that port, None if it is taken. Raises PortsUnusable."""
+    try:
+        bound = socket.socket()
+    except OSError as error:
+        raise PortsUnusable(f"no socket can be opened: {error.strerror}") from error
     try:
         bound.bind((address, number))
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             return None
-        raise ResourceError(f"port {number} of [transfer] port_range cannot be bound: {error.strerror}") from error
+        raise PortsUnusable(f"port {number} of [transfer] port_range cannot be bound: {error.strerror}") from error
     return bound

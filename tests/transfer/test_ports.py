@@ -1,12 +1,20 @@
 """Port leases: one holder each, never two, until released."""
 
+import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from disaggd.errors import ResourceError
+from disaggd.transfer import agent
+from disaggd.transfer.agent import AgentMaker, NoAgent
+from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
+from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import Port, PortRange, is_free
 
 Lease = Callable[[PortRange], list[Port]]
@@ -65,3 +73,29 @@ def test_exhausted_range_names_the_setting() -> None:
     error = PortRange(18500, 18503).exhausted()
     assert isinstance(error, ResourceError)
     assert "18500-18503" in str(error) and "port_range" in str(error)
+
+
+@contextmanager
+def no_file_more() -> Iterator[None]:
+    """This process may open none while the body runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_files_to_open_no_agent_can_be_made_for_now(port_range: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that never made one is set up wrongly; any other goes on."""
+    monkeypatch.setattr(agent, "Agent", lambda port, _: SimpleNamespace(port=port))
+    spec = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=1, kv_heads=1, head_bytes=8),))
+    make: Any = AgentMaker(PortRange(*port_range), Pool(PoolPlace(4096, 4), spec))
+    with pytest.raises(ResourceError, match="no socket can be opened: Too many open files"), no_file_more():
+        make()
+    make().port.release()
+    with pytest.raises(NoAgent, match="no socket can be opened: Too many open files"), no_file_more():
+        make()
+    make().port.release()

@@ -18,7 +18,8 @@ import msgspec
 import uvloop
 
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
-from disaggd.cluster.link import LinkSettings, NodeLink, serve_links
+from disaggd.cluster.link import NodeLink, serve_links
+from disaggd.cluster.link_settings import LinkSettings
 from disaggd.cluster.protocol import Decided, Generate, TokenRun, Tokens, ToNode, unpack_tokens
 from disaggd.ids import Incarnation, NodeName
 from disaggd.sampling import FinishReason

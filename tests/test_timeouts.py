@@ -51,8 +51,8 @@ def shown(default: str) -> float:
 def test_a_default_on_the_page_is_that_of_the_code(limit: str, default: str) -> None:
     if "LinkSettings" in limit:
         (name,) = re.findall(r"LinkSettings\.(\w+)", limit)
-        link: Any = importlib.import_module("disaggd.cluster.link")
-        value = getattr(link.LinkSettings(), name) / (2**20 if name.endswith("bytes") else 1)
+        settings: Any = importlib.import_module("disaggd.cluster.link_settings")
+        value = getattr(settings.LinkSettings(), name) / (2**20 if name.endswith("bytes") else 1)
     elif constants := constants_of(limit):
         value = value_of(*constants[0])
     elif keys := KEY.findall(limit):

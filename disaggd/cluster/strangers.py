@@ -2,10 +2,13 @@
 
 Whoever reaches the port can connect to it. How many may, before they have proved to be routers, is bounded here; for how long, by
 `hello_timeout_s` and its kin; with how many bytes, by `link.py`.
+
+Under TLS the library hears of a connection only after the handshake, so that is counted by its own: from its first step to its end.
 """
 
 import asyncio
 import logging
+import ssl
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +22,7 @@ class Strangers:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._here: set[ServerConnection] = set()
+        self._here: set[ServerConnection | ssl.SSLObject] = set()
         self._is_full = False
         """As was said last."""
 
@@ -31,7 +34,11 @@ class Strangers:
         """What the library is to make of each connection: its setting `create_connection`."""
         return cast(type[ServerConnection], partial(_Stranger, self))
 
-    def came(self, stranger: ServerConnection) -> bool:
+    def count_handshakes(self, context: ssl.SSLContext, timeout_s: float) -> None:
+        """Those with `context`, which end within `timeout_s`, are strangers too. Nobody else accepts with it."""
+        context.sslobject_class = type("Handshake", (_Handshake,), {"strangers": self, "timeout_s": timeout_s})
+
+    def came(self, stranger: ServerConnection | ssl.SSLObject) -> bool:
         """Whether it may stay."""
         if len(self._here) >= self._limit:
             if not self._is_full:
@@ -41,7 +48,7 @@ class Strangers:
         self._here.add(stranger)
         return True
 
-    def gone(self, stranger: ServerConnection) -> None:
+    def gone(self, stranger: ServerConnection | ssl.SSLObject) -> None:
         """It has left; or has said hello, and is none any more."""
         self._here.discard(stranger)
         self._is_full = self._is_full and bool(self._here)
@@ -60,3 +67,30 @@ class _Stranger(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._strangers.gone(self)
         super().connection_lost(exc)
+
+
+class _Handshake(ssl.SSLObject):
+    """The TLS of one connection. Of one that is cut in its handshake nobody tells this object: it counts to the end of its time."""
+
+    strangers: Strangers
+    timeout_s: float
+    _end_of_time: asyncio.TimerHandle | None = None
+
+    def do_handshake(self) -> None:
+        """Its first step, and each further one that bytes allow. Raises SSLError, which cuts the connection if it is one too many."""
+        if self._end_of_time is None:
+            if not self.strangers.came(self):
+                raise ssl.SSLError("too many connections have not said hello")
+            self._end_of_time = asyncio.get_running_loop().call_later(self.timeout_s, self.strangers.gone, self)
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError:
+            self._is_over(self._end_of_time)
+            raise
+        self._is_over(self._end_of_time)
+
+    def _is_over(self, end_of_time: asyncio.TimerHandle) -> None:
+        end_of_time.cancel()
+        self.strangers.gone(self)

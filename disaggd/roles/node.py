@@ -18,7 +18,8 @@ from concurrent.futures import Future
 
 from disaggd.clock import lease_clock
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
-from disaggd.cluster.link import LinkServer, NodeLink, link_settings, serve_links
+from disaggd.cluster.link import LinkServer, NodeLink, serve_links
+from disaggd.cluster.link_settings import link_settings
 from disaggd.cluster.protocol import RefusedLinks, SlowThread, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
@@ -26,6 +27,7 @@ from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.engine.self_measurement import measure_steps
 from disaggd.errors import EXIT_RESOURCE, DisaggdError
 from disaggd.ids import Incarnation
+from disaggd.open_files import allow_files
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.watchdog import SLOW_S, Watchdog
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
 """Three threads share the GIL; the 5 ms default convoys them (step p99 14 ms against 7.6 ms)."""
+
+MAX_FILES = 4096
+"""Links, strangers at the port, and NIXL's sockets, of which each peer has some."""
 
 STOP_TIMEOUT_S = 10.0
 """A step under way may finish; then the process goes, whatever is left."""
@@ -274,4 +279,5 @@ def _on_a_thread_of_its_own(load: Callable[[], LoadedEngine]) -> LoadedEngine:
 
 async def run_engine_node(config: Config, node: NodeConfig, make_role: MakeRole) -> None:
     """Serve `node` until it is told to end. Raises DisaggdError for what the operator can mend."""
+    allow_files(MAX_FILES)
     await EngineNode(config, node, make_role).serve()

@@ -8,7 +8,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import socket
 import ssl
 import time
@@ -25,7 +24,8 @@ import disaggd
 from disaggd.api_keys import KeyFile
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
-from disaggd.cluster.link import LinkSettings, RouterLink, dial, link_settings
+from disaggd.cluster.link import RouterLink, dial
+from disaggd.cluster.link_settings import LinkSettings, link_settings
 from disaggd.cluster.moves import DECODE_PATIENCE_S
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
@@ -44,6 +44,7 @@ from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
+from disaggd.open_files import allow_files
 from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.block_survey import BlockSurvey, shown
 from disaggd.roles.observer import Observer, block_counts
@@ -349,7 +350,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits, access, open_metrics=open_metrics)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
     links, tls = link_settings(config.cluster), _http_tls(config.router)
-    _allow_files(config.router.max_connections + SPARE_FILES)
+    _allow_connections(config.router.max_connections)
     listener = _bind(node.listen)
     server = _HttpServer(_http_settings(app, tls, config.router, metrics))
     ending = _Ending(backend, server, config.cluster.drain_s)
@@ -435,14 +436,10 @@ async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBack
     )
 
 
-def _allow_files(count: int) -> None:
-    """So many may be open at once, if the system lets us: many start processes with 1,024 and allow far more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < count:
-        log.warning("this process may open %d files (ulimit -Hn), but router.max_connections wants %d", allowed, count)
+def _allow_connections(max_connections: int) -> None:
+    wanted = max_connections + SPARE_FILES
+    if (allowed := allow_files(wanted)) < wanted:
+        log.warning("this process may open %d files (ulimit -Hn), but router.max_connections wants %d", allowed, wanted)
 
 
 def _bind(address: Address) -> socket.socket:

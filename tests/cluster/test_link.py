@@ -15,7 +15,8 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from disaggd.cluster.handshake import Greeting, meet_node
 from disaggd.cluster.hello import PROTOCOL_VERSION, Challenge, Frame, HelloRejected, NodeHello, Ping, RouterHello
-from disaggd.cluster.link import Link, LinkServer, LinkSettings, dial, serve_links
+from disaggd.cluster.link import Link, LinkServer, dial, serve_links
+from disaggd.cluster.link_settings import LinkSettings
 from disaggd.cluster.protocol import Abort, Credit
 from disaggd.config import Address, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disaggd.cluster.link import LinkSettings
+from disaggd.cluster.link_settings import LinkSettings
 from disaggd.cluster.protocol import Abort
 from disaggd.ids import SeqId
 from disaggd.tls import mutual_contexts

@@ -5,16 +5,20 @@ import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 from websockets.asyncio.client import connect
 from websockets.frames import CloseCode
 
 from disaggd.cluster import link
 from disaggd.cluster.protocol import Abort
 from disaggd.ids import SeqId
-from tests.cluster.test_link import SETTINGS, End, logged, raw_router, run, serving
+from tests.cluster.test_link import SETTINGS, End, dialling, logged, raw_router, run, serving
+from tests.cluster.test_link_tls import over_tls
+from tests.support.certificates import make_certificates
 
 
 @pytest.fixture
@@ -113,3 +117,49 @@ def test_more_strangers_than_a_few_are_cut_and_routers_are_none(free_port: Calla
 
     run(scenario())
     assert len([record for record in caplog.records if "have not said hello" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("run_loop", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_those_in_their_tls_handshake_are_strangers_too(
+    free_port: Callable[[], int], tmp_path: Path, caplog: pytest.LogCaptureFixture, run_loop: Callable[..., None]
+) -> None:
+    made = make_certificates(tmp_path)
+
+    async def scenario() -> None:
+        port, node, router = free_port(), End(), End()
+        accepting = replace(over_tls(made, "p0"), max_strangers=3, hello_timeout_s=60.0)
+        async with asyncio.timeout(20), serving(port, node, settings=accepting) as server:
+            async with dialling(port, End(), settings=over_tls(made, "router")):
+                await node.up.get()
+                strangers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(10)]
+                cut = [asyncio.create_task(end_of(reader)) for reader, _ in strangers]
+                for first in itertools.islice(asyncio.as_completed(cut), 7):
+                    await first
+                await logged(caplog, "3 connections have not said hello")
+                assert (sum(task.done() for task in cut), len(server._strangers), node.downs) == (7, 3, 0)
+                for _, writer in strangers:
+                    writer.write(b"no TLS at all\r\n\r\n")
+                await asyncio.wait(cut)
+                assert len(server._strangers) == 0
+                for _, writer in strangers:
+                    writer.close()
+            async with dialling(port, router, settings=over_tls(made, "router")):
+                await router.up.get()
+
+    run_loop(scenario())
+
+
+def test_a_tls_handshake_that_is_left_counts_no_longer_than_it_might_take(free_port: Callable[[], int], tmp_path: Path) -> None:
+    made = make_certificates(tmp_path)
+
+    async def scenario() -> None:
+        port = free_port()
+        async with serving(port, End(), settings=replace(over_tls(made, "p0"), hello_timeout_s=0.2)) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            while len(server._strangers) == 0:  # noqa: ASYNC110  the server has no event for it
+                await asyncio.sleep(0)
+            writer.transport.abort()
+            while len(server._strangers) > 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    run(scenario())

@@ -2,7 +2,7 @@
 
 `DisaggdError`
 ├── `ConfigError`, `ModelError`                what was asked for cannot be: exit code 2
-├── `ResourceError`                            a port, a peer, memory that could not be had: exit code 3
+├── `ResourceError` ─ `RankLost`               a port, a peer, memory that could not be had: exit code 3
 ├── `HelloRefused`                             two nodes that cannot work together
 └── `RequestError`                             one request that is refused: an HTTP status and OpenAI's error object
     ├── `InvalidRequest` ─ `ContextTooLong`    400
@@ -42,6 +42,10 @@ class ResourceError(DisaggdError):
     """A port, a peer or memory that could not be had."""
 
     exit_code = EXIT_RESOURCE
+
+
+class RankLost(ResourceError):
+    """Another rank of this node is gone, or does not do its part."""
 
 
 class HelloRefused(DisaggdError):

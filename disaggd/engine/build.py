@@ -163,6 +163,7 @@ def _with_others(
         device=str(where),
         block_size=block_size,
         num_blocks=num_blocks,
+        step_timeout_s=STEP_TIMEOUT_S,
     )
     followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)])
     try:

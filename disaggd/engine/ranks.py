@@ -3,13 +3,14 @@
 Rank 0 is the node's own process. It alone schedules and samples; it sends each step's arrays down a pipe to every other rank, and then all
 of them compute it together. A rank has its weights and its heads' KV to itself, and block ids are the same on all.
 
-Nothing waits for a rank that is gone: its pipe, or the ranks' own connections, break at once, and the node ends (`watch`). A rank whose
-node is gone ends too.
+Nothing waits for a rank that is gone: its pipe, or the ranks' own connections, break at once, and the node ends (`watch`). A step that
+lacks a rank's part fails on every other, and the first finds out whose (`naming_the_lost`). A rank whose node is gone ends too.
 """
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,7 @@ import torch
 
 from disaggd.engine.batch import HostBatch
 from disaggd.engine.staging import upload
-from disaggd.errors import DisaggdError, ResourceError
+from disaggd.errors import DisaggdError, RankLost, ResourceError
 from disaggd.model.batch import Batch
 from disaggd.model.directory import open_directory
 from disaggd.model.kv import allocate_kv
@@ -34,6 +35,9 @@ STEP_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 600.0
 """Reading the weights of a large model from a slow disk takes minutes."""
 STOP_TIMEOUT_S = 5.0
+GOES_NOT_ON = "and this node cannot go on without it"
+LAST_WORDS_S = 2.0
+"""When one rank is lost, the others have noticed within so long."""
 
 
 class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +53,7 @@ class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     block_size: int
     num_blocks: int
+    step_timeout_s: float
 
 
 class Followers:
@@ -62,6 +67,7 @@ class Followers:
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._closed = threading.Event()
+        self._reaping = threading.Lock()  # of two threads that wait for one child, the system tells only one how it ended
         context = get_context("spawn")
         for order in orders:
             ours, theirs = context.Pipe()
@@ -83,12 +89,35 @@ class Followers:
                 raise ResourceError(f"rank {order.rank} of {order.num_ranks}: {trouble}")
 
     def compute(self, batch: HostBatch) -> None:
-        """Have every rank compute its part of the step. Raises ResourceError if one is gone."""
+        """Have every rank compute its part of the step. Raises RankLost if one is gone."""
         for order, pipe in zip(self._orders, self._pipes, strict=True):
             try:
                 pipe.send(batch)
             except OSError as error:
-                raise ResourceError(f"rank {order.rank} of {order.num_ranks} is gone") from error
+                raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """The body is a step; RankLost out of it says which rank is meant."""
+        try:
+            yield
+        except RankLost as error:
+            raise self._lost() or error from error
+
+    def _lost(self) -> RankLost | None:
+        """One that has ended, else those that do not say that they miss another."""
+        ended = connection.wait([process.sentinel for process in self._processes], LAST_WORDS_S / 2)
+        if ended:
+            return self._end_of(next(process for process in self._processes if process.sentinel in ended))
+        silent = [str(order.rank) for order, pipe in zip(self._orders, self._pipes, strict=True) if not pipe.poll(LAST_WORDS_S / 2)]
+        if not silent:
+            return None
+        return RankLost(f"rank {', '.join(silent)} of {self._orders[0].num_ranks} has not done its part of a step, {GOES_NOT_ON}")
+
+    def _end_of(self, process: BaseProcess) -> RankLost:
+        with self._reaping:
+            process.join()
+            return RankLost(f"{process.name} of {self._orders[0].num_ranks} has ended ({process.exitcode}), {GOES_NOT_ON}")
 
     def watch(self, on_death: Callable[[ResourceError], None]) -> None:
         """`on_death` is called, on a thread of its own, as soon as one of them has ended."""
@@ -96,11 +125,9 @@ class Followers:
 
     def _watch(self, on_death: Callable[[ResourceError], None]) -> None:
         sentinels = {process.sentinel: process for process in self._processes}
-        dead = sentinels[connection.wait(list(sentinels))[0]]  # type: ignore[index]
-        dead.join()
+        error = self._end_of(sentinels[connection.wait(list(sentinels))[0]])  # type: ignore[index]
         if not self._closed.is_set():
-            of, code = self._orders[0].num_ranks, dead.exitcode
-            on_death(ResourceError(f"{dead.name} of {of} has ended ({code}), and this node cannot go on without it"))
+            on_death(error)
 
     def close(self) -> None:
         """End them. Idempotent."""
@@ -142,7 +169,7 @@ def follow(order: RankOrder, pipe: Connection) -> None:
         part = part_of(spec, order.rank, order.num_ranks)
         kv = allocate_kv(kv_spec(spec, order.block_size, len(part.kv_heads)), order.num_blocks, where)
         pipe.send(None)
-        ranks = ProcessRanks(order.rank, order.num_ranks, meeting_place(order.port), STEP_TIMEOUT_S)
+        ranks = ProcessRanks(order.rank, order.num_ranks, meeting_place(order.port), order.step_timeout_s)
         transformer = load_weights(directory, spec, where, weights=order.weights, part=part, ranks=ranks)
     except DisaggdError as error:
         pipe.send(str(error))
@@ -151,7 +178,11 @@ def follow(order: RankOrder, pipe: Connection) -> None:
     with torch.inference_mode():
         while (batch := _next_step(pipe)) is not None:
             *fields, _ = upload(batch.arrays(), where)
-            transformer.forward(Batch(*fields), kv)
+            try:
+                transformer.forward(Batch(*fields), kv)
+            except RankLost as error:
+                with suppress(OSError):  # it may be the first rank that is gone
+                    pipe.send(str(error))  # and the pipe's end is next
 
 
 def _next_step(pipe: Connection) -> HostBatch | None:

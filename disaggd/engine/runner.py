@@ -42,12 +42,17 @@ class ModelRunner:
         """See `engine.Runner`."""
         with torch.inference_mode():
             batch = build_batch(plan, self._kv.shape[4], self._sampled_rows)
-            if self._followers is not None:
-                self._followers.compute(batch)
-            logits, last_tokens = self._forward(batch, layers_done)
+            logits, last_tokens = self._forward_on_all(batch, layers_done)
             drawn = draw(self._transformer.ops, logits, last_tokens, [_sampler_row(chunk) for chunk in plan.sampling])
             self._remember(drawn, plan)
         return drawn.read
+
+    def _forward_on_all(self, batch: HostBatch, layers_done: Callable[[range], None] | None) -> tuple[Tensor, Tensor]:
+        if self._followers is None:
+            return self._forward(batch, layers_done)
+        with self._followers.naming_the_lost():
+            self._followers.compute(batch)
+            return self._forward(batch, layers_done)
 
     def _forward(self, batch: HostBatch, layers_done: Callable[[range], None] | None) -> tuple[Tensor, Tensor]:
         """Logits of the rows that are wanted, and the tokens that they follow."""

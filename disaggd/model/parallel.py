@@ -13,8 +13,9 @@ import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import GatherOptions, ProcessGroup, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import GatherOptions, ProcessGroup, ProcessGroupGloo, TCPStore, Work
 
+from disaggd.errors import RankLost
 from disaggd.model.spec import ModelSpec
 from disaggd.transfer.reshape import heads_of
 
@@ -89,7 +90,7 @@ class Alone:
 
 
 class ProcessRanks:
-    """Ranks in processes of their own, over gloo. Raises RuntimeError when another one is gone, or takes longer than `timeout_s`."""
+    """Ranks in processes of their own, over gloo. Raises RankLost when another one is gone, or takes longer than `timeout_s`."""
 
     def __init__(self, rank: int, num_ranks: int, store: TCPStore, timeout_s: float) -> None:
         """Returns when all of them are there."""
@@ -98,7 +99,7 @@ class ProcessRanks:
         self._group: ProcessGroup = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))  # type: ignore[assignment]
 
     def sum(self, x: Tensor) -> Tensor:
-        self._group.allreduce([x]).wait()
+        _finish(self._group.allreduce([x]))
         return x
 
     def collect(self, x: Tensor, widths: list[int]) -> Tensor:
@@ -106,8 +107,15 @@ class ProcessRanks:
         gathered = [] if self._rank else [torch.empty_like(padded) for _ in widths]
         options = GatherOptions()
         options.rootRank = 0
-        self._group.gather([gathered] if gathered else [], [padded], options).wait()
+        _finish(self._group.gather([gathered] if gathered else [], [padded], options))
         return torch.cat([one[:, :width] for one, width in zip(gathered, widths, strict=True)], dim=1) if gathered else x
+
+
+def _finish(work: Work) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:  # the only kind that gloo has
+        raise RankLost(f"another rank has not done its part: {error}") from error
 
 
 def meeting_place(port: int | None = None) -> TCPStore:

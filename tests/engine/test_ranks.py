@@ -9,7 +9,7 @@ import pytest
 
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
-from disaggd.errors import DisaggdError, ModelError, ResourceError
+from disaggd.errors import ModelError, RankLost, ResourceError
 from disaggd.sampling import SamplingParams
 
 VALUES = {
@@ -58,9 +58,22 @@ def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
     (pid,) = loaded.followers.pids
     os.kill(pid, signal.SIGKILL)
     assert "rank 1 of 2 has ended" in str(deaths.get(timeout=10))
-    with pytest.raises((DisaggdError, RuntimeError)):
+    with pytest.raises(RankLost, match=r"rank 1 of 2 has ended \(-9\)"):
         tokens_of(loaded, GREEDY)
     loaded.followers.close()
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_a_rank_that_stands_still_is_named_when_its_time_is_up(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disaggd.engine.build.STEP_TIMEOUT_S", 3.0)
+    loaded = build_engine(**VALUES, tp=tp)
+    assert loaded.followers is not None
+    os.kill(loaded.followers.pids[0], signal.SIGSTOP)
+    try:
+        with pytest.raises(RankLost, match=f"rank 1 of {tp} has not done its part of a step"):
+            tokens_of(loaded, GREEDY)
+    finally:
+        loaded.followers.close()
 
 
 def test_a_closed_engines_ranks_are_gone_and_nobody_is_told_of_a_death() -> None:

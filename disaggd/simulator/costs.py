@@ -4,7 +4,6 @@ The defaults are model S (88 M parameters, bfloat16) on one core of an AMD EPYC 
 `bench/served.py` measured it, and loopback TCP.
 """
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import msgspec
 
 from disaggd.config import NodeConfig
 from disaggd.engine.step_cost import StepLoad
-from disaggd.errors import ConfigError
+from disaggd.toml_file import convert, naming, parse_toml, read_text
 
 Time = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -83,16 +82,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def load_costs(path: Path) -> Costs:
     """Reads and checks the file at `path`. Raises ConfigError."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        file = msgspec.convert(raw, _File)
+    with naming(path):
+        file = convert(parse_toml(read_text(path)), _File)
         tables: dict[str, Mapping[str, Any]] = {"step": file.step, "prefill": file.prefill, "decode": file.decode}
-        for table in (*tables.values(), *file.node.values()):
-            msgspec.convert(table, StepCosts)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        for name, table in (*tables.items(), *((f"node.{name}", table) for name, table in file.node.items())):
+            with naming(name):
+                convert(dict(table), StepCosts)
     return Costs(link=file.link, every=file.step, by_role={"prefill": file.prefill, "decode": file.decode}, by_node=file.node)

@@ -60,7 +60,9 @@ def read_trace(path: Path, num_requests: int | None, scale: Scale) -> list[Lengt
         raise ConfigError(f"{path}: not a trace: expected an Azure trace (.csv) or a Mooncake trace (.jsonl)")
     try:
         rows = list(islice(readers[path.suffix](path), num_requests))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not rows:
         raise ConfigError(f"{path}: no rows")

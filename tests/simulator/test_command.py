@@ -118,7 +118,7 @@ def test_longer_lengths_take_longer(trace: Path, capsys: pytest.CaptureFixture[s
         (("--kv-cache", "1MiB", "--kv-share", "1"), "give one of them"),
         (("--routing", "random"), "--routing"),
         (("--slow-link-at", "0.5"), "go together"),
-        (("--costs", "nowhere.toml"), "cannot be read"),
+        (("--costs", "nowhere.toml"), "nowhere.toml: no such file"),
         (("--outcomes", "no/such/directory/file"), "cannot be written"),
         (("--config", "nowhere.toml"), "no such file"),
         (("--rate-scale", "0"), "--rate-scale"),
@@ -135,3 +135,8 @@ def test_a_mistake_is_a_line_and_exit_code_2(
 def test_a_trace_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate() == 2
     assert "--trace" in capsys.readouterr().err
+
+
+def test_a_trace_that_is_not_there_is_told_in_the_systems_words_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--trace", "nowhere.jsonl") == 2
+    assert "nowhere.jsonl: cannot be read: No such file or directory\n" in capsys.readouterr().err

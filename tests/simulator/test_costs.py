@@ -57,12 +57,12 @@ def test_without_a_file_every_node_is_the_machine_that_was_measured() -> None:
     ("text", "message"),
     [
         ("[step", "not valid TOML"),
-        ("[step]\nbase_ms = 0", "Expected `float` > 0"),
-        ("[step]\nper_token = 1", "unknown field `per_token`"),
-        ("[stop]\nbase_ms = 1", "unknown field `stop`"),
-        ("[node.d0]\nper_sequence_ms = -1", "Expected `float` >= 0"),
-        ("[decode]\nbase_ms = 'fast'", "Expected `float`, got `str`"),
-        ("[link]\nkv_mbit_per_s = 0", "Expected `float` > 0"),
+        ("[step]\nbase_ms = 0", "expected float > 0"),
+        ("[step]\nbase_mss = 1", "step: base_mss: unknown key (base_ms?)"),
+        ("[stop]\nbase_ms = 1", "stop: unknown key (step?)"),
+        ("[node.d0]\nper_sequence_ms = -1", "node.d0: per_sequence_ms: expected float >= 0"),
+        ("[decode]\nbase_ms = 'fast'", "expected float, got str"),
+        ("[link]\nkv_mbit_per_s = 0", "link.kv_mbit_per_s: expected float > 0"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -74,5 +74,5 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"costs\.toml: no such file"):
         load_costs(tmp_path / "costs.toml")

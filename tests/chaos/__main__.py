@@ -44,6 +44,7 @@ def main(
     torch.set_num_threads(1)
     begun = time.monotonic()
     seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    print(f"starting 2P2D + router, seed {seed} …", flush=True)
     with contextlib.ExitStack() as stack:
         directory = logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)

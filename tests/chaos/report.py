@@ -117,13 +117,16 @@ def _growths(growths: Sequence[Growth]) -> str:
         (
             one.node,
             str(one.readings),
-            f"{one.fds[0]} → {one.fds[1]}",
-            f"{one.threads[0]} → {one.threads[1]}",
-            f"{one.rss_bytes[0] / 2**20:.0f} → {one.rss_bytes[1] / 2**20:.0f}",
+            *(_change(one.readings, *pair) for pair in (one.fds, one.threads, (one.rss_bytes[0] / 2**20, one.rss_bytes[1] / 2**20))),
         )
         for one in growths[:8]
     ]
     return table(("process", "readings", "fds", "threads", "RSS, MiB"), rows)
+
+
+def _change(readings: int, first: float, last: float) -> str:
+    """One reading says nothing of growth."""
+    return f"{first:.0f} → {last:.0f}" if readings > 1 else "–"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -26,7 +26,10 @@ def report(*findings: Finding) -> Report:
         ],
         requests=3,
         ends={"complete": 2, "left": 1},
-        growths=[Growth(node="d0", pid=7, readings=9, fds=(40, 41), threads=(9, 9), rss_bytes=(500 << 20, 510 << 20))],
+        growths=[
+            Growth(node="d0", pid=7, readings=9, fds=(40, 41), threads=(9, 9), rss_bytes=(500 << 20, 510 << 20)),
+            Growth(node="d1", pid=8, readings=1, fds=(40, 40), threads=(9, 9), rss_bytes=(500 << 20, 500 << 20)),
+        ],
         rests=4,
         stalls=0,
         findings=list(findings),
@@ -39,6 +42,7 @@ def test_a_good_run_reports_noughts_and_times() -> None:
     assert "| decode | freeze | 3 | 0.4, 0.6 | 2.0, 3.0 |" in text
     assert "| lost without an explicit error | 0 |" in text
     assert "| d0 | 9 | 40 → 41 | 9 → 9 | 500 → 510 |" in text
+    assert "| d1 | 1 | – | – | – |" in text
 
 
 def test_every_kind_of_finding_is_counted_in_its_row() -> None:

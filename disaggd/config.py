@@ -202,7 +202,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where a router serves HTTP; where routers reach an engine node."""
     device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')] = "cpu"
     kv_cache: Size | None = None
-    """Bytes of the KV pool; None on a CPU is 256 MiB, on a GPU nine tenths of the memory that the weights leave free."""
+    """Bytes of the KV pool, all ranks together; None on a CPU is 256 MiB, on a GPU nine tenths of what the weights leave free."""
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
     """Tokens per block; the same on all nodes."""
     threads: Positive = 1
@@ -394,7 +394,7 @@ def _check_ranks(config: Config) -> None:
         if node.is_gpu:
             raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for CPU nodes so far, but its device is {node.device}")
         if node.role == "prefill" or config.nodes_of("prefill"):
-            raise ConfigError(f"node {node.name!r}: tp = {node.tp}, but KV cannot go between nodes with several ranks so far")
+            raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for clusters without prefill nodes so far: remove them, or tp")
 
 
 def _check_weights(config: Config) -> None:

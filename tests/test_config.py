@@ -241,3 +241,8 @@ def test_a_model_is_called_after_its_path(path: str, name: str) -> None:
 def test_a_port_range_reads_as_it_was_written() -> None:
     assert str(PortRange.parse("18500-18999")) == "18500-18999"
     assert PortRange.parse("18500-18999") == (18500, 18999)
+
+
+def test_ranks_beside_prefill_nodes_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="node 'd0': tp = 2 is for clusters without prefill nodes so far: remove them, or tp"):
+        parse_config(CLUSTER + "tp = 2")

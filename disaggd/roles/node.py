@@ -106,7 +106,8 @@ class EngineNode:
         watching = self._loop.create_task(self._watchdog.run())
         try:
             server = await self._listen()
-            log.info("%s node ready at %s: %d blocks of %d tokens", self._node.role, self._node.listen, *self._pool_size())
+            ranks = f", {self._node.tp} ranks" if self._node.tp > 1 else ""
+            log.info("%s node ready at %s: %d blocks of %d tokens%s", self._node.role, self._node.listen, *self._pool_size(), ranks)
             await self._ended.wait()
         finally:
             watching.cancel()

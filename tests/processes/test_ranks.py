@@ -33,6 +33,7 @@ def test_a_node_of_two_ranks_answers_and_ends_with_either(directory: Path, oracl
         assert cluster.nodes["d0"].process is not None and cluster.nodes["d0"].process.returncode == 3
         log = cluster.log("d0").read_text()
         assert "rank 1 of 2 has ended (-9), and this node cannot go on without it" in log and "Traceback" not in log
+        assert "tokens, 2 ranks\n" in log
         cluster.start_node("d0")
         cluster.wait_ready()
         (again,) = asyncio.run(complete_all(cluster, work[:1]))

@@ -21,7 +21,8 @@ _NVIDIA = "0x10de"
 _GPU_CLASSES = ("0x0300", "0x0302")
 
 NET_DEVICES = Path("/sys/class/net")
-_IFF_UP = 1
+_OFF = ("down", "lowerlayerdown", "notpresent", "dormant")
+"""What the kernel calls an interface that carries nothing: switched off, or without a carrier."""
 
 KEEPALIVE_IDLE_S = 3
 KEEPALIVE_INTERVAL_S = 1
@@ -45,8 +46,7 @@ def pinned_devices(devices: str, *, listen_is_loopback: bool) -> str:
 
 def has_device_down(devices: str, net: Path = NET_DEVICES) -> bool:
     """Whether one of `devices` is a network interface of this host that is down just now. UCX knows only those that are up."""
-    flags = [_first_line(net / device / "flags") for device in devices.split(",") if device]
-    return any(one and not int(one, 16) & _IFF_UP for one in flags)
+    return any(_first_line(net / device / "operstate") in _OFF for device in devices.split(",") if device)
 
 
 def has_nvidia_gpu(pci: Path = PCI_DEVICES) -> bool:

@@ -60,20 +60,22 @@ def test_unpinned_node_is_refused(devices: str, listen_is_loopback: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("flags", "devices", "is_down"),
+    ("states", "devices", "is_down"),
     [
-        ({"eth0": "0x1003"}, "eth0", False),
-        ({"eth0": "0x1002"}, "eth0", True),
-        ({"eth0": "0x1003", "eth1": "0x1002"}, "eth0,eth1", True),
-        ({"eth0": "0x1003"}, "eth1", False),
-        ({"eth0": "0x1003"}, "mlx5_0:1", False),
+        ({"eth0": "up"}, "eth0", False),
+        ({"lo": "unknown"}, "lo", False),
+        ({"eth0": "down"}, "eth0", True),
+        ({"eth0": "lowerlayerdown"}, "eth0", True),
+        ({"eth0": "up", "eth1": "down"}, "eth0,eth1", True),
+        ({"eth0": "up"}, "eth1", False),
+        ({"eth0": "up"}, "mlx5_0:1", False),
         ({}, "", False),
     ],
 )
 def test_a_device_that_is_there_and_down_is_told_from_one_that_is_not_there(
-    tmp_path: Path, flags: dict[str, str], devices: str, is_down: bool
+    tmp_path: Path, states: dict[str, str], devices: str, is_down: bool
 ) -> None:
-    for name, text in flags.items():
+    for name, text in states.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "flags").write_text(text + "\n")
+        (tmp_path / name / "operstate").write_text(text + "\n")
     assert has_device_down(devices, tmp_path) is is_down

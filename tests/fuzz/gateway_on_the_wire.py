@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
+from disaggd.config import RouterConfig
+from disaggd.observe.metrics import Metrics
 from disaggd.roles.router import _http_settings, _HttpServer
 from tests.fuzz.gateway_in_process import GOOD, HERE, Watched, make_app
 from tests.fuzz.http_cases import Case, cases
@@ -105,7 +108,8 @@ class Server:
     def __init__(self) -> None:
         self.backend = Watched()
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._server = _HttpServer(_http_settings(make_app(self.backend, has_keys=True), None))
+        app, metrics = make_app(self.backend, has_keys=True), Metrics(CollectorRegistry())
+        self._server = _HttpServer(_http_settings(app, None, RouterConfig(), metrics))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._main, name="http", daemon=True).start()
         wait_until("the server has started", lambda: self._server.started, LIMIT_S)

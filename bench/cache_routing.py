@@ -1,8 +1,6 @@
 """What routing by cache is worth: conversations over one prefill and two decode nodes whose pools are too small, by turns: see --help."""
 
 import os
-import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -241,7 +239,6 @@ def main(
     Requests that share leading blocks in the trace share them here. Routing by cost, which knows who has what, takes turns with round
     robin, which knows nothing. So many requests are under way at once; the next is sent when one has ended.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster of the moment is ended too
     if quick:
         model, dtype, num_requests, concurrency, rounds = BUILTIN, "float32", 48, 2, 1
     elif trace is None:

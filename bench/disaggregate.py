@@ -2,8 +2,6 @@
 
 import os
 import random
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -335,7 +333,6 @@ def main(
     """
     if png is not None and find_spec("matplotlib") is None:
         raise click.UsageError("--png wants matplotlib: pip install -e '.[bench]'")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster of the moment is ended too
     job = Job(
         model=model,
         dtype=dtype,

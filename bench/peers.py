@@ -1,7 +1,5 @@
 """Our servers against those that users would take instead, by turns: see --help."""
 
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -218,7 +216,6 @@ def main(
 
     Two threads for those in one process, a core each for 1P1D. Prompts are the same token ids for all, and new in every run.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server of the moment is ended too
     if (llama_server is None) != (gguf is None):
         raise click.UsageError("--llama-server and --gguf want each other")
     everyone = _chosen(contenders(resolve(BUILTIN if quick and model == _MODEL else model), vllm, llama_server, gguf), names)

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -432,7 +430,6 @@ def main(
     traces; the policies take turns within it, and each turn is a cluster of its own. A good request has its first token in time, and no
     gap between two others that is longer than its target.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster of the moment is ended too
     job = Job(
         model=model,
         dtype=dtype,

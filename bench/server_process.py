@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ def serving(
 
     An exception in the body is noted the end of the log.
 
-    None: at once, for a process whose readiness another one tells.
+    None: at once, for a process whose readiness another one tells. A bench that is told to stop ends it first.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

@@ -40,14 +40,17 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Spell(msgspec.Struct, frozen=True):
-    """The time in which a fault may excuse something: from its first effect until the cluster was whole again."""
+    """The time in which a fault may excuse something: from its first effect until the cluster was surely whole again."""
 
     fault: Fault
     began_s: float
     healed_s: float
+    """From then on it looked whole whenever it was looked at."""
+    sure_s: float = 0.0
+    """It had looked so for long enough: between two looks a link may be lost and come back."""
 
     def touches(self, began_s: float, ended_s: float) -> bool:
-        return self.began_s <= ended_s and began_s <= self.healed_s
+        return self.began_s <= ended_s and began_s <= max(self.healed_s, self.sure_s)
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -140,7 +140,7 @@ class Run:
         del self._unmended[fault.victim]
         mended_s = self._quiet_since_s = time.monotonic()
         healed_s = await self._heal(fault, before if fault.kind in DEADLY else None)
-        self._fresh.append((Spell(fault, began_s, healed_s), mended_s))
+        self._fresh.append((Spell(fault, began_s, healed_s, time.monotonic()), mended_s))
         self._say(f"fault {fault.index}: {fault.title}; whole again {healed_s - mended_s:.1f} s later")
         async with self._changed:
             del self._active[fault.victim]

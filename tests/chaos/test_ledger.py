@@ -82,6 +82,11 @@ def test_a_lost_connection_is_excused_by_the_death_of_the_router_alone(end: End)
     assert judge(outcome(end), CASE, [spell("router", "freeze", "router"), *NO_DECODE]).finding == "unexcused"
 
 
+def test_a_spell_excuses_until_it_is_sure_that_all_is_well() -> None:
+    thawed = Spell(spell("router", "freeze", "router").fault, 11.0, 14.0, sure_s=14.4)
+    assert thawed.touches(14.3, 14.3) and not thawed.touches(14.5, 14.5)
+
+
 @pytest.mark.parametrize("end", ["unavailable", "no_decode_node"])
 def test_without_any_decode_node_a_request_may_be_given_up(end: End) -> None:
     assert judge(outcome(end), CASE, NO_DECODE).finding is None

@@ -19,6 +19,7 @@ from roofline import Roofline, better
 from roofline import measure as measure_roofline
 from torch import Tensor
 
+from disaggd.kernels import fp8
 from disaggd.kernels.block_copy import gather_blocks
 from disaggd.kernels.configurations import MOST_ROWS
 from disaggd.kernels.decode_attention import decode_attention
@@ -26,6 +27,7 @@ from disaggd.kernels.draws import Draws
 from disaggd.kernels.linear import linear, linear_silu_mul
 from disaggd.kernels.logprobs import top_logprobs
 from disaggd.kernels.prefill_attention import prefill_attention
+from disaggd.kernels.repack import repack, unpack_fp8
 from disaggd.kernels.rms_norm import add_rms_norm
 from disaggd.kernels.rotate_and_store import rotate_and_store
 from disaggd.kernels.sampling import greedy, sample
@@ -187,6 +189,27 @@ def elementwise_figures(repeats: int, tokens: int) -> Iterator[Figure]:
     yield Figure(kernel=f"block copy, {blocks} blocks", seconds=seconds_of([copy], repeats), bytes_moved=2 * staging.nbytes)
 
 
+def repack_figures(repeats: int, tokens: int) -> Iterator[Figure]:
+    """Half of the heads, as for a target of twice as many ranks; and back from 8 bits, all of them."""
+    layers, half = 36, KV_HEADS // 2
+    kv = random(layers, 2 * tokens // BLOCK_SIZE, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM)
+    ids = torch.randperm(kv.shape[1], device=WHERE, dtype=torch.int32)[: tokens // BLOCK_SIZE].contiguous()
+    read_bytes = kv.nbytes // 4
+    for target_size, name in ((16, "blocks of 16"), (128, "blocks of 128"), (BLOCK_SIZE, "fp8")):
+        wire = (fp8.head_bytes(target_size, HEAD_DIM),)
+        shape = (layers, tokens // target_size, half, *(wire if name == "fp8" else (2, target_size, HEAD_DIM)))
+        out = torch.empty(shape, dtype=torch.uint8 if name == "fp8" else BF16, device=WHERE)
+        work = partial(repack, out, kv, ids, layers=range(layers), heads=range(half), start=0, num_tokens=tokens)
+        yield Figure(
+            kernel=f"repack to {name}, {tokens:,} tokens", seconds=seconds_of([work], repeats), bytes_moved=read_bytes + out.nbytes
+        )
+    blocks = tokens // BLOCK_SIZE
+    wire_blocks = torch.zeros(layers, blocks, KV_HEADS, fp8.head_bytes(BLOCK_SIZE, HEAD_DIM), dtype=torch.uint8, device=WHERE)
+    landed = torch.arange(blocks, device=WHERE, dtype=torch.int32)
+    seconds = seconds_of([partial(unpack_fp8, kv, wire_blocks, ids, landed)], repeats)
+    yield Figure(kernel=f"unpack from fp8, {tokens:,} tokens", seconds=seconds, bytes_moved=2 * read_bytes + wire_blocks.nbytes)
+
+
 def sampling_figures(repeats: int, rows: int) -> Iterator[Figure]:
     logits = [torch.randn(rows, VOCAB, device=WHERE) for _ in copies(rows * VOCAB * 4)]
     draws = Draws(
@@ -242,6 +265,7 @@ def main(repeats: int, quick: bool, json_path: Path | None, markdown: Path | Non
         *prefill_figures(repeats, (1024,) if quick else (4096, 16_384)),
         *projection_figures(repeats, (1,) if quick else (1, 8, MOST_ROWS)),
         *elementwise_figures(repeats, 1024 if quick else 4096),
+        *repack_figures(repeats, 1024 if quick else 4096),
         *sampling_figures(repeats, 8 if quick else 64),
     ]
     report = Report(roofline=better(limits, measure_roofline("cuda", quick=quick)), figures=figures)

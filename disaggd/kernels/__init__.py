@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, cuda, device
 
-from disaggd.kernels import int8, native, native_int8, native_layers, onednn, reference, reference_sampling
+from disaggd.kernels import int8, native, native_int8, native_layers, native_repack, onednn, reference, reference_repack, reference_sampling
 from disaggd.kernels.draws import Draws
 from disaggd.kernels.layer_weights import LayerWeights
 
@@ -73,6 +73,18 @@ class FusedLayers(Protocol):
         """
 
 
+class Repack(Protocol):
+    """Tokens of a sequence from the pool's blocks into blocks of another layout, those that another node's pool has."""
+
+    def __call__(self, out: Tensor, kv: Tensor, block_ids: Tensor, *, layers: range, heads: range, start: int, num_tokens: int) -> None:
+        """Fill `out` [len(layers), ⌈num_tokens / block size⌉, len(heads), 2, block size, head_dim], with zeros behind the last token.
+
+        Block sizes and floating dtypes differ as they like; `out` of uint8 is in the wire format of `fp8`, its last dimension
+        `fp8.head_bytes`. `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim]; `block_ids` int32 or int64: of the blocks that the
+        tokens lie in, from the `start`-th of the first one on.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """What an operation returns is a new tensor or an input that it changed; where it changes another, it says so."""
@@ -96,6 +108,10 @@ class Ops:
     """Logits → int64 [rows]: a token for each row, by `reference_sampling`'s formula."""
     top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     """Logits, the chosen tokens int64 [rows], n → (the tokens' log-probabilities [rows], the n likeliest entries, theirs [rows, n])."""
+    repack: Repack
+    unpack_fp8: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    """`kv` as `Repack` has it, `wire` uint8 [layers, wire blocks, kv_heads, `fp8.head_bytes`], block ids of `kv`, as many of `wire`: writes
+    these blocks of `wire` into those of `kv`, all layers of them."""
 
 
 REFERENCE = Ops(
@@ -109,6 +125,8 @@ REFERENCE = Ops(
     greedy=reference_sampling.greedy,
     sample=reference_sampling.sample,
     top_logprobs=reference_sampling.top_logprobs,
+    repack=reference_repack.repack,
+    unpack_fp8=reference_repack.unpack_fp8,
 )
 
 
@@ -125,7 +143,7 @@ def select(where: device, weights: Literal["auto", "int8"] = "auto") -> Ops:
 def gpu_ops(processors: int) -> Ops:
     """The Triton kernels, for a device of so many multiprocessors; products of many rows are the vendor's."""
     # Lazily: a host without a GPU needs no Triton.
-    from disaggd.kernels import linear, logprobs, paged_attention, rms_norm, sampling  # noqa: PLC0415
+    from disaggd.kernels import linear, logprobs, paged_attention, repack, rms_norm, sampling  # noqa: PLC0415
 
     return replace(
         REFERENCE,
@@ -137,6 +155,8 @@ def gpu_ops(processors: int) -> Ops:
         greedy=sampling.greedy,
         sample=sampling.sample,
         top_logprobs=logprobs.top_logprobs,
+        repack=repack.repack,
+        unpack_fp8=repack.unpack_fp8,
     )
 
 
@@ -161,6 +181,7 @@ def cpu_int8_ops() -> Ops:
 
 
 def native_ops(kernels: native.Native) -> Ops:
+    repacking = native_repack.NativeRepack(kernels)
     return replace(
         REFERENCE,
         paged_attention=kernels.paged_attention,
@@ -172,4 +193,6 @@ def native_ops(kernels: native.Native) -> Ops:
         fuse=native_layers.Fusing(kernels),
         greedy=kernels.greedy,
         sample=kernels.sample,
+        repack=repacking.repack,
+        unpack_fp8=repacking.unpack_fp8,
     )

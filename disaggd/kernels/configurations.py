@@ -103,6 +103,9 @@ FEW_TOKENS = 64
 
 COPY = RowTile(4096, 4)  # 128-bit loads, 4 in flight per thread
 
+REPACK = RowTile(4096, 4)
+"""Likewise: tokens of one head's keys, or values."""
+
 VOCABULARY = RowTile(2048, 4)
 """A program of the samplers' kernels: 75 of them share a row of 152k logits, so that one row alone keeps half of an H100 busy."""
 

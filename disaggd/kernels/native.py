@@ -52,6 +52,9 @@ _SIGNATURES = {
     "disaggd_decode": [c_int, c_int, c_void_p],
     "disaggd_sample": [c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 6],
     "disaggd_noise": [c_int, *[c_void_p] * 3, c_int64],
+    "disaggd_repack": [c_int, c_int, c_int, *[c_void_p] * 3, *[c_int64] * 9],
+    "disaggd_repack_fp8": [c_int, c_int, *[c_void_p] * 3, *[c_int64] * 9],
+    "disaggd_unpack_fp8": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 7],
 }
 
 

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from disaggd.kernels import configurations
+from disaggd.kernels import configurations, fp8
 from disaggd.kernels.block_copy import gather_blocks, scatter_blocks
 from disaggd.kernels.decode_attention import decode_attention
 from disaggd.kernels.draws import Draws
@@ -31,6 +31,7 @@ from disaggd.kernels.kv_store import kv_store
 from disaggd.kernels.linear import linear, linear_silu_mul
 from disaggd.kernels.logprobs import logprobs
 from disaggd.kernels.prefill_attention import prefill_attention
+from disaggd.kernels.repack import repack, unpack_fp8
 from disaggd.kernels.rms_norm import add_rms_norm, rms_norm
 from disaggd.kernels.rotate_and_store import rotate_and_store
 from disaggd.kernels.sampling import sample
@@ -129,6 +130,19 @@ def copy():
     scatter_blocks(kv, staging, ids, layers=range(36), heads=range(4, 8))
 
 
+def repacked(block_size: int, target_size: int, target: torch.dtype, head_dim: int = 128):
+    kv, ids = tensor(36, 1024, 8, 2, block_size, head_dim), tensor(-(-1024 // block_size), dtype=torch.int64)
+    in_head = (fp8.head_bytes(target_size, head_dim),) if target == torch.uint8 else (2, target_size, head_dim)
+    out = tensor(36, 1024 // target_size, 4, *in_head, dtype=target)
+    repack(out, kv, ids, layers=range(36), heads=range(4, 8), start=0, num_tokens=1024)
+
+
+def unpacked(dtype: torch.dtype):
+    kv, wire = tensor(36, 1024, 8, 2, 64, 128, dtype=dtype), tensor(36, 32, 8, fp8.head_bytes(64, 128), dtype=torch.uint8)
+    ids = tensor(16, dtype=torch.int64)
+    unpack_fp8(kv, wire, ids, ids)
+
+
 def draw(*, any_top_k: bool, any_top_p: bool):
     floats = [tensor(16, dtype=torch.float32) for _ in range(3)]
     temperatures, top_p, floors = floats
@@ -169,6 +183,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "linear, uneven", lambda: [project(n, 2500, 1000) for n in (1, 2)]
     yield "SiLU-mul", lambda: silu_mul(tensor(16, 2 * 12288))
     yield "block copy", copy
+    for block_size, target_size in ((64, 64), (16, 64), (64, 16)):
+        for target in (torch.bfloat16, torch.float32, torch.uint8):
+            name = f"repack, blocks of {block_size} to {target_size}, {target}".replace("torch.", "").replace("uint8", "fp8")
+            yield name, lambda b=block_size, t=target_size, d=target: repacked(b, t, d)
+    yield "repack, head_dim 80", lambda: repacked(64, 64, torch.bfloat16, 80)
+    for dtype in DTYPES.values():
+        yield f"unpack to {dtype}".replace("torch.", ""), lambda d=dtype: unpacked(d)
     yield "sample", lambda: draw(any_top_k=False, any_top_p=False)
     yield "sample, top-k and top-p", lambda: draw(any_top_k=True, any_top_p=True)
     yield "log-probabilities", lambda: logprobs(tensor(16, VOCAB_SIZE, dtype=torch.float32), tensor(16, 21, dtype=torch.int64))

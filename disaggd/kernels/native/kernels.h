@@ -1,5 +1,5 @@
 // What the library computes, for one instruction set. Each isa_*.cpp compiles the same templates (rows.h, attention.h, linear.h,
-// linear_int8.h, sampling.h) for its own set and fills one table; library.cpp picks the table. No header here may define a
+// linear_int8.h, repack.h, sampling.h) for its own set and fills one table; library.cpp picks the table. No header here may define a
 // function with linkage: one that was compiled for AVX-512 could otherwise be the one that an older CPU runs.
 #pragma once
 
@@ -104,6 +104,25 @@ struct Decode {
     float scale, eps;
 };
 
+// `tokens` tokens, the first of which is the `start`-th of block blocks[0], of `heads` heads in each of `layers` layers, from the pool's
+// blocks [heads, 2, source_size, head_dim], `block_stride` elements apart, into out [layers, ⌈tokens / target_size⌉, heads, 2, target_size,
+// head_dim]: zero where there is no token. `pool` is where block 0 has the first of the heads, in the first of the layers.
+struct Repack {
+    const void* pool;
+    const int64_t* blocks;
+    void* out;
+    int64_t layer_stride, block_stride, layers, heads, source_size, target_size, head_dim, start, tokens;
+};
+
+// Blocks landed[i] of wire [layers, wire_blocks, heads, 16 + 2 · block_size · head_dim] bytes (see disaggd.kernels.fp8) → blocks[i] of
+// pool [layers, pool_blocks, heads, 2, block_size, head_dim].
+struct UnpackFp8 {
+    const void* wire;
+    void* pool;
+    const int64_t *landed, *blocks;
+    int64_t count, layers, wire_blocks, pool_blocks, heads, block_size, head_dim;
+};
+
 struct Kernels {
     void (*add_rms_norm[NUM_DTYPES])(const AddRmsNorm&);
     void (*rotate_and_store[NUM_DTYPES])(const RotateAndStore&);
@@ -114,6 +133,9 @@ struct Kernels {
     void (*decode[NUM_DTYPES])(const Decode&);  // null where `linear` is
     void (*sample)(const Sample&);
     void (*noise)(const Noise&);
+    void (*repack[NUM_DTYPES][NUM_DTYPES])(const Repack&);  // from, to
+    void (*repack_fp8[NUM_DTYPES])(const Repack&);
+    void (*unpack_fp8[NUM_DTYPES])(const UnpackFp8&);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -195,5 +195,24 @@ void disaggd_noise(int isa, const uint32_t* words, float* noise, float* bounds, 
     TABLES[isa]->noise({words, noise, bounds, count});
 }
 
+void disaggd_repack(int isa, int from, int to, const void* pool, const int64_t* blocks, void* out, int64_t layer_stride,
+                    int64_t block_stride, int64_t layers, int64_t heads, int64_t source_size, int64_t target_size, int64_t head_dim,
+                    int64_t start, int64_t tokens) {
+    TABLES[isa]->repack[from][to](
+        {pool, blocks, out, layer_stride, block_stride, layers, heads, source_size, target_size, head_dim, start, tokens});
+}
+
+void disaggd_repack_fp8(int isa, int from, const void* pool, const int64_t* blocks, void* out, int64_t layer_stride, int64_t block_stride,
+                        int64_t layers, int64_t heads, int64_t source_size, int64_t target_size, int64_t head_dim, int64_t start,
+                        int64_t tokens) {
+    TABLES[isa]->repack_fp8[from](
+        {pool, blocks, out, layer_stride, block_stride, layers, heads, source_size, target_size, head_dim, start, tokens});
+}
+
+void disaggd_unpack_fp8(int isa, int to, const void* wire, void* pool, const int64_t* landed, const int64_t* blocks, int64_t count,
+                        int64_t layers, int64_t wire_blocks, int64_t pool_blocks, int64_t heads, int64_t block_size, int64_t head_dim) {
+    TABLES[isa]->unpack_fp8[to]({wire, pool, landed, blocks, count, layers, wire_blocks, pool_blocks, heads, block_size, head_dim});
+}
+
 #pragma GCC visibility pop
 }

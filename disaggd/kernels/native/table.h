@@ -5,6 +5,7 @@
 #include "decoder.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "repack.h"
 #include "rows.h"
 #include "sampling.h"
 
@@ -16,5 +17,8 @@
 #else
 #define LINEAR_INT8 {linear_int8<float>, nullptr, nullptr}
 #endif
+#define REPACK(from) {repack<from, float>, repack<from, bf16>, repack<from, f16>}
+#define REPACKS {REPACK(float), REPACK(bf16), REPACK(f16)}
 #define TABLE \
-    {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, DECODE, sample, noise}
+    {EACH_DTYPE(add_rms_norm), EACH_DTYPE(rotate_and_store), EACH_DTYPE(silu_mul), EACH_DTYPE(attend), LINEAR, LINEAR_INT8, DECODE, \
+     sample, noise, REPACKS, EACH_DTYPE(repack_fp8), EACH_DTYPE(unpack_fp8)}

@@ -17,6 +17,7 @@ from handoff_pool import Geometry, make_pool
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
+from disaggd.transfer.layout import whole_blocks
 from disaggd.transfer.notification import FirstToken
 from disaggd.transfer.thread import TransferThread
 
@@ -78,11 +79,11 @@ class HandoffNode:
     # ── the pair ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self) -> m.PairOpened:
-        self._thread.submit(m.OpenPair(PEER, INCARNATION))
+        self._thread.submit(m.OpenPair(PEER, INCARNATION, 1))
         return self._wait(m.PairOpened)[1]
 
     def connect(self, opened: m.PairOpened) -> None:
-        self._thread.submit(m.ConnectPair(PEER, INCARNATION, opened.agent_id, opened.metadata, opened.place))
+        self._thread.submit(m.ConnectPair(PEER, INCARNATION, opened.endpoints, self._geometry.kv))
         self._wait(m.PairConnected)
 
     def probed(self) -> None:
@@ -93,7 +94,7 @@ class HandoffNode:
     def expect(self, token: bytes, agent_id: str, verify: bool) -> None:
         self._cpu_s = time.process_time()
         blocks = self._blocks if verify else ()
-        self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.kv_bytes, verify=blocks))
+        self._thread.submit(m.Expect(GrantToken(token), PEER, AgentId(agent_id), self._geometry.num_blocks, verify=blocks))
 
     @property
     def _blocks(self) -> tuple[BlockId, ...]:
@@ -119,7 +120,7 @@ class HandoffNode:
         for first in range(0, self._geometry.layers, layer_group):
             layers = range(first, min(first + layer_group, self._geometry.layers))
             is_ready = self._pool.compute(layers, len(layers) * compute_s, busy)
-            self._thread.submit(m.PushBlocks(grant, layers, blocks, blocks, is_ready))
+            self._thread.submit(m.PushBlocks(grant, layers, whole_blocks(blocks, 1), blocks, is_ready))
         self._pool.wait()
         computed_s = time.monotonic()
         self._thread.submit(m.FinishPush(grant, FirstToken(1)))

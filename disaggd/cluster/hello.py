@@ -9,10 +9,15 @@ import msgspec
 from msgspec import Meta
 
 from disaggd.ids import AgentId, Incarnation, NodeName
-from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.endpoint import MAX_RANKS, Endpoint
+from disaggd.transfer.layout import KVSpec
 from disaggd.wire import Count
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
+
+NumRanks = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+Endpoints = Annotated[tuple[Endpoint, ...], Meta(min_length=1, max_length=MAX_RANKS)]
+"""By rank."""
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -61,6 +66,8 @@ class NodeHello(Frame, frozen=True):
     max_model_len: Count
     shares_prefixes: bool = False
     """It keeps a prefix cache, and pushes what is in it to other nodes, or takes such pushes."""
+    num_ranks: NumRanks = 1
+    """That compute the model together, and share out the KV heads of `kv`."""
 
 
 class HelloRejected(Frame, frozen=True):
@@ -86,20 +93,23 @@ class OpenPair(Frame, frozen=True):
 
     peer: NodeName
     peer_incarnation: Incarnation
+    num_ranks: NumRanks
+    """Of the peer."""
 
 
 class PairAgent(Frame, frozen=True):
-    """Target → router → writer (as `ConnectPair`): the target's agent for `peer`, and where its pool lies.
+    """Target → router → writer (as `ConnectPair`): the target's agent for `peer`, and where its pool lies, for each of its ranks.
 
-    Also sent unasked when the agent was rebuilt after a fence.
+    Also sent unasked when the agent was rebuilt after a fence. The first rank's id is that of the agent as a whole.
     """
 
     peer: NodeName
     peer_incarnation: Incarnation
-    agent_id: AgentId
-    metadata: bytes
-    """NIXL's own agent metadata."""
-    place: PoolPlace
+    endpoints: Endpoints
+
+    @property
+    def agent_id(self) -> AgentId:
+        return self.endpoints[0].agent_id
 
 
 class ConnectPair(Frame, frozen=True):
@@ -107,9 +117,13 @@ class ConnectPair(Frame, frozen=True):
 
     peer: NodeName
     peer_incarnation: Incarnation
-    agent_id: AgentId
-    metadata: bytes
-    place: PoolPlace
+    endpoints: Endpoints
+    kv: KVSpec
+    """The peer's, over all its ranks."""
+
+    @property
+    def agent_id(self) -> AgentId:
+        return self.endpoints[0].agent_id
 
 
 class PairReady(Frame, frozen=True):

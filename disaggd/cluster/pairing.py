@@ -110,14 +110,13 @@ class PairBook:
 
     def _ask(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         pair.retry_at = now + 5 * RETRY_S
-        target.send(OpenPair(writer.name, writer.hello.incarnation))
+        target.send(OpenPair(writer.name, writer.hello.incarnation, writer.hello.num_ranks))
 
     def _probe(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         assert pair.agent is not None
         pair.state = PairState.PROBING
         pair.retry_at = now + 5 * RETRY_S
-        agent = pair.agent
-        writer.send(ConnectPair(target.name, target.hello.incarnation, agent.agent_id, agent.metadata, agent.place))
+        writer.send(ConnectPair(target.name, target.hello.incarnation, pair.agent.endpoints, target.hello.kv))
 
     def _peer(self, name: NodeName) -> Peer | None:
         return self._prefills.get(name) or self._decodes.get(name)

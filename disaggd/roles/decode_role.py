@@ -206,7 +206,7 @@ class DecodeRole:
         agent = self._granting.agents.get(frame.peer)
         if agent is not None and agent.peer_incarnation != frame.peer_incarnation:
             self._give_up_grants_of(agent, "its prefill node was restarted")
-        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation))
+        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation, frame.num_ranks))
 
     # ── what is cached here and wanted elsewhere ─────────────────────────────────────────────────────────────────────
 
@@ -273,7 +273,7 @@ class DecodeRole:
     @_on_event.register
     def _(self, event: transfer.PairOpened) -> None:
         self._granting.agents[event.peer] = event
-        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.place))
+        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.endpoints))
 
     @_on_event.register
     def _(self, event: transfer.PairProbed) -> None:

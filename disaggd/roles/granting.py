@@ -134,7 +134,7 @@ class Granting:
         placed.grant = token
         self._engine.end_earmark(placed.sequence)
         verify = tuple(blocks[:num_pushed]) if self._verify else ()
-        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed * self._bytes_per_block, verify=verify))
+        self._submit(transfer.Expect(token, prefill, agent.agent_id, num_pushed, verify=verify))
         num_cached = len(cached) * self._pool.block_size
         return Grant(token, self.name, prefill, agent.agent_id, num_cached, tuple(blocks), self._lease_s, self._verify)
 

@@ -26,7 +26,6 @@ def run(config: Config, node: NodeConfig) -> None:
             config,
             node,
             loaded.engine,
-            kv=loaded.kv_spec,
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,

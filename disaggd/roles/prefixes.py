@@ -63,7 +63,6 @@ class PrefixIntake:
         *,
         lease_s: float,
         quiesce_s: float,
-        bytes_per_block: int,
         outbox: Outbox,
         submit: Callable[[transfer.TransferCommand], None],
         clock: Callable[[], float],
@@ -75,7 +74,6 @@ class PrefixIntake:
         self._pool = engine.pool
         self._lease_s = lease_s
         self._verify = verify
-        self._bytes_per_block = bytes_per_block
         self._outbox = outbox
         self._submit = submit
         self._clock = clock
@@ -110,8 +108,8 @@ class PrefixIntake:
         assert blocks is not None, "room was checked"
         token = GrantToken(os.urandom(16))
         self._book.add(token, seq_id=seq, attempt=attempt, peer=agent.peer, agent_id=agent.agent_id, blocks=blocks, lease_s=self._lease_s)
-        verify, kv_bytes = tuple(blocks) if self._verify else (), count * self._bytes_per_block
-        self._submit(transfer.Expect(token, agent.peer, agent.agent_id, kv_bytes, brings_token=False, verify=verify))
+        verify = tuple(blocks) if self._verify else ()
+        self._submit(transfer.Expect(token, agent.peer, agent.agent_id, count, brings_token=False, verify=verify))
         first = len(cached) * self._pool.block_size
         prefix.grant = Grant(token, self._name, agent.peer, agent.agent_id, first, tuple(blocks), self._lease_s, self._verify)
         self._outbox.send(prefix.link, PrefixGrant(seq, attempt, prefix.grant))
@@ -219,11 +217,11 @@ class PrefixIntake:
             for prefix in list(self._prefixes.values()):
                 if prefix.grant is not None and prefix.grant.agent_id == agent.agent_id:
                     self.failed(prefix.grant.token, f"{frame.peer} was restarted")
-        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation))
+        self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation, frame.num_ranks))
 
     def opened(self, event: transfer.PairOpened) -> None:
         self._agents[event.peer] = event
-        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.agent_id, event.metadata, event.place))
+        self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.endpoints))
 
     def probed(self, event: transfer.PairProbed) -> None:
         self._outbox.broadcast(PairReady(event.peer, event.agent_id))

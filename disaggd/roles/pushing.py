@@ -19,6 +19,7 @@ from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.source_reads import SourceReads
 from disaggd.transfer import messages as transfer
+from disaggd.transfer.layout import whole_blocks
 from disaggd.transfer.notification import FirstToken
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Pushing:
     def _connect(self, frame: ConnectPair) -> None:
         if self._ready.get(frame.peer) != frame.agent_id:  # else another router asks for what is there: probe once more for it
             self._ready.pop(frame.peer, None)
-        self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.agent_id, frame.metadata, frame.place))
+        self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.endpoints, frame.kv))
 
     def _pair_failed(self, event: transfer.PairFailed) -> None:
         if self._ready.get(event.peer) == event.agent_id:
@@ -152,7 +153,8 @@ class Pushing:
             return  # the target has it all
         start = max(first, skip) - skip
         self._reads.begin(grant.token, self._pushes[grant.token], source)
-        self._submit(transfer.PushBlocks(grant.token, layers, source, grant.block_ids[start : start + len(source)], is_ready))
+        span, target = whole_blocks(source, self._pool.block_size), grant.block_ids[start : start + len(source)]
+        self._submit(transfer.PushBlocks(grant.token, layers, span, target, is_ready))
 
     def finish(self, token: GrantToken, first: FirstToken | None) -> None:
         """All blocks are submitted. `first` None: the target expects no token with them."""

@@ -203,7 +203,6 @@ class SimulatedCluster:
             self._config,
             node,
             engine,
-            kv=transfer.kv,
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=transfer.submit,

@@ -12,6 +12,7 @@ from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, Nod
 from disaggd.simulator.events import Action, EventLoop
 from disaggd.simulator.wire import Wire
 from disaggd.transfer import messages as m
+from disaggd.transfer.endpoint import Endpoint
 from disaggd.transfer.landing import LandingSet
 from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.notification import FirstToken, Piece
@@ -86,8 +87,8 @@ class SimulatedTransfer:
             case m.RenewLease(token):
                 if push := self._pushes.get(token):
                     push.renew(self._now)
-            case m.Expect(token, _, agent_id, kv_bytes, num_ranks, brings_token):
-                self._landings[token] = (agent_id, LandingSet(kv_bytes, num_ranks, brings_token))
+            case m.Expect(token, _, agent_id, num_blocks, brings_token):
+                self._landings[token] = (agent_id, LandingSet({0: num_blocks * self.kv.bytes_per_block}, brings_token))
             case m.Forget(token):
                 self._landings.pop(token, None)
             case m.BeginPush():
@@ -132,7 +133,7 @@ class SimulatedTransfer:
 
     def _announce(self, peer: NodeName) -> None:
         inlet = self._inlets[peer]
-        self.post(m.PairOpened(peer, inlet.incarnation, inlet.agent_id, b"", PoolPlace(0, self.num_blocks)))
+        self.post(m.PairOpened(peer, inlet.incarnation, (Endpoint(inlet.agent_id, b"", PoolPlace(0, self.num_blocks)),)))
 
     def _close_inlet(self, peer: NodeName) -> None:
         """What is on its way to the agent lands nowhere, and its sender finds that out."""
@@ -218,13 +219,13 @@ class SimulatedTransfer:
     def _push_blocks(self, command: m.PushBlocks) -> None:
         live = self._live(command.token)
         if live is None:
-            return self.post(m.HandleDone(command.token, command.source, 0))
+            return self.post(m.HandleDone(command.token, command.source.blocks, 0))
         push, outlet = live
-        kv_bytes = len(command.source) * self.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
-        piece = Piece(command.token, 0, push.num_pieces, kv_bytes)
+        kv_bytes = len(command.target) * self.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
+        piece = Piece(command.token, 0, push.number(0), kv_bytes)
         push.posted(self._now)
         left_at = outlet.wire.send(kv_bytes, self._now)
-        self.fabric.loop.at(outlet.wire.arrival(left_at), lambda: self._written(push, outlet, piece, command.source))
+        self.fabric.loop.at(outlet.wire.arrival(left_at), lambda: self._written(push, outlet, piece, command.source.blocks))
         return None
 
     def _written(self, push: Push, outlet: _Outlet, piece: Piece, source: tuple[BlockId, ...]) -> None:
@@ -242,8 +243,9 @@ class SimulatedTransfer:
         if live is None:
             return
         push, outlet = live
-        last = HandleId(push.num_pieces)
-        seq = push.finish({last})
+        seq = push.number(0)
+        last = HandleId(seq)
+        push.finish({last})
         piece = Piece(token, 0, seq, 0, total=seq + 1, first=first)
         self._notify(push.peer, lambda: self._last_is_there(push, outlet, piece, last))
 

@@ -8,9 +8,10 @@ Of everything NIXL offers to stop a peer's writes only one thing does: destroyin
 
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from nixl._api import nixl_agent, nixl_agent_config, nixl_xfer_handle
+from nixl._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
 from nixl._bindings import (
     nixlBackendError,
     nixlInvalidParamError,
@@ -22,7 +23,7 @@ from nixl._bindings import (
 
 from disaggd.errors import ResourceError
 from disaggd.ids import AgentId, HandleId
-from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.pool import Descriptors, Indices, Region
 from disaggd.transfer.ports import Port, PortRange, PortsUnusable, is_free
 
 _LINK_ERRORS = (nixlRemoteDisconnectError, nixlNotFoundError, nixlBackendError)
@@ -40,26 +41,34 @@ class NoAgent(Exception):
     """None can be made now, as when a network device is down. It may be possible again later."""
 
 
-class Agent:
-    """An agent with its own id and port; it can be written to, and can `connect` to one remote agent and write there.
+class _Remote(NamedTuple):
+    """An agent that is written to: what is read for that, and what is written there."""
 
-    Both pools lie in the memory of their hosts (`source.py` says why): over TCP a put between those copies nothing in between.
+    name: bytes
+    sources: nixl_prepped_dlist_handle
+    targets: nixl_prepped_dlist_handle
+
+
+class Agent:
+    """An agent with its own id and port; it can be written to, and can `connect` to remote agents and write there.
+
+    All regions lie in the memory of their hosts (`source.py` says why): over TCP a put between those copies nothing in between.
     """
 
-    def __init__(self, port: Port, pool: Pool) -> None:
+    def __init__(self, port: Port, regions: Iterable[Region]) -> None:
         self.agent_id = AgentId(uuid.uuid4().hex)
         self.port = port
-        self._pool = pool
+        self._remotes: dict[AgentId, _Remote] = {}
         self._handles: dict[HandleId, nixl_xfer_handle] = {}
         self._num_prepared = 0
         self._nixl = nixl_agent(self.agent_id, nixl_agent_config(enable_prog_thread=False, backends=[]))
         # A range of one port: UCX raises if it is taken, where it would search a longer, exhausted range forever.
         self._nixl.create_backend("UCX", {"engine_config": f"TCP_PORT_RANGE={port.number}-{port.number}"})
-        self._register(pool)
+        self._register(regions)
 
-    def _register(self, pool: Pool) -> None:
+    def _register(self, regions: Iterable[Region]) -> None:
         try:
-            self._nixl.register_memory([(pool.place.address, pool.num_bytes, 0, "")], "DRAM")
+            self._nixl.register_memory([(region.address, region.num_bytes, 0, "") for region in regions], "DRAM")
         except nixlBackendError as error:
             raise ResourceError(f"NIXL cannot register the KV's memory ({error}): what it said before tells why") from error
 
@@ -68,32 +77,34 @@ class Agent:
         """What a remote agent needs to connect: no secret, but whoever holds it can write this process's memory."""
         return bytes(self._nixl.get_agent_metadata())
 
-    def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
-        """Get ready to write into `pool` at the remote agent. Blocks for 10-35 ms. Raises `PeerLost`.
+    def connect(self, agent_id: AgentId, metadata: bytes, sources: Descriptors, targets: Descriptors) -> None:
+        """Get ready to write from `sources`, which are in a region of ours, into `targets` at the remote agent. Blocks for 10-35 ms.
 
-        All that describes the agent came over the wire: NIXL refuses what it cannot read, and a pool beyond the memory that is registered.
+        All that describes the agent came over the wire: NIXL refuses what it cannot read, and targets beyond the memory that is
+        registered there. Raises `PeerLost`.
         """
         try:
-            self._remote_name: bytes = self._nixl.add_remote_agent(metadata)
-            if self._remote_name != agent_id.encode():
-                raise PeerLost(f"agent {agent_id} was announced with the metadata of {self._remote_name!r}")
-            self._targets = self._nixl.prep_xfer_dlist(self._remote_name, pool.rows(), "DRAM")
+            name: bytes = self._nixl.add_remote_agent(metadata)
+            if name != agent_id.encode():
+                raise PeerLost(f"agent {agent_id} was announced with the metadata of {name!r}")
+            theirs = self._nixl.prep_xfer_dlist(name, targets.rows(), "DRAM")
         except _METADATA_ERRORS as error:
             raise PeerLost(f"agent {agent_id} cannot be connected to: {error}") from error
-        self._sources = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._pool.rows(), "DRAM")
+        self._remotes[agent_id] = _Remote(name, self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", sources.rows(), "DRAM"), theirs)
 
-    def notify(self, message: bytes) -> None:
-        """Send a notification on its own. Raises `PeerLost`."""
+    def notify(self, agent_id: AgentId, message: bytes) -> None:
+        """Send a connected agent a notification on its own. Raises `PeerLost`."""
         try:
-            self._nixl.send_notif(self._remote_name, message)
+            self._nixl.send_notif(self._remotes[agent_id].name, message)
         except _LINK_ERRORS as error:
             raise PeerLost(f"a notification cannot be sent: {error}") from error
 
-    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
-        """Make a write of descriptors ready to be posted, or discarded; `message` arrives after its bytes."""
+    def prepare(self, agent_id: AgentId, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        """Make a write of a connected agent's descriptors ready to be posted, or discarded; `message` arrives after its bytes."""
         handle_id = HandleId(self._num_prepared)
         self._num_prepared += 1
-        self._handles[handle_id] = self._nixl.make_prepped_xfer("WRITE", self._sources, sources, self._targets, targets, message)
+        remote = self._remotes[agent_id]
+        self._handles[handle_id] = self._nixl.make_prepped_xfer("WRITE", remote.sources, sources, remote.targets, targets, message)
         return handle_id
 
     def post(self, handle_id: HandleId) -> None:
@@ -135,38 +146,38 @@ class Agent:
         """
         gone = weakref.ref(self._nixl.agent)
         self._handles.clear()
-        for name in ("_sources", "_targets", "_nixl"):
-            self.__dict__.pop(name, None)
+        self._remotes.clear()
+        del self._nixl
         assert gone() is None, f"agent {self.agent_id} is still referenced: it is not fenced"
 
 
 class AgentMaker:
-    """Makes agents that register `pool`, each on a free port of `ports`.
+    """Makes agents, each on a free port of `ports`.
 
     Where NIXL cannot start for the first of them, the node is set up wrongly, and had better say so and end; unless `is_patient`: a network
     device is down. Those after it are for peers that came back or were fenced, and the node goes on without them for so long. So it does
     when its ports are used up, or the files that it may open: routers say which peers there are, and how often they were restarted.
     """
 
-    def __init__(self, ports: PortRange, pool: Pool, is_patient: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, ports: PortRange, is_patient: Callable[[], bool] = lambda: False) -> None:
         self._ports = ports
-        self._pool = pool
         self._is_patient = is_patient
         self._has_made_one = False
 
-    def __call__(self) -> Agent:
-        """Raises `NoAgent` if NIXL cannot start for it, or no port can be had, but this may pass; else `ResourceError`."""
+    def __call__(self, regions: Iterable[Region]) -> Agent:
+        """One that registers `regions`. Raises `NoAgent` if NIXL cannot start for it, or no port can be had, but this may pass; else
+        `ResourceError`."""
         try:
-            agent = self._make()
+            agent = self._make(regions)
         except PortsUnusable as error:
             raise self._failed(str(error)) from error
         self._has_made_one = True
         return agent
 
-    def _make(self) -> Agent:
+    def _make(self, regions: Iterable[Region]) -> Agent:
         for port in self._ports.leases():
             try:
-                return Agent(port, self._pool)
+                return Agent(port, regions)
             except nixlBackendError as error:
                 port.release()
                 if is_free(port.number):

@@ -6,6 +6,7 @@ BLAKE2b: 0.45). It finds every burst of up to 32 bits, and misses one in four bi
 
 import ctypes
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from disaggd.ids import BlockId
 from disaggd.transfer.landing import Inconsistent
 from disaggd.transfer.notification import Checksums, Piece
-from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.pool import Descriptors, Indices, Pool
 
 
 class Corrupt(Inconsistent):
@@ -25,14 +26,13 @@ class Corrupt(Inconsistent):
 
 
 class Memory:
-    """The bytes of a pool in this process."""
+    """The bytes of descriptors in this process."""
 
-    def __init__(self, pool: Pool) -> None:
-        assert len(pool.kv.groups) == 1, "descriptors of several sizes"
-        self.pool = pool
-        raw = (ctypes.c_uint8 * pool.num_bytes).from_address(pool.place.address)
-        self._rows: NDArray[np.uint8] = np.frombuffer(memoryview(raw), dtype=np.uint8).reshape(-1, pool.kv.groups[0].block_bytes)
-        """[descriptors, bytes of a block of one layer]"""
+    def __init__(self, descriptors: Descriptors) -> None:
+        self.length = descriptors.length
+        raw = (ctypes.c_uint8 * descriptors.region.num_bytes).from_address(descriptors.region.address)
+        shape, strides = (descriptors.count, descriptors.length), (descriptors.stride, 1)
+        self._rows: NDArray[np.uint8] = np.ndarray(shape, np.uint8, memoryview(raw), descriptors.offset, strides)
 
     def checksums(self, descriptors: Indices, num_blocks: int) -> tuple[int, ...]:
         """One per block, over its layers; `descriptors` go layer by layer: int32 [layers · num_blocks]."""
@@ -46,12 +46,18 @@ class Memory:
 
 
 class Verification:
-    """Of one grant, whose `blocks` are in `memory`: each is checked once in each layer, or the grant has not landed whole."""
+    """Of one grant, whose `blocks` are in `pool`: what each rank brings of them is checked once in each layer, or the grant has not
+    landed whole.
 
-    def __init__(self, memory: Memory, blocks: tuple[BlockId, ...]) -> None:
-        self._memory = memory
+    `memories`, by rank, have a descriptor for each of the pool's: what that rank writes of it.
+    """
+
+    def __init__(self, pool: Pool, memories: Mapping[int, Memory], blocks: tuple[BlockId, ...]) -> None:
+        self._pool = pool
+        self._memories = memories
         self._blocks = frozenset(blocks)
-        self._checked: set[tuple[int, BlockId]] = set()
+        self._checked: set[tuple[int, int, BlockId]] = set()
+        """Rank, layer, block."""
 
     def check(self, piece: Piece) -> None:
         """To be called when the piece's bytes are there. Raises `Corrupt`, or `Inconsistent` when it does not say what they should be."""
@@ -59,25 +65,26 @@ class Verification:
             return
         if piece.sums is None:
             raise Inconsistent(f"piece {piece.seq} of rank {piece.rank} has no checksums")
+        memory = self._memories.get(piece.rank)
+        if memory is None:
+            raise Inconsistent(f"rank {piece.rank} has nothing to bring")
         layers = range(piece.sums.first_layer, piece.sums.first_layer + piece.sums.num_layers)
-        self._claim(piece, piece.sums, layers)
-        pool = self._memory.pool
-        found = self._memory.checksums(pool.indices(layers, piece.sums.blocks), len(piece.sums.blocks))
+        self._claim(piece, piece.sums, layers, memory.length)
+        found = memory.checksums(self._pool.indices(layers, piece.sums.blocks), len(piece.sums.blocks))
         bad = [block for block, ours, theirs in zip(piece.sums.blocks, found, piece.sums.crcs, strict=True) if ours != theirs]
         if bad:
             raise Corrupt(bad)
 
-    def _claim(self, piece: Piece, sums: Checksums, layers: range) -> None:
+    def _claim(self, piece: Piece, sums: Checksums, layers: range, length: int) -> None:
         """The numbers came over the wire: nothing is read that is not the grant's, and nothing twice in place of something else."""
-        pool = self._memory.pool
-        are_layers = 0 <= layers.start < layers.stop <= pool.kv.num_layers  # or there may be 2⁶² of them to go through
-        claimed = {(layer, block) for layer in layers for block in sums.blocks} if are_layers else set()
+        are_layers = 0 <= layers.start < layers.stop <= self._pool.kv.num_layers  # or there may be 2⁶² of them to go through
+        claimed = {(piece.rank, layer, block) for layer in layers for block in sums.blocks} if are_layers else set()
         is_sound = (
             are_layers
             and len(sums.blocks) == len(sums.crcs)
             and len(claimed) == len(layers) * len(sums.blocks)
             and self._blocks.issuperset(sums.blocks)
-            and pool.bytes_of(layers, len(sums.blocks)) == piece.kv_bytes
+            and len(claimed) * length == piece.kv_bytes
         )
         if not is_sound or claimed & self._checked:
             raise Inconsistent(f"the checksums of piece {piece.seq} of rank {piece.rank} are not of what it brought")

@@ -1,7 +1,8 @@
 """`Incoming`: the agents that peers write to, and the grants that are landing. Runs on the transfer thread.
 
-One agent per peer node, all registering the same memory, so that one peer can be fenced without the others. What counts
-is the agent at which a notification comes in, never what its sender calls itself.
+One agent per peer node, all registering the same memory, so that one peer can be fenced without the others. All ranks of the peer
+that have something for this one write to it. What counts is the agent at which a notification comes in, never what its sender calls
+itself; which of the peer's ranks it says it is decides only what of a grant its bytes are.
 
 An agent that cannot be made, because the network is down, is tried again every second: the peer has none to write to for so long.
 """
@@ -9,13 +10,14 @@ An agent that cannot be made, because the network is down, is tried again every 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
-from disaggd.ids import AgentId, GrantToken, Incarnation, NodeName
+from disaggd.ids import AgentId, GrantToken, NodeName
 from disaggd.transfer.agent import Agent, NoAgent
 from disaggd.transfer.checksum import Corrupt, Memory, Verification
+from disaggd.transfer.endpoint import Endpoint
 from disaggd.transfer.landing import Inconsistent, LandingSet
 from disaggd.transfer.messages import (
     Expect,
@@ -32,6 +34,7 @@ from disaggd.transfer.messages import (
 from disaggd.transfer.notification import Connect, Piece, WireQuiesced, decode
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import Port
+from disaggd.transfer.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +44,26 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    peer: NodeName
-    incarnation: Incarnation
+    opened: OpenPair
     agent: Agent
+    memories: dict[int, Memory]
+    """What each rank of the peer writes, of those that write anything here."""
+    probed: set[int] = field(default_factory=set)
+    """Ranks whose probe has come in, until that of all has."""
+
+    @property
+    def peer(self) -> NodeName:
+        return self.opened.peer
+
+    def shares(self, num_descriptors: int) -> dict[int, int]:
+        """The bytes that each rank brings of so many blocks of one layer."""
+        return {rank: num_descriptors * memory.length for rank, memory in self.memories.items()}
 
 
 class _Lack(msgspec.Struct, frozen=True):
     """An agent that should be there and could not be made."""
 
-    incarnation: Incarnation
-    """The peer's."""
+    opened: OpenPair
     retry_at: float
 
 
@@ -63,13 +76,21 @@ class _Landing(msgspec.Struct, frozen=True):
 
 
 class Incoming:
-    """Opens and fences agents, counts pieces into landings. Posts to the compute thread. `clock` is monotonic seconds."""
+    """Opens and fences agents, counts pieces into landings. Posts to the compute thread. `clock` is monotonic seconds.
+
+    Peers write into `pool`, which holds this rank's `share` of the node's KV.
+    """
 
     def __init__(
-        self, pool: Pool, open_agent: Callable[[], Agent], post: Callable[[TransferEvent], None], clock: Callable[[], float]
+        self,
+        share: Share,
+        pool: Pool,
+        open_agent: Callable[[], Agent],
+        post: Callable[[TransferEvent], None],
+        clock: Callable[[], float],
     ) -> None:
+        self._share = share
         self._pool = pool
-        self._memory = Memory(pool)
         self._open_agent = open_agent
         self._post = post
         self._clock = clock
@@ -106,15 +127,18 @@ class Incoming:
 
     def open(self, command: OpenPair) -> None:
         pair = self._pairs.get(command.peer)
-        if pair is not None and pair.incarnation == command.peer_incarnation:
+        if pair is not None and pair.opened == command:
             return self._announce(pair)
         if pair is not None:
             self._destroy(pair)
-        return self._make(command.peer, command.peer_incarnation)
+        return self._make(command)
 
     def expect(self, command: Expect) -> None:
-        pieces = LandingSet(command.kv_bytes, command.num_ranks, command.brings_token)
-        verification = Verification(self._memory, command.verify) if command.verify else None
+        pair = self._pairs.get(command.peer)
+        if pair is None or pair.agent.agent_id != command.agent_id:
+            return  # it was fenced, which its owner hears next
+        pieces = LandingSet(pair.shares(self._pool.kv.num_layers * command.num_blocks), command.brings_token)
+        verification = Verification(self._pool, pair.memories, command.verify) if command.verify else None
         self._landings[command.token] = _Landing(command.agent_id, pieces, verification, len(command.verify))
 
     def forget(self, token: GrantToken) -> None:
@@ -125,13 +149,13 @@ class Incoming:
         if pair is None or pair.agent.agent_id != command.agent_id:
             return self._post(Fenced(command.peer, command.agent_id))
         self._destroy(pair)
-        return self._make(pair.peer, pair.incarnation)
+        return self._make(pair.opened)
 
     def retry(self) -> None:
         """Make the agents that could not be made before, where it is time to try again."""
         now = self._clock()
-        for peer, lack in [(peer, lack) for peer, lack in self._lacking.items() if now >= lack.retry_at]:
-            self._make(peer, lack.incarnation)
+        for lack in [lack for lack in self._lacking.values() if now >= lack.retry_at]:
+            self._make(lack.opened)
 
     def close(self, peer: NodeName) -> None:
         self._lacking.pop(peer, None)
@@ -143,17 +167,20 @@ class Incoming:
         for peer in {*self._pairs, *self._lacking, *self._burnt}:
             self.close(peer)
 
-    def _make(self, peer: NodeName, incarnation: Incarnation) -> None:
-        """Have an agent for `peer`, now or when it can be had."""
+    def _make(self, command: OpenPair) -> None:
+        """Have an agent for the peer, now or when it can be had."""
+        peer = command.peer
         try:
             agent = self._open_agent()
         except NoAgent as error:
             if peer not in self._lacking:
                 log.warning("%s cannot write here for now, trying again: %s", peer, error)
-            self._lacking[peer] = _Lack(incarnation, self._clock() + RETRY_S)
+            self._lacking[peer] = _Lack(command, self._clock() + RETRY_S)
             return
         self._lacking.pop(peer, None)
-        pair = self._pairs[peer] = _Pair(peer, incarnation, agent)
+        cuts = self._share.cuts_from(command.num_ranks)
+        memories = {cut.source_rank: Memory(self._pool.slices(self._share.local(cut))) for cut in cuts}
+        pair = self._pairs[peer] = _Pair(command, agent, memories)
         self._announce(pair)
 
     def _destroy(self, pair: _Pair) -> None:
@@ -171,7 +198,8 @@ class Incoming:
             port.release()
 
     def _announce(self, pair: _Pair) -> None:
-        self._post(PairOpened(pair.peer, pair.incarnation, pair.agent.agent_id, pair.agent.metadata, self._pool.place))
+        endpoint = Endpoint(pair.agent.agent_id, pair.agent.metadata, self._pool.place)
+        self._post(PairOpened(pair.peer, pair.opened.peer_incarnation, (endpoint,)))
 
     # ── notifications ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,9 +218,8 @@ class Incoming:
     def _heed(self, pair: _Pair, raw: bytes) -> bool:
         """Whether the notification meant something here."""
         match decode(raw):
-            case Connect(agent_id) if agent_id == pair.agent.agent_id:
-                self._release_burnt(pair.peer)
-                self._post(PairProbed(pair.peer, agent_id))
+            case Connect(agent_id, rank) if agent_id == pair.agent.agent_id and rank in pair.memories:
+                self._probed(pair, rank)
             case Piece() as piece:
                 return self._land(pair, piece)
             case WireQuiesced(token, clean):
@@ -200,6 +227,13 @@ class Incoming:
             case _:
                 return False
         return True
+
+    def _probed(self, pair: _Pair, rank: int) -> None:
+        pair.probed.add(rank)
+        if pair.probed == pair.memories.keys():
+            pair.probed.clear()
+            self._release_burnt(pair.peer)
+            self._post(PairProbed(pair.peer, pair.agent.agent_id))
 
     def _land(self, pair: _Pair, piece: Piece) -> bool:
         landing = self._landings.get(piece.token)

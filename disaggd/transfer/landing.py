@@ -1,5 +1,7 @@
 """`LandingSet`: which pieces of one grant have come in. Runs on the transfer thread; pure, knows no NIXL."""
 
+from collections.abc import Mapping
+
 from disaggd.transfer.notification import FirstToken, Piece
 
 
@@ -8,28 +10,33 @@ class Inconsistent(Exception):
 
 
 class LandingSet:
-    """A grant has landed when {0 … total−1} is in from every rank and the bytes sum to the grant's: exactly, or it fails.
+    """A grant has landed when {0 … total−1} is in from every rank and its bytes are what it was to bring: exactly, or it fails.
 
-    So it does without a first token, if it `brings_token`.
+    So it does without a first token, if it `brings_token`. `shares` are the bytes of each rank that brings any.
     """
 
-    def __init__(self, kv_bytes: int, num_ranks: int = 1, brings_token: bool = True) -> None:
-        self.kv_bytes = kv_bytes
+    def __init__(self, shares: Mapping[int, int], brings_token: bool = True) -> None:
         self.first: FirstToken | None = None
+        self._shares = shares
         self._brings_token = brings_token
-        self._seqs: list[set[int]] = [set() for _ in range(num_ranks)]
-        self._totals: list[int | None] = [None] * num_ranks
-        self._landed_bytes = 0
+        self._seqs: dict[int, set[int]] = {rank: set() for rank in shares}
+        self._totals: dict[int, int] = {}
+        self._landed_bytes = dict.fromkeys(shares, 0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the whole grant."""
+        return sum(self._shares.values())
 
     @property
     def has_begun(self) -> bool:
         """Whether any piece is in: the transfer is under way."""
-        return any(self._seqs)
+        return any(self._seqs.values())
 
     def add(self, piece: Piece) -> bool:
         """Count `piece`; True when it was the last one missing. Raises `Inconsistent`."""
-        if not 0 <= piece.rank < len(self._seqs):
-            raise Inconsistent(f"a piece of rank {piece.rank}, but {len(self._seqs)} rank(s) push")
+        if piece.rank not in self._shares:
+            raise Inconsistent(f"a piece of rank {piece.rank}, but {', '.join(map(str, self._shares))} push")
         self._count(piece)
         self._set_total(piece)
         self._set_first(piece)
@@ -40,12 +47,13 @@ class LandingSet:
         if piece.seq < 0 or piece.seq in seqs:
             raise Inconsistent(f"piece {piece.seq} of rank {piece.rank} came twice or is none")
         seqs.add(piece.seq)
-        self._landed_bytes += piece.kv_bytes
-        if piece.kv_bytes < 0 or self._landed_bytes > self.kv_bytes:
-            raise Inconsistent(f"{self._landed_bytes} bytes have landed, the grant holds {self.kv_bytes}")
+        self._landed_bytes[piece.rank] += piece.kv_bytes
+        if piece.kv_bytes < 0 or self._landed_bytes[piece.rank] > self._shares[piece.rank]:
+            landed, part = self._landed_bytes[piece.rank], self._shares[piece.rank]
+            raise Inconsistent(f"{landed} bytes have landed from rank {piece.rank}, its part of the grant is {part}")
 
     def _set_total(self, piece: Piece) -> None:
-        total = self._totals[piece.rank]
+        total = self._totals.get(piece.rank)
         if piece.total is not None:
             if total is not None and total != piece.total:
                 raise Inconsistent(f"rank {piece.rank} names two totals, {total} and {piece.total}")
@@ -61,10 +69,11 @@ class LandingSet:
         self.first = piece.first
 
     def _is_complete(self) -> bool:
-        if any(total is None or len(seqs) < total for seqs, total in zip(self._seqs, self._totals, strict=True)):
+        if any(rank not in self._totals or len(seqs) < self._totals[rank] for rank, seqs in self._seqs.items()):
             return False
-        if self._landed_bytes != self.kv_bytes:
-            raise Inconsistent(f"all pieces are in with {self._landed_bytes} bytes, the grant holds {self.kv_bytes}")
+        for rank, landed in self._landed_bytes.items():
+            if landed != self._shares[rank]:
+                raise Inconsistent(f"all pieces of rank {rank} are in with {landed} bytes, its part of the grant is {self._shares[rank]}")
         if self.first is None and self._brings_token:
             raise Inconsistent("all pieces are in, but none brought the first token")
         return True

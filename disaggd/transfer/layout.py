@@ -6,6 +6,7 @@ descriptor), a range of its heads is contiguous too, and neighbouring block ids 
 
 import msgspec
 
+from disaggd.ids import BlockId
 from disaggd.model.spec import DTYPE_BYTES, Dtype, ModelSpec
 
 
@@ -54,6 +55,20 @@ class PoolPlace(msgspec.Struct, frozen=True, array_like=True):
     address: int
     """Of its first byte."""
     num_blocks: int
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Tokens of a sequence that follow each other, as the blocks of a pool hold them."""
+
+    blocks: tuple[BlockId, ...]
+    start: int
+    """The first of them, counted from the start of the first block."""
+    num_tokens: int
+
+
+def whole_blocks(blocks: tuple[BlockId, ...], block_size: int) -> Span:
+    """All the tokens that these blocks have room for."""
+    return Span(blocks, 0, len(blocks) * block_size)
 
 
 def kv_spec(model: ModelSpec, block_size: int, kv_heads: int | None = None) -> KVSpec:

@@ -1,5 +1,8 @@
 """What the compute thread and the transfer thread say to each other: frozen commands one way, frozen events the other.
 
+A node of several ranks has a transfer thread in each, and one that speaks for them all (`joint.py`): the agent of such a node is an
+agent of each rank, and has the first one's id.
+
 Each `Expect` is answered by one `Landed` or `LandingFailed`, unless `Forget` or a fence of its agent comes first; each
 `PushBlocks` by one `HandleDone`; each `BeginPush` by one `PushEnded`, after the `HandleDone` of all its handles.
 """
@@ -9,7 +12,8 @@ from collections.abc import Callable
 import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
-from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.endpoint import Endpoint
+from disaggd.transfer.layout import KVSpec, Span
 from disaggd.transfer.notification import FirstToken
 
 
@@ -32,10 +36,12 @@ class OpenPair(TransferCommand, frozen=True):
 
     peer: NodeName
     peer_incarnation: Incarnation
+    num_ranks: int
+    """Of the peer."""
 
 
 class Expect(TransferCommand, frozen=True):
-    """A grant goes out: `kv_bytes` will land in all, from each of `num_ranks` ranks, at the agent `agent_id`.
+    """A grant goes out: so many blocks will land whole at the agent `agent_id`, each rank of the peer bringing its part.
 
     To be submitted before the grant leaves this node; then no notification can come too early.
     """
@@ -43,8 +49,7 @@ class Expect(TransferCommand, frozen=True):
     token: GrantToken
     peer: NodeName
     agent_id: AgentId
-    kv_bytes: int
-    num_ranks: int = 1
+    num_blocks: int
     brings_token: bool = True
     """The first token is one of its pieces; it fails without."""
     verify: tuple[BlockId, ...] = ()
@@ -68,17 +73,19 @@ class Fence(TransferCommand, frozen=True):
 
 
 class PairOpened(TransferEvent, frozen=True):
-    """The agent that `peer` shall write to, and where the blocks lie that grants name."""
+    """The agent that `peer` shall write to, and where the blocks lie that grants name: by rank."""
 
     peer: NodeName
     peer_incarnation: Incarnation
-    agent_id: AgentId
-    metadata: bytes
-    place: PoolPlace
+    endpoints: tuple[Endpoint, ...]
+
+    @property
+    def agent_id(self) -> AgentId:
+        return self.endpoints[0].agent_id
 
 
 class PairProbed(TransferEvent, frozen=True):
-    """That very agent received its own id: writes may begin."""
+    """That very agent received its own id from every rank of the peer that has something for it: writes may begin."""
 
     peer: NodeName
     agent_id: AgentId
@@ -123,7 +130,7 @@ class QuiescedByWire(TransferEvent, frozen=True):
 
 
 class ConnectPair(TransferCommand, frozen=True):
-    """Reach the agent `agent_id` of `peer` and send it the probe; answered `PairConnected` or `PairFailed`.
+    """Reach the agent of `peer` and send it the probe; answered `PairConnected` or `PairFailed`.
 
     A pair that was connected to another agent is torn down first, which ends its pushes (not clean if handles were in
     flight). Writes may begin once the peer has confirmed the probe: the caller sees to that.
@@ -131,10 +138,14 @@ class ConnectPair(TransferCommand, frozen=True):
 
     peer: NodeName
     peer_incarnation: Incarnation
-    agent_id: AgentId
-    metadata: bytes
-    place: PoolPlace
-    """Of the blocks that the peer grants."""
+    endpoints: tuple[Endpoint, ...]
+    """By rank of the peer."""
+    kv: KVSpec
+    """The peer's geometry, over all its ranks."""
+
+    @property
+    def agent_id(self) -> AgentId:
+        return self.endpoints[0].agent_id
 
 
 class BeginPush(TransferCommand, frozen=True):
@@ -158,7 +169,7 @@ def at_once() -> bool:
 
 
 class PushBlocks(TransferCommand, frozen=True):
-    """Write `source` blocks, the given layers of them, into the `target` blocks of the same positions: one handle.
+    """Write the given layers of `source` into the `target` blocks, which its first token begins: one handle.
 
     Posted once `is_ready`, for a GPU may not have computed them yet, and once they are where NIXL can read them. What the same
     push is told later waits behind it. The caller holds a reference on each source block until `HandleDone`.
@@ -166,8 +177,9 @@ class PushBlocks(TransferCommand, frozen=True):
 
     token: GrantToken
     layers: range
-    source: tuple[BlockId, ...]
+    source: Span
     target: tuple[BlockId, ...]
+    """Written whole: what is behind the last token of `source` in the last of them may be anything."""
     is_ready: IsReady = at_once
 
 
@@ -226,7 +238,7 @@ class PairFailed(TransferEvent, frozen=True):
 
 
 class HandleDone(TransferEvent, frozen=True):
-    """The references on these source blocks may go. `kv_bytes` is 0 unless the write ended DONE."""
+    """The references on these source blocks may go. `kv_bytes` of what was written of them ended DONE."""
 
     token: GrantToken
     source: tuple[BlockId, ...]

@@ -26,6 +26,8 @@ class Connect(Notification, frozen=True):
     """The probe: an agent that receives its own id is the one that the sender's metadata speaks of."""
 
     agent_id: AgentId
+    rank: int
+    """The sender's."""
 
 
 class Checksums(msgspec.Struct, frozen=True, array_like=True):
@@ -39,7 +41,7 @@ class Checksums(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Piece(Notification, frozen=True):
-    """One of the notifications {0 … total−1} that make up a grant, per rank of the prefill node."""
+    """One of the notifications {0 … total−1} by which a rank of one node tells a rank of another what it has written into a grant."""
 
     token: GrantToken
     rank: int

@@ -1,20 +1,19 @@
 """`Outgoing`: the agents we write from, and the pushes under way. Runs on the transfer thread.
 
-One local agent per peer node. A pair whose peer is out of reach loses its agent at once: destroying it ends every handle
-of it for good (13 ms, and not a byte leaves after), so the source blocks can be used again.
+One local agent per peer node, with a lane to each rank of it that some of our heads go to (`outlet.py`). A pair whose peer is out of reach
+loses its agent at once: destroying it ends every handle of it for good (13 ms, and not a byte leaves after), so the source blocks can
+be used again.
 
 What is pushed waits until it is computed, is loaded (`source.py`), and waits until that is done; then it is written. Pushes wait for
 nothing of each other's but room to load to: whoever is told first has it first, and every write that ends makes some.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
-from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, NodeName
+from disaggd.ids import GrantToken, HandleId, NodeName
 from disaggd.transfer.agent import Agent, NoAgent, PeerLost
-from disaggd.transfer.checksum import Memory
 from disaggd.transfer.messages import (
     BeginPush,
     ConnectPair,
@@ -27,10 +26,10 @@ from disaggd.transfer.messages import (
     QuiesceByWire,
     TransferEvent,
 )
-from disaggd.transfer.notification import Checksums, Connect, Piece, WireQuiesced, encode
-from disaggd.transfer.pool import Pool
-from disaggd.transfer.push import Loaded, Push
-from disaggd.transfer.source import Load, Source
+from disaggd.transfer.notification import AnyNotification, Checksums, Connect, FirstToken, Piece, WireQuiesced, encode
+from disaggd.transfer.outlet import Lane, Outlet, lanes_to
+from disaggd.transfer.push import Loaded, Part, Push, Write
+from disaggd.transfer.source import Load, Sources
 
 MAX_SUMMED_BYTES = 8 << 20
 """Of which checksums are taken in one turn, a write more or less: 4 ms in which nothing is polled. The rest waits for the next."""
@@ -40,23 +39,14 @@ LONGEST_TURN_S = 1.0
 """A turn that took longer does not count as the peers' time: this process was stopped, or its machine slept."""
 
 
-@dataclass(slots=True)
-class _Pair:
-    peer: NodeName
-    remote_id: AgentId
-    remote: Pool
-    agent: Agent
-    silent_s: float = 0.0
-    """For so long no write to it has ended, while some were in flight."""
-
-
 class _Flight(msgspec.Struct, frozen=True):
     """A posted handle."""
 
-    pair: _Pair
+    pair: Outlet
+    lane: Lane
     handle: HandleId
     push: Push
-    source: tuple[BlockId, ...]
+    write: Write
     load: Load
     kv_bytes: int
 
@@ -64,29 +54,27 @@ class _Flight(msgspec.Struct, frozen=True):
 class Outgoing:
     """Connects pairs, posts writes and polls them to their ends. Posts to the compute thread.
 
-    A pair with writes in flight of which none ends for `push_timeout_s` is lost: TCP alone holds a small write to a peer that hangs for
-    ever, and its pusher would renew its lease as long.
+    A pair with writes in flight to a rank of which none ends for `push_timeout_s` is lost: TCP alone holds a small write to a peer that
+    hangs for ever, and its pusher would renew its lease as long.
     """
 
     def __init__(
         self,
-        source: Source,
-        rank: int,
+        sources: Sources,
         open_agent: Callable[[], Agent],
         post: Callable[[TransferEvent], None],
         clock: Callable[[], float],
         push_timeout_s: float = PUSH_TIMEOUT_S,
     ) -> None:
-        self._source = source
-        self._pool = source.pool
-        self._memory = Memory(source.registered)
-        self._rank = rank
+        self._sources = sources
+        self._pool = sources.pool
+        self._rank = sources.share.rank
         self._open_agent = open_agent
         self._post = post
         self._clock = clock
         self._push_timeout_s = push_timeout_s
         self._looked_at = clock()
-        self._pairs: dict[NodeName, _Pair] = {}
+        self._pairs: dict[NodeName, Outlet] = {}
         self._pushes: dict[GrantToken, Push] = {}
         self._flights: list[_Flight] = []
         self._is_short = False
@@ -115,12 +103,13 @@ class Outgoing:
         if pair is None or pair.remote_id != command.agent_id:
             self.close(command.peer)
             pair = self._build(command)
-        if pair is not None and self._notify(pair, encode(Connect(command.agent_id))):
+        if pair is not None and all(self._notify(pair, lane, Connect(lane.agent_id, self._rank)) for lane in pair.lanes):
             self._post(PairConnected(command.peer, command.agent_id))
 
     def quiesce_by_wire(self, command: QuiesceByWire) -> None:
-        if pair := self._pairs.get(command.peer):
-            self._notify(pair, encode(WireQuiesced(command.token, command.clean)))
+        """One rank of the peer is told, for all of them."""
+        if (pair := self._pairs.get(command.peer)) and pair.lanes:
+            self._notify(pair, pair.lanes[0], WireQuiesced(command.token, command.clean))
 
     def close(self, peer: NodeName) -> None:
         """Destroy the pair's agent; its handles end here, unclean, and its pushes with them."""
@@ -142,20 +131,16 @@ class Outgoing:
         for peer in list(self._pairs):
             self.close(peer)
 
-    def _build(self, command: ConnectPair) -> _Pair | None:
-        remote = Pool(command.place, self._pool.kv)
-        if not remote.can_be:
-            self._post(PairFailed(command.peer, command.agent_id, f"no pool lies at {command.place}"))
-            return None
+    def _build(self, command: ConnectPair) -> Outlet | None:
         try:
-            agent = self._open_agent()
-        except NoAgent as error:
+            lanes = lanes_to(command, self._sources)
+            pair = Outlet(command.peer, command.agent_id, self._open_agent(), lanes)
+        except (PeerLost, NoAgent) as error:
             self._post(PairFailed(command.peer, command.agent_id, str(error)))
             return None
-        pair = _Pair(command.peer, command.agent_id, remote, agent)
         self._pairs[command.peer] = pair
         try:
-            pair.agent.connect(command.agent_id, command.metadata, remote)
+            pair.connect()
         except PeerLost as error:
             reason = str(error)
         else:
@@ -163,9 +148,10 @@ class Outgoing:
         self._lose(pair, reason)
         return None
 
-    def _notify(self, pair: _Pair, message: bytes) -> bool:
+    def _notify(self, pair: Outlet, lane: Lane, notification: AnyNotification) -> bool:
+        """Whether it went out; else the pair is lost."""
         try:
-            pair.agent.notify(message)
+            pair.agent.notify(lane.agent_id, encode(notification))
         except PeerLost as error:
             reason = str(error)
         else:
@@ -173,7 +159,7 @@ class Outgoing:
         self._lose(pair, reason)
         return False
 
-    def _lose(self, pair: _Pair, reason: str) -> None:
+    def _lose(self, pair: Outlet, reason: str) -> None:
         self.close(pair.peer)
         self._post(PairFailed(pair.peer, pair.remote_id, reason))
 
@@ -197,16 +183,20 @@ class Outgoing:
     def push_blocks(self, command: PushBlocks) -> None:
         push = self._live(command.token)
         if push is None:
-            self._post(HandleDone(command.token, command.source, 0))
+            self._post(HandleDone(command.token, command.source.blocks, 0))
             return
         pair = self._pairs[push.peer]
-        assert len(command.source) == len(command.target) and self._pool.holds(command.source)
-        if not pair.remote.holds(command.target):
+        assert self._pool.holds(command.source.blocks)
+        if not pair.holds(command.target):
             # The target ids came over the wire: a write outside the peer's pool must not be posted.
-            self._post(HandleDone(command.token, command.source, 0))
+            self._post(HandleDone(command.token, command.source.blocks, 0))
             self.cancel(command.token)
             return
-        push.waiting.append(command)
+        if not pair.lanes:
+            self._post(HandleDone(command.token, command.source.blocks, 0))
+            return
+        write = Write(command, len(pair.lanes))
+        push.waiting += [Part(write, lane) for lane in range(len(pair.lanes))]
         self._advance(push)
 
     def finish(self, command: FinishPush) -> None:
@@ -242,10 +232,11 @@ class Outgoing:
         if passed_s < LOOK_EVERY_S:
             return
         self._looked_at = now
-        in_flight = {flight.pair.peer for flight in self._flights}
+        in_flight = {flight.lane.agent_id for flight in self._flights}
         for pair in list(self._pairs.values()):
-            pair.silent_s = pair.silent_s + min(passed_s, LONGEST_TURN_S) if pair.peer in in_flight else 0.0
-            if pair.silent_s >= self._push_timeout_s:
+            for lane in pair.lanes:
+                lane.silent_s = lane.silent_s + min(passed_s, LONGEST_TURN_S) if lane.agent_id in in_flight else 0.0
+            if any(lane.silent_s >= self._push_timeout_s for lane in pair.lanes):
                 self._lose(pair, f"no write to it has ended for {self._push_timeout_s:g} s")
 
     def _live(self, token: GrantToken) -> Push | None:
@@ -269,25 +260,28 @@ class Outgoing:
             push.expire(self._clock())
             if push.may_post:
                 push.waiting.popleft()
-                self._send_last(push, command)
+                self._send_last(push, command.first)
         self._settle(push)
 
     def _load(self, push: Push) -> None:
         """Load what is computed, as far as there is room."""
-        while push.waiting and isinstance(command := push.waiting[0], PushBlocks) and not self._is_short and command.is_ready():
-            load = self._source.load(command.layers, command.source)
+        while push.waiting and isinstance(part := push.waiting[0], Part) and not self._is_short and part.write.command.is_ready():
+            command, source = part.write.command, self._pairs[push.peer].lanes[part.lane].source
+            load = source.load(command.layers, command.source)
             if load is None:
                 self._is_short = True
                 return
             push.waiting.popleft()
-            push.loaded.append(Loaded(command, load))
+            push.loaded.append(Loaded(part, source, load))
 
-    def _send_last(self, push: Push, command: FinishPush) -> None:
-        """It travels behind what the pair has in flight, others' bytes too: it has gone out when those have arrived."""
+    def _send_last(self, push: Push, first: FirstToken | None) -> None:
+        """To each rank, behind what the pair has in flight, others' bytes too: all have gone out when those have arrived."""
         pair = self._pairs[push.peer]
-        seq = push.finish({flight.handle for flight in self._flights if flight.pair is pair})
-        piece = Piece(push.token, self._rank, seq, 0, total=seq + 1, first=command.first)
-        self._notify(pair, encode(piece))
+        push.finish({flight.handle for flight in self._flights if flight.pair is pair})
+        for lane in pair.lanes:
+            seq = push.number(lane.rank)
+            if not self._notify(pair, lane, Piece(push.token, self._rank, seq, 0, total=seq + 1, first=first)):
+                return
 
     def _write(self, push: Push, loaded: Loaded) -> None:
         """Post it, unless the lease has run out by the time that nothing is left to do but that.
@@ -295,12 +289,15 @@ class Outgoing:
         A process that was stopped, or whose machine slept, wakes up anywhere: the later it looks at the clock, the less it may write
         into a grant that was given up meanwhile. What is posted all the same, only the target's fence keeps out.
         """
-        command, load = loaded.command, loaded.load
+        write, load = loaded.part.write, loaded.load
         pair = self._pairs[push.peer]
-        kv_bytes = self._pool.bytes_of(command.layers, len(command.source))
-        piece = Piece(push.token, self._rank, push.num_pieces, kv_bytes, sums=self._checksums(loaded) if push.verify else None)
-        handle = pair.agent.prepare(load.indices, pair.remote.indices(command.layers, command.target), encode(piece))
-        flight = _Flight(pair, handle, push, command.source, load, kv_bytes)
+        lane = pair.lanes[loaded.part.lane]
+        targets = lane.remote.indices(write.command.layers, write.command.target)
+        kv_bytes = len(targets) * lane.targets.length
+        sums = self._checksums(lane, loaded) if push.verify else None
+        piece = Piece(push.token, self._rank, push.number(lane.rank), kv_bytes, sums=sums)
+        handle = pair.agent.prepare(lane.agent_id, load.indices, targets, encode(piece))
+        flight = _Flight(pair, lane, handle, push, write, load, kv_bytes)
         now = self._clock()
         push.expire(now)
         if not push.may_post:
@@ -317,11 +314,11 @@ class Outgoing:
             return
         self._lose(pair, reason)
 
-    def _checksums(self, loaded: Loaded) -> Checksums:
+    def _checksums(self, lane: Lane, loaded: Loaded) -> Checksums:
         """Of what the write will read, where it reads it."""
-        command = loaded.command
-        self._summed_bytes += self._pool.bytes_of(command.layers, len(command.source))
-        crcs = self._memory.checksums(loaded.load.indices, len(command.source))
+        command, indices = loaded.part.write.command, loaded.load.indices
+        self._summed_bytes += len(indices) * lane.memory.length
+        crcs = lane.memory.checksums(indices, len(command.target))
         return Checksums(command.layers.start, len(command.layers), command.target, crcs)
 
     def _poll(self, flight: _Flight) -> None:
@@ -339,18 +336,22 @@ class Outgoing:
         self._lose(flight.pair, reason)
 
     def _end(self, flight: _Flight, kv_bytes: int | None) -> None:
-        flight.pair.silent_s = 0.0
-        self._source.unload(flight.load)
+        flight.lane.silent_s = 0.0
+        flight.lane.source.unload(flight.load)
         flight.push.ended(kv_bytes, self._clock())
         self.sent_bytes += kv_bytes or 0
-        self._post(HandleDone(flight.push.token, flight.source, kv_bytes or 0))
+        self._part_ended(flight.write, kv_bytes or 0)
         self._settle(flight.push)
         for push in self._pushes_of(flight.pair):
             if flight.handle in push.behind:
                 push.behind.discard(flight.handle)
                 self._settle(push)
 
-    def _pushes_of(self, pair: _Pair) -> list[Push]:
+    def _part_ended(self, write: Write, kv_bytes: int) -> None:
+        if write.ended(kv_bytes):
+            self._post(HandleDone(write.command.token, write.command.source.blocks, write.kv_bytes))
+
+    def _pushes_of(self, pair: Outlet) -> list[Push]:
         return [push for push in self._pushes.values() if push.agent_id == pair.remote_id]
 
     def _settle(self, push: Push) -> None:
@@ -374,12 +375,10 @@ class Outgoing:
         """Nothing is written of these blocks. What still computes them does so before whatever the same device is asked next; what
         still loads them brings what nobody reads."""
         while push.loaded:
-            self._let_go(push.loaded.popleft())
+            loaded = push.loaded.popleft()
+            loaded.unload()
+            self._part_ended(loaded.part.write, 0)
         while push.waiting:
-            command = push.waiting.popleft()
-            if isinstance(command, PushBlocks):
-                self._post(HandleDone(command.token, command.source, 0))
-
-    def _let_go(self, loaded: Loaded) -> None:
-        self._source.unload(loaded.load)
-        self._post(HandleDone(loaded.command.token, loaded.command.source, 0))
+            part = push.waiting.popleft()
+            if isinstance(part, Part):
+                self._part_ended(part.write, 0)

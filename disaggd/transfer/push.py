@@ -11,7 +11,7 @@ import msgspec
 
 from disaggd.ids import AgentId, GrantToken, HandleId, NodeName
 from disaggd.transfer.messages import FinishPush, PushBlocks
-from disaggd.transfer.source import Load
+from disaggd.transfer.source import Load, Source
 
 
 class PushState(enum.Enum):
@@ -27,11 +27,39 @@ MOVES: dict[PushState, frozenset[PushState]] = {
 }
 
 
+class Write(msgspec.Struct):
+    """A command to write blocks, which is a write to each rank of the peer that has a part in them."""
+
+    command: PushBlocks
+    num_parts: int
+    """That have not ended."""
+    kv_bytes: int = 0
+    """Of those that ended DONE."""
+
+    def ended(self, kv_bytes: int) -> bool:
+        """A part of it has, DONE with that many bytes, or else with 0: whether it was the last one."""
+        self.num_parts -= 1
+        self.kv_bytes += kv_bytes
+        return not self.num_parts
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What of a command goes to one rank of the peer."""
+
+    write: Write
+    lane: int
+    """Which of the pair's (`outlet.py`)."""
+
+
 class Loaded(msgspec.Struct, frozen=True):
     """Blocks on their way to where a write finds them, or there."""
 
-    command: PushBlocks
+    part: Part
+    source: Source
     load: Load
+
+    def unload(self) -> None:
+        self.source.unload(self.load)
 
 
 class Push(msgspec.Struct, kw_only=True):
@@ -45,8 +73,8 @@ class Push(msgspec.Struct, kw_only=True):
     verify: bool = False
     """Its pieces have checksums."""
     state: PushState = PushState.ACTIVE
-    num_pieces: int = 0
-    """Pieces numbered so far: posted handles, and the last one that is no write, once finished."""
+    num_pieces: dict[int, int] = msgspec.field(default_factory=dict)
+    """Numbered so far, by the rank of the peer that they go to: posted handles, and the last one that is no write, once finished."""
     num_in_flight: int = 0
     finished: bool = False
     clean: bool = True
@@ -54,7 +82,7 @@ class Push(msgspec.Struct, kw_only=True):
     kv_bytes: int = 0
     first_post_at: float | None = None
     last_done_at: float | None = None
-    waiting: deque[PushBlocks | FinishPush] = msgspec.field(default_factory=deque)
+    waiting: deque[Part | FinishPush] = msgspec.field(default_factory=deque)
     """Commands in order, the first of which writes blocks that are not computed yet or have nowhere to be loaded to."""
     loaded: deque[Loaded] = msgspec.field(default_factory=deque)
     """Commands before those, to be written in order."""
@@ -77,11 +105,16 @@ class Push(msgspec.Struct, kw_only=True):
         """Whether a handle may be posted, given that `expire` was asked just now."""
         return self.state is PushState.ACTIVE and not self.finished
 
+    def number(self, rank: int) -> int:
+        """Of the next piece that goes to that rank of the peer."""
+        seq = self.num_pieces.get(rank, 0)
+        self.num_pieces[rank] = seq + 1
+        return seq
+
     def posted(self, now: float) -> None:
-        """A handle is about to be posted; its piece has the number `num_pieces`."""
+        """A handle is about to be posted."""
         assert self.may_post and now < self.lease_until
         self.num_in_flight += 1
-        self.num_pieces += 1
         if self.first_post_at is None:
             self.first_post_at = now
 
@@ -95,13 +128,11 @@ class Push(msgspec.Struct, kw_only=True):
         self.kv_bytes += kv_bytes
         self.last_done_at = now
 
-    def finish(self, behind: set[HandleId]) -> int:
-        """The last piece is about to be sent, behind those handles: its number. Nothing is posted after it."""
+    def finish(self, behind: set[HandleId]) -> None:
+        """The last pieces are about to be sent, behind those handles. Nothing is posted after them."""
         assert self.may_post
         self.finished = True
         self.behind = behind
-        self.num_pieces += 1
-        return self.num_pieces - 1
 
     def drain(self) -> None:
         """Post nothing more."""

@@ -152,6 +152,8 @@ def check_pair(source: KVSpec, target: KVSpec) -> None:
         ours, theirs = getattr(source, field), getattr(target, field)
         if ours != theirs:
             raise ConfigError(f"{field} differs: {ours} and {theirs}")
+    if len(source.groups) != len(target.groups):
+        raise ConfigError(f"groups differ: {source.groups} and {target.groups}")
     for one, other in zip(source.groups, target.groups, strict=True):
         if (one.layers, one.kv_heads) != (other.layers, other.kv_heads):
             raise ConfigError(f"kv_heads differ: {one.kv_heads} in {one.layers} layers and {other.kv_heads} in {other.layers}")

@@ -1,4 +1,4 @@
-"""`Source`: the memory that writes read from, and how blocks come to be there. Runs on the transfer thread.
+"""`Source`: the memory that writes to one rank of a peer read from, and how blocks come to be there. Runs on the transfer thread.
 
 NIXL moves bytes between the memories of two hosts. A pool in one of them is registered, and read where it lies. A pool in a
 GPU's memory is not: its blocks are copied to memory of the host, from there to the host of the peer, and there to its GPU.
@@ -6,49 +6,87 @@ UCX would write from GPU to GPU by itself, and does over TCP by copies and messa
 dies over it, the process that it writes to aborts (`ucp_request.inl: Endpoint timeout`, SIGABRT; measured on an H200).
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from disaggd.errors import ConfigError
-from disaggd.ids import BlockId
-from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace, Span
 from disaggd.transfer.messages import IsReady, at_once
-from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.pool import Descriptors, Indices, Pool, Region
+from disaggd.transfer.reshape import HeadCut, check_pair
+from disaggd.transfer.share import Share
 
 
 class Load(msgspec.Struct, frozen=True):
     """Blocks, where a write finds them."""
 
     indices: Indices
-    """Descriptors of the registered memory, in the order of `Pool.indices`."""
+    """Descriptors of `registered`, one for each target block and layer, layer by layer."""
     is_ready: IsReady
-    """Whether the blocks are there."""
+    """Whether they are there."""
 
 
 class Source(Protocol):
-    pool: Pool
-    """Whose blocks are pushed."""
-    registered: Pool
-    """What NIXL reads."""
+    """What one rank of a peer is written from: a descriptor is what a block of its pool, in one layer, gets from this rank."""
 
-    def load(self, layers: range, blocks: Sequence[BlockId]) -> Load | None:
-        """Begin to bring computed blocks to where they can be read. None: there is no room, until something is unloaded."""
+    registered: Descriptors
+    """What NIXL reads, in one of the `regions`."""
+
+    def load(self, layers: range, span: Span) -> Load | None:
+        """Begin to bring computed tokens to where they can be read. None: there is no room, until something is unloaded."""
 
     def unload(self, load: Load) -> None:
         """Nothing reads it any more, or will, ready or not."""
 
 
+class Sources(Protocol):
+    """All that this rank writes to its peers from."""
+
+    share: Share
+    pool: Pool
+    """Whose blocks are pushed."""
+    regions: tuple[Region, ...]
+    """What NIXL has to know."""
+
+    def of(self, cut: HeadCut, target: KVSpec) -> Source:
+        """What a rank of a node whose geometry is `target` is written from. Raises ConfigError where that cannot be."""
+
+
+def check_direct(ours: KVSpec, theirs: KVSpec) -> None:
+    """Raises ConfigError naming the field over which a block of one cannot be copied to a block of the other as it is."""
+    check_pair(ours, theirs)
+    for field in ("dtype", "block_size"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise ConfigError(f"{field} differs: {getattr(ours, field)} and {getattr(theirs, field)}")
+    if ours != theirs:
+        raise ConfigError(f"groups differ: {ours.groups} and {theirs.groups}")
+
+
 class InPlace:
     """The pool is registered itself: nothing is to be brought anywhere."""
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = self.registered = pool
+    def __init__(self, share: Share, place: PoolPlace) -> None:
+        self.share = share
+        self.pool = Pool(place, share.held)
+        self.regions: tuple[Region, ...] = (self.pool.region,)
 
-    def load(self, layers: range, blocks: Sequence[BlockId]) -> Load:
-        return Load(self.pool.indices(layers, blocks), at_once)
+    def of(self, cut: HeadCut, target: KVSpec) -> Source:
+        check_direct(self.share.kv, target)
+        return InPlaceCut(self.pool, self.share.local(cut))
+
+
+class InPlaceCut:
+    """Some heads of each block of the pool, read where they lie."""
+
+    def __init__(self, pool: Pool, heads: range) -> None:
+        self._pool = pool
+        self.registered = pool.slices(heads)
+
+    def load(self, layers: range, span: Span) -> Load:
+        assert span.start == 0, "whole blocks are written"
+        return Load(self._pool.indices(layers, span.blocks), at_once)
 
     def unload(self, load: Load) -> None:
         """It is the pool's."""
@@ -70,17 +108,24 @@ class Staged:
     What is unloaded before it is ready can be taken by others at once: their copies come after its own.
     """
 
-    def __init__(self, pool: Pool, staging: Staging) -> None:
-        assert len(pool.kv.groups) == 1, "descriptors of several sizes cannot stand for each other"
-        self.pool = pool
-        self.registered = Pool(staging.place, pool.kv)
+    def __init__(self, share: Share, place: PoolPlace, staging: Staging) -> None:
+        self.share = share
+        self.pool = Pool(place, share.held)
+        self.staged = Pool(staging.place, share.held)
+        self.regions: tuple[Region, ...] = (self.staged.region,)
         self._copy_out = staging.copy_out
-        self._num_descriptors = pool.kv.num_layers * self.registered.num_blocks
+        self._num_descriptors = self.staged.whole().count
         self._free = list(range(self._num_descriptors))
         """The last that came free is taken first: what was just sent may still be in the processor's cache."""
 
-    def load(self, layers: range, blocks: Sequence[BlockId]) -> Load | None:
-        sources = self.pool.indices(layers, blocks)
+    def of(self, cut: HeadCut, target: KVSpec) -> Source:
+        check_direct(self.share.kv, target)
+        return StagedCut(self, self.share.local(cut))
+
+    def load(self, layers: range, span: Span) -> Load | None:
+        """Whole blocks, whichever of their heads are written."""
+        assert span.start == 0, "whole blocks are written"
+        sources = self.pool.indices(layers, span.blocks)
         assert 0 < len(sources) <= self._num_descriptors, f"{len(sources)} descriptors at once, of {self._num_descriptors} that there are"
         if len(sources) > len(self._free):
             return None
@@ -90,6 +135,14 @@ class Staged:
 
     def unload(self, load: Load) -> None:
         self._free += load.indices.tolist()
+
+
+class StagedCut:
+    """Some heads of each block of the staging memory, which each is brought to anew for every rank that it is written to."""
+
+    def __init__(self, staged: Staged, heads: range) -> None:
+        self.registered = staged.staged.slices(heads)
+        self.load, self.unload = staged.load, staged.unload
 
 
 def staging_blocks(kv: KVSpec, staging_bytes: int, *, pool_blocks: int | None, max_step_tokens: int, layer_group: int) -> int:

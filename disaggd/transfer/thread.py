@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -24,7 +25,8 @@ from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
-from disaggd.transfer.source import InPlace, Staged, Staging
+from disaggd.transfer.share import Share
+from disaggd.transfer.source import InPlace, Sources, Staged, Staging
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +50,9 @@ class _Stop(m.TransferCommand, frozen=True):
 class TransferThread:
     """Moves KV between this process's memory and its peers'.
 
-    `pool_bytes` from `place` on are the pool, laid out as `kv` says: what is pushed, and, without `staging`, what NIXL reads and
-    peers write. With it NIXL knows of the staging memory alone. What has landed there it is the caller's to copy into the pool,
-    and he may use it for grants or for pushes, not both.
+    `pool_bytes` from `place` on are the pool, laid out as `kv` says of the heads that `rank` holds, of `num_ranks` that share the KV
+    heads: what is pushed, and, without `staging`, what NIXL reads and peers write. With it NIXL knows of the staging memory alone. What
+    has landed there it is the caller's to copy into the pool, and he may use it for grants or for pushes, not both.
 
     `post` is called on the transfer thread, must be thread-safe and must not block. `on_start` is called there first: copies from a
     GPU need its context made current on each thread that asks for them. The UCX environment must be set (`environment.py`).
@@ -65,21 +67,23 @@ class TransferThread:
         port_range: tuple[int, int],
         clock: Callable[[], float] = lease_clock,
         rank: int = 0,
+        num_ranks: int = 1,
         on_start: Callable[[], None] = lambda: None,
         staging: Staging | None = None,
         push_timeout_s: float = PUSH_TIMEOUT_S,
     ) -> None:
-        pool = Pool(place, kv)
-        assert pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
+        share = Share(kv, rank, num_ranks)
+        sources: Sources = InPlace(share, place) if staging is None else Staged(share, place, staging)
+        assert sources.pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
+        landing = sources.pool if staging is None else Pool(staging.place, share.held)
         self.pulse = Pulse()
         self._post = post
         self._on_start = on_start
         self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
-        source = InPlace(pool) if staging is None else Staged(pool, staging)
         devices = os.environ.get("UCX_NET_DEVICES", "")
-        open_agent = AgentMaker(PortRange(*port_range), source.registered, lambda: has_device_down(devices))
-        self._incoming = Incoming(source.registered, open_agent, self._report, clock)
-        self._outgoing = Outgoing(source, rank, open_agent, self._report, clock, push_timeout_s)
+        open_agent = AgentMaker(PortRange(*port_range), lambda: has_device_down(devices))
+        self._incoming = Incoming(share, landing, partial(open_agent, [landing.region]), self._report, clock)
+        self._outgoing = Outgoing(sources, partial(open_agent, sources.regions), self._report, clock, push_timeout_s)
         self._cadence = Cadence(clock)
         self._has_stirred = False
         self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)

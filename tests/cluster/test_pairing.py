@@ -8,7 +8,8 @@ from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.layout import PoolPlace
-from tests.support.routing import D0, D1, P0, P1, hello
+from tests.support.endpoints import endpoint
+from tests.support.routing import D0, D1, KV, P0, P1, hello
 
 OLD, NEW = AgentId("old"), AgentId("new")
 
@@ -38,7 +39,7 @@ class Pairing:
         self.book.node_down(name)
 
     def agent(self, agent_id: AgentId, incarnation: str = "p0-first") -> None:
-        frame = PairAgent(P0, Incarnation(incarnation), agent_id, b"metadata", PLACE)
+        frame = PairAgent(P0, Incarnation(incarnation), endpoint(agent_id, b"metadata", PLACE))
         self.book.on_agent(self.decodes[D0], frame, self.now)
 
     def ready(self, agent_id: AgentId) -> bool:
@@ -71,7 +72,7 @@ def ready_pair() -> Pairing:
 
 
 PLACE = PoolPlace(4096, 64)
-CONNECT = ConnectPair(D0, Incarnation("d0-first"), OLD, b"metadata", PLACE)
+CONNECT = ConnectPair(D0, Incarnation("d0-first"), endpoint(OLD, b"metadata", PLACE), KV)
 
 
 @pytest.mark.parametrize("prefill_first", [True, False])
@@ -79,7 +80,7 @@ def test_a_pair_is_opened_probed_and_then_ready(prefill_first: bool) -> None:
     pairing = Pairing()
     for up in (pairing.prefill_up, pairing.decode_up) if prefill_first else (pairing.decode_up, pairing.prefill_up):
         up()
-    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"))]}
+    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"), 1)]}
     pairing.agent(OLD)
     assert pairing.sent[P0] == [CONNECT]
     assert not pairing.book.is_ready(P0, D0), "the agent has not received its own id yet"
@@ -169,7 +170,7 @@ def test_a_silent_pair_is_asked_again() -> None:
     pairing.prefill_up()
     pairing.clear()
     pairing.after(6 * RETRY_S)
-    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"))]}
+    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"), 1)]}
     pairing.agent(OLD)
     pairing.clear()
     pairing.after(6 * RETRY_S)

@@ -37,12 +37,14 @@ from disaggd.transfer.incoming import Incoming
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import AnyNotification, Connect, FirstToken, Piece, encode
 from disaggd.transfer.outgoing import Outgoing
-from disaggd.transfer.pool import Pool
+from disaggd.transfer.pool import Descriptors, Pool
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace
 from disaggd.wire import Undecodable
 from tests.fuzz import wild
 from tests.fuzz.surface import Surface
 from tests.support.decode_scripts import delivered, is_empty, make_decode_node
+from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import is_idle, taking_node
 from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, QUIESCE_S, VOCAB_SIZE, RoleNode, expected, next_token, prompt
 from tests.support.scripted_agent import ScriptedAgent
@@ -60,9 +62,9 @@ LIVE_TOKENS = tuple(b"the live grant %d" % i for i in range(4))
 class FuzzAgent(ScriptedAgent):
     """Reckons what a real agent reckons of a peer's place."""
 
-    def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
-        pool.rows()
-        super().connect(agent_id, metadata, pool)
+    def connect(self, agent_id: AgentId, metadata: bytes, sources: Descriptors, targets: Descriptors) -> None:
+        targets.rows()
+        super().connect(agent_id, metadata, sources, targets)
 
 
 class Bench:
@@ -75,18 +77,18 @@ class Bench:
         self._memory = (ctypes.c_uint8 * (NUM_BLOCKS * KV.bytes_per_block))()
         pool = Pool(PoolPlace(ctypes.addressof(self._memory), NUM_BLOCKS), KV)
         self._events: list[m.TransferEvent] = []
-        self.incoming = Incoming(pool, self._open, self._events.append, self._clock)  # type: ignore[arg-type]
-        self.outgoing = Outgoing(InPlace(pool), 0, self._open, self._events.append, self._clock)  # type: ignore[arg-type]
+        self.incoming = Incoming(Share(KV), pool, self._open, self._events.append, self._clock)  # type: ignore[arg-type]
+        self.outgoing = Outgoing(InPlace(Share(KV), pool.place), self._open, self._events.append, self._clock)  # type: ignore[arg-type]
         node.link_up(STRANGER)
         self.meet("first")
 
     def meet(self, life: str) -> None:
         """A good router pairs both ways with `peer`, of which a new life begins."""
         incarnation, agent = Incarnation(life), AgentId(f"{self.peer}-{life}")
-        self.say(FRIEND, OpenPair(self.peer, incarnation))
+        self.say(FRIEND, OpenPair(self.peer, incarnation, 1))
         self.intake = len(self.agents) - 1
-        self.notify(self.intake, Connect(self.agents[-1].agent_id))
-        self.say(FRIEND, ConnectPair(self.peer, incarnation, agent, b"", PEER_PLACE))
+        self.notify(self.intake, Connect(self.agents[-1].agent_id, 0))
+        self.say(FRIEND, ConnectPair(self.peer, incarnation, endpoint(agent, b"", PEER_PLACE), KV))
         self.say(FRIEND, PairReady(self.peer, agent))
 
     def _open(self) -> FuzzAgent:

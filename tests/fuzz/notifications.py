@@ -12,6 +12,7 @@ from disaggd.transfer.incoming import Incoming
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import AnyNotification, Checksums, FirstToken, Piece, encode
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.share import Share
 from tests.fuzz import wild
 from tests.fuzz.surface import Surface
 from tests.support.scripted_agent import ScriptedAgent
@@ -35,12 +36,12 @@ def check(arriving: Sequence[tuple[int, bytes]]) -> None:
         return agents[-1]
 
     pool = Pool(PoolPlace(ctypes.addressof(memory), NUM_BLOCKS), KV)
-    incoming = Incoming(pool, open_agent, events.append, lambda: 0.0)  # type: ignore[arg-type]
+    incoming = Incoming(Share(KV), pool, open_agent, events.append, lambda: 0.0)  # type: ignore[arg-type]
     for peer in (P0, P1):
-        incoming.open(m.OpenPair(peer, Incarnation("one")))
-    incoming.expect(m.Expect(T0, P0, AgentId("a0"), 2 * BLOCK_BYTES, verify=BLOCKS))
-    incoming.expect(m.Expect(T1, P0, AgentId("a0"), 2 * BLOCK_BYTES))
-    incoming.expect(m.Expect(T2, P1, AgentId("a1"), BLOCK_BYTES, brings_token=False))
+        incoming.open(m.OpenPair(peer, Incarnation("one"), 1))
+    incoming.expect(m.Expect(T0, P0, AgentId("a0"), 2, verify=BLOCKS))
+    incoming.expect(m.Expect(T1, P0, AgentId("a0"), 2))
+    incoming.expect(m.Expect(T2, P1, AgentId("a1"), 1, brings_token=False))
     for number, raw in arriving:
         agents[number].arriving.append(raw)
         incoming.deliver(incoming.poll())
@@ -50,7 +51,7 @@ def check(arriving: Sequence[tuple[int, bytes]]) -> None:
         assert landed.kv_bytes == (BLOCK_BYTES if landed.token == T2 else 2 * BLOCK_BYTES)
         assert (landed.first is not None) or landed.token == T2
     incoming.fence(m.Fence(P0, AgentId("a0")))
-    incoming.expect(m.Expect(GOOD, P0, AgentId("a2"), BLOCK_BYTES))
+    incoming.expect(m.Expect(GOOD, P0, AgentId("a2"), 1))
     agents[2].arrive(Piece(GOOD, 0, 0, BLOCK_BYTES), Piece(GOOD, 0, 1, 0, total=2, first=FirstToken(7)))
     incoming.deliver(incoming.poll())
     assert events[-1] == m.Landed(GOOD, FirstToken(7), BLOCK_BYTES)

@@ -28,6 +28,7 @@ from disaggd.transfer.layout import PoolPlace, kv_spec
 from disaggd.wire import Undecodable
 from tests.fuzz import wild
 from tests.fuzz.surface import Surface
+from tests.support.endpoints import endpoint
 
 NAMES = tuple(NodeName(name) for name in ("p0", "p1", "d0", "d1"))
 CONFIG = parse_config(
@@ -85,7 +86,7 @@ class Front:
         for other in NAMES:
             if other[0] != name[0]:
                 for writer, target in ((name, other), (other, name)):
-                    self.say(target, PairAgent(writer, Incarnation("i"), AgentId(f"{target}-{writer}"), b"", PoolPlace(0, 64)))
+                    self.say(target, PairAgent(writer, Incarnation("i"), endpoint(AgentId(f"{target}-{writer}"), b"", PoolPlace(0, 64))))
                     self.say(target, PairReady(writer, AgentId(f"{target}-{writer}")))
 
     # ── what happens ──

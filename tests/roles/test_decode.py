@@ -24,7 +24,8 @@ from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import AGENT, P0, PLACE, Node, S, delivered, generate, granted, is_empty, landed, make_decode_node
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, VOCAB_SIZE, expected, next_token, prompt
+from tests.support.endpoints import endpoint
+from tests.support.role_nodes import LEASE_S, VOCAB_SIZE, expected, next_token, prompt
 
 # ── decisions ──
 
@@ -127,7 +128,7 @@ def test_what_shall_land_is_expected_before_the_grant_leaves() -> None:
     """The bytes of the prompt's blocks; the block of the token generated first may lie beyond them."""
     node = make_decode_node()
     grant = granted(node, length=20)
-    assert node.commands == [transfer.Expect(grant.token, P0, AGENT, 5 * BYTES_PER_BLOCK)]
+    assert node.commands == [transfer.Expect(grant.token, P0, AGENT, 5)]
 
 
 def test_every_grant_has_a_token_of_its_own() -> None:
@@ -169,7 +170,7 @@ def test_a_fenced_agent_is_granted_no_more() -> None:
     node.event(transfer.Fenced(P0, AGENT))
     node.say(generate(prompt(20), grant_for=P0))
     assert node.last(NeedPrefill).grant is None
-    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AgentId("agent-2"), b"", PLACE))
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), endpoint(AgentId("agent-2"), b"", PLACE)))
     node.say(RequestGrant(S, 0, P0))
     assert node.last(Granted).grant.agent_id == "agent-2"
 
@@ -352,10 +353,10 @@ def test_one_frame_a_step_carries_the_tokens_of_all_sequences_of_a_router() -> N
 
 def test_a_router_that_opens_a_pair_gets_the_agent_and_hears_of_its_probe() -> None:
     node = make_decode_node()
-    node.say(OpenPair(P0, Incarnation("p0-first")))
-    assert node.commands == [transfer.OpenPair(P0, Incarnation("p0-first"))]
-    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), AGENT, b"metadata", PLACE))
-    assert node.last(PairAgent) == PairAgent(P0, Incarnation("p0-first"), AGENT, b"metadata", PLACE)
+    node.say(OpenPair(P0, Incarnation("p0-first"), 1))
+    assert node.commands == [transfer.OpenPair(P0, Incarnation("p0-first"), 1)]
+    node.event(transfer.PairOpened(P0, Incarnation("p0-first"), endpoint(AGENT, b"metadata", PLACE)))
+    assert node.last(PairAgent) == PairAgent(P0, Incarnation("p0-first"), endpoint(AGENT, b"metadata", PLACE))
     node.event(transfer.PairProbed(P0, AGENT))
     assert node.last(PairReady) == PairReady(P0, AGENT)
 
@@ -363,17 +364,17 @@ def test_a_router_that_opens_a_pair_gets_the_agent_and_hears_of_its_probe() -> N
 def test_the_grants_of_a_restarted_prefill_node_are_given_up_at_once_and_freed_by_the_fence() -> None:
     node = make_decode_node()
     granted(node)
-    node.say(OpenPair(P0, Incarnation("p0-second")))
+    node.say(OpenPair(P0, Incarnation("p0-second"), 1))
     assert node.last(Released).seq == S
     assert node.role.gauges().blocks_quarantined == 6
-    node.event(transfer.Fenced(P0, AGENT), transfer.PairOpened(P0, Incarnation("p0-second"), AgentId("agent-2"), b"", PLACE))
+    node.event(transfer.Fenced(P0, AGENT), transfer.PairOpened(P0, Incarnation("p0-second"), endpoint(AgentId("agent-2"), b"", PLACE)))
     assert is_empty(node)
 
 
 def test_opening_a_pair_again_touches_no_grant() -> None:
     node = make_decode_node()
     granted(node)
-    node.say(OpenPair(P0, Incarnation("p0-first")))
+    node.say(OpenPair(P0, Incarnation("p0-first"), 1))
     assert not node.frames(Released) and node.role.gauges().blocks_granted == 6
 
 

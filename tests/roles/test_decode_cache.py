@@ -21,7 +21,7 @@ from disaggd.ids import NodeName, SeqId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import AGENT, P0, Node, S, Staging, delivered, generate, granted, is_empty, landed, make_decode_node
-from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, expected, next_token, prompt
+from tests.support.role_nodes import BLOCK, HASHER, expected, next_token, prompt
 
 WARM = SeqId("warm")
 LONG = prompt(60)
@@ -100,7 +100,7 @@ def test_a_grant_leaves_out_what_is_cached() -> None:
     grant = ask(node, LONG, policy="remote")
     assert node.last(NeedPrefill).num_cached == 40
     assert (grant.first_token_index, len(grant.block_ids)) == (40, 6)  # 20 tokens, and one more
-    assert node.submitted(transfer.Expect) == [transfer.Expect(grant.token, P0, AGENT, 5 * BYTES_PER_BLOCK)]
+    assert node.submitted(transfer.Expect) == [transfer.Expect(grant.token, P0, AGENT, 5)]
     gauges = node.role.gauges()
     assert (gauges.blocks_granted, gauges.blocks_used, gauges.blocks_cached) == (6, 10, 0)
     arrive(node, grant, LONG)
@@ -117,7 +117,7 @@ def test_the_last_block_of_a_cached_prompt_is_pushed_all_the_same() -> None:
     node = warm_node()
     grant = ask(node, LONG[:40], policy="remote")
     assert (grant.first_token_index, len(grant.block_ids)) == (36, 2)
-    assert node.submitted(transfer.Expect)[-1].kv_bytes == BYTES_PER_BLOCK
+    assert node.submitted(transfer.Expect)[-1].num_blocks == 1
     arrive(node, grant, LONG[:40])
     node.run()
     assert delivered(node) == expected(LONG[:40], 4)

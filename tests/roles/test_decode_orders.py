@@ -15,6 +15,7 @@ from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import AGENT, P0, PLACE, Staging, generate, is_empty, make_decode_node
+from tests.support.endpoints import endpoint
 from tests.support.role_nodes import LEASE_S, QUIESCE_S, prompt
 
 NAMES = st.sampled_from([SeqId(name) for name in "abcd"])
@@ -67,7 +68,7 @@ class DecodeOrders(RuleBasedStateMachine):
         self.expected = {token: agent for token, agent in self.expected.items() if agent != old}
         self.writable = {token: grant for token, grant in self.writable.items() if grant.agent_id != old}
         incarnation = Incarnation(f"p0-{self.incarnation}")
-        self.node.event(transfer.Fenced(P0, old), transfer.PairOpened(P0, incarnation, self.agent, b"", PLACE))
+        self.node.event(transfer.Fenced(P0, old), transfer.PairOpened(P0, incarnation, endpoint(self.agent, b"", PLACE)))
         self.settle()
 
     def check_blocks(self) -> None:
@@ -122,7 +123,7 @@ class DecodeOrders(RuleBasedStateMachine):
     @rule()
     def restart_the_prefill_node(self) -> None:
         self.incarnation += 1
-        self.node.say(OpenPair(P0, Incarnation(f"p0-{self.incarnation}")), link=self.link)
+        self.node.say(OpenPair(P0, Incarnation(f"p0-{self.incarnation}"), 1), link=self.link)
         self.settle()
         self.renew_agent()
 

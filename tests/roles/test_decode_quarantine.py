@@ -9,6 +9,7 @@ from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import AGENT, P0, PLACE, Node, S, delivered, generate, granted, is_empty, landed, make_decode_node
+from tests.support.endpoints import endpoint
 from tests.support.role_nodes import LEASE_S, QUIESCE_S, expected, prompt
 
 D0 = NodeName("d0")
@@ -253,7 +254,7 @@ def test_an_unclean_quiesce_over_the_wire_of_a_grant_still_out_ends_in_a_fence()
 
 def test_a_fence_releases_incomplete_grants_of_its_agent_and_touches_nothing_else() -> None:
     node = make_decode_node()
-    node.event(transfer.PairOpened(NodeName("p1"), Incarnation("p1-first"), AgentId("agent-9"), b"", PLACE))
+    node.event(transfer.PairOpened(NodeName("p1"), Incarnation("p1-first"), endpoint(AgentId("agent-9"), b"", PLACE)))
     running, incomplete, other = SeqId("running"), SeqId("incomplete"), SeqId("other")
     landed(node, granted(node, running))
     granted(node, incomplete)

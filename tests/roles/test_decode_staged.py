@@ -23,7 +23,7 @@ from disaggd.ids import NodeName, SeqId
 from disaggd.roles.decode_role import COPY_POLL_S
 from disaggd.transfer import messages as transfer
 from tests.support.decode_scripts import AGENT, P0, Node, S, Staging, delivered, generate, granted, is_empty, landed, make_decode_node
-from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, QUIESCE_S, expected, prompt
+from tests.support.role_nodes import LEASE_S, QUIESCE_S, expected, prompt
 
 D0 = NodeName("d0")
 OTHER = SeqId("other")
@@ -46,7 +46,7 @@ def test_a_grant_names_staging_blocks_for_the_prompt_and_reserves_the_pools_for_
     node, _ = staged_node(staging_blocks=5)
     grant = granted(node, length=20)
     assert sorted(grant.block_ids) == [0, 1, 2, 3, 4]
-    assert node.submitted(transfer.Expect) == [transfer.Expect(grant.token, P0, AGENT, 5 * BYTES_PER_BLOCK)]
+    assert node.submitted(transfer.Expect) == [transfer.Expect(grant.token, P0, AGENT, 5)]
     gauges = node.role.gauges()
     assert (gauges.blocks_granted, gauges.blocks_quarantined, gauges.blocks_used, gauges.blocks_free) == (6, 0, 0, 58)
 

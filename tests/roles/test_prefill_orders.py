@@ -72,7 +72,8 @@ class PrefillOrders(RuleBasedStateMachine):
             case transfer.BeginPush(token):
                 job = self.node.role._pushed[token]
                 self.pushes[token] = FakePush(*job.key, -(-len(job.sequence.tokens) // 4))
-            case transfer.PushBlocks(token, layers, source, target):
+            case transfer.PushBlocks(token, layers, span, target):
+                source = span.blocks
                 push = self.pushes.get(token)
                 if push is None or push.is_drained:
                     return self.node.event(transfer.HandleDone(token, source, 0))

@@ -10,6 +10,7 @@ from disaggd.ids import AgentId, Incarnation, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
+from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import D0, INTAKE, P0, Node, S, grant_for, handles_done, is_idle, prefill, push_ended, taking_node
 from tests.support.role_nodes import BYTES_PER_BLOCK, LEASE_S, LINK, QUIESCE_S, next_token, prompt
 
@@ -40,7 +41,7 @@ def test_a_prefix_is_granted_awaited_and_found() -> None:
     assert (frame.seq, frame.attempt) == (S, 0)
     assert (frame.grant.target, frame.grant.writer, frame.grant.agent_id) == (P0, D0, INTAKE)
     assert (frame.grant.first_token_index, len(frame.grant.block_ids), frame.grant.lease_s) == (0, 3, LEASE_S)
-    assert node.submitted(transfer.Expect) == [transfer.Expect(frame.grant.token, D0, INTAKE, 3 * BYTES_PER_BLOCK, brings_token=False)]
+    assert node.submitted(transfer.Expect) == [transfer.Expect(frame.grant.token, D0, INTAKE, 3, brings_token=False)]
     assert node.role.gauges().blocks_granted == 3
     node.step()
     assert not node.engine.has_work, "it waits"
@@ -147,7 +148,7 @@ FAILURES: dict[str, Callable[[Node, PrefixGrant], None]] = {
     "declined": lambda node, frame: node.say(Quiesced(frame.grant.token, P0, True)),
     "unclean": lambda node, frame: node.say(Quiesced(frame.grant.token, P0, False)),
     "wire": lambda node, frame: node.event(transfer.QuiescedByWire(frame.grant.token, True, D0)),
-    "restart": lambda node, frame: node.say(OpenPair(D0, Incarnation("d0-second"))),
+    "restart": lambda node, frame: node.say(OpenPair(D0, Incarnation("d0-second"), 1)),
 }
 FREED = {"fence", "declined", "wire"}
 
@@ -280,11 +281,11 @@ def test_pairs_are_opened_and_probed_for_every_router() -> None:
     node = taking_node()
     node.link_up(LinkId(2))
     node.clear()
-    node.say(OpenPair(D0, Incarnation("d0-first")))
-    assert node.submitted(transfer.OpenPair) == [transfer.OpenPair(D0, Incarnation("d0-first"))]
+    node.say(OpenPair(D0, Incarnation("d0-first"), 1))
+    assert node.submitted(transfer.OpenPair) == [transfer.OpenPair(D0, Incarnation("d0-first"), 1)]
     place, agent = PoolPlace(0, 64), AgentId("new")
-    node.event(transfer.PairOpened(D0, Incarnation("d0-first"), agent, b"m", place), transfer.PairProbed(D0, agent))
-    agent_frame = PairAgent(D0, Incarnation("d0-first"), agent, b"m", place)
+    node.event(transfer.PairOpened(D0, Incarnation("d0-first"), endpoint(agent, b"m", place)), transfer.PairProbed(D0, agent))
+    agent_frame = PairAgent(D0, Incarnation("d0-first"), endpoint(agent, b"m", place))
     assert node.sent == [(link, frame) for frame in (agent_frame, PairReady(D0, agent)) for link in (LINK, LinkId(2))]
 
 

@@ -9,7 +9,9 @@ from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
 from tests.support.decode_scripts import P0, Node, S, generate, is_empty, landed, make_decode_node
+from tests.support.endpoints import endpoint, span
 from tests.support.role_nodes import BLOCK, HASHER, LAYER_GROUPS, LEASE_S, LINK, QUIESCE_S, prompt
+from tests.support.routing import KV
 
 D0 = NodeName("d0")
 T = GrantToken(b"prefix")
@@ -21,7 +23,7 @@ NUM_CACHED = 20
 def pushing_node(num_blocks: int = 64) -> Node:
     """A node with `NUM_CACHED` tokens of the prompt cached, and a sequence granted that it has left them out of."""
     node = make_decode_node(num_blocks, hasher=HASHER)
-    node.say(ConnectPair(P0, Incarnation("p0-first"), INTAKE, b"", PoolPlace(0, 64)), PairReady(P0, INTAKE))
+    node.say(ConnectPair(P0, Incarnation("p0-first"), endpoint(INTAKE, b"", PoolPlace(0, 64)), KV), PairReady(P0, INTAKE))
     node.say(generate(prompt(NUM_CACHED), SeqId("before"), policy="local", max_tokens=1))
     node.run()
     node.say(generate(prompt(LENGTH), max_tokens=2), RequestGrant(S, 0, P0))
@@ -58,7 +60,7 @@ def test_what_is_cached_is_pushed_at_once_and_in_order() -> None:
     assert node.commands == [
         transfer.BeginPush(T, P0, INTAKE, LEASE_S),
         *(
-            transfer.PushBlocks(T, layers, prefix[start:end], tuple(BlockId(100 + i) for i in range(start, end)))
+            transfer.PushBlocks(T, layers, span(prefix[start:end], BLOCK), tuple(BlockId(100 + i) for i in range(start, end)))
             for layers in LAYER_GROUPS
             for start, end in ((0, 4), (4, 5))
         ),

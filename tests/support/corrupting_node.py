@@ -24,14 +24,19 @@ def import_role(name: str) -> ModuleType:
 
 def corrupt(agent_class: Any) -> None:
     """Patch `Agent`: the first block of a write is inverted when it is posted, checksums being taken, and put right when it has ended."""
-    prepare, post, poll = agent_class.prepare, agent_class.post, agent_class.poll
+    connect, prepare, post, poll = agent_class.connect, agent_class.prepare, agent_class.post, agent_class.poll
+    read: dict[str, Any] = {}
     prepared: dict[tuple[str, int], Any] = {}
     inverted: dict[tuple[str, int], Any] = {}
 
-    def prepare_and_note(self: Any, sources: Any, targets: Any, message: bytes) -> int:
-        handle: int = prepare(self, sources, targets, message)
+    def connect_and_note(self: Any, agent_id: Any, metadata: bytes, sources: Any, targets: Any) -> None:
+        read[self.agent_id] = sources
+        connect(self, agent_id, metadata, sources, targets)
+
+    def prepare_and_note(self: Any, agent_id: Any, sources: Any, targets: Any, message: bytes) -> int:
+        handle: int = prepare(self, agent_id, sources, targets, message)
         if not prepared:
-            prepared[self.agent_id, handle] = _block(self._pool, int(sources[0]))
+            prepared[self.agent_id, handle] = _block(read[self.agent_id], int(sources[0]))
         return handle
 
     def invert_and_post(self: Any, handle: int) -> None:
@@ -46,12 +51,13 @@ def corrupt(agent_class: Any) -> None:
             _invert(block)
         return is_done
 
+    agent_class.connect = connect_and_note
     agent_class.prepare, agent_class.post, agent_class.poll = prepare_and_note, invert_and_post, poll_and_restore
 
 
-def _block(pool: Any, descriptor: int) -> Any:
-    size = pool.kv.groups[0].block_bytes
-    return (ctypes.c_uint8 * size).from_address(pool.place.address + descriptor * size)
+def _block(descriptors: Any, number: int) -> Any:
+    address = descriptors.region.address + descriptors.offset + number * descriptors.stride
+    return (ctypes.c_uint8 * descriptors.length).from_address(address)
 
 
 def _invert(block: Any) -> None:

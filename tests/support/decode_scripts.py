@@ -17,6 +17,7 @@ from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
+from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BYTES_PER_BLOCK,
     LAYER_GROUPS,
@@ -101,7 +102,7 @@ def make_decode_node(
         )
 
     node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher)
-    node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), AgentId("agent-1"), b"", PLACE))
+    node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), endpoint(AgentId("agent-1"), b"", PLACE)))
     node.clear()
     node.invariant = lambda: check_decode_pool(node)
     return node

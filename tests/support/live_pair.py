@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec.structs import replace
+
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.peers import DecodePeer, PrefillPeer
@@ -76,8 +78,9 @@ class LivePair:
         decode = make_decode_node(NUM_BLOCKS, bytes_per_block=NUM_LAYERS * BLOCK_BYTES, lease_s=LEASE_S)
         self.decode = Live(decode, start(**size))
         self.nodes = {P0: self.prefill, D0: self.decode}
-        self.dispatcher.prefill_up(PrefillPeer(P0, hello(P0, "first"), self.prefill.frames.append))
-        self.dispatcher.decode_up(DecodePeer(D0, hello(D0, "first"), self.decode.frames.append))
+        kv = self.prefill.process.kv
+        self.dispatcher.prefill_up(PrefillPeer(P0, replace(hello(P0, "first"), kv=kv), self.prefill.frames.append))
+        self.dispatcher.decode_up(DecodePeer(D0, replace(hello(D0, "first"), kv=kv), self.decode.frames.append))
         self.prefill.role.link_up(LINK)  # its credit was said before anybody listened
         self._has_new_owner = False
         self.wait_until(lambda: self.dispatcher.pairs.is_ready(P0, D0))

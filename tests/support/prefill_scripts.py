@@ -15,9 +15,9 @@ from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
+from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BLOCK,
-    BYTES_PER_BLOCK,
     HASHER,
     LEASE_S,
     LINK,
@@ -28,6 +28,7 @@ from tests.support.role_nodes import (
     Submit,
     check_holdings,
 )
+from tests.support.routing import KV
 
 D0, P0 = NodeName("d0"), NodeName("p0")
 AGENT, INTAKE = AgentId("agent-1"), AgentId("intake-1")
@@ -58,7 +59,6 @@ def make_prefill_node(
                 engine,
                 lease_s=LEASE_S,
                 quiesce_s=QUIESCE_S,
-                bytes_per_block=BYTES_PER_BLOCK,
                 outbox=outbox,
                 submit=submit,
                 clock=clock,
@@ -129,13 +129,13 @@ def ready_node(
 def taking_node(num_blocks: int = 64, max_step_tokens: int = 16, *, verify: bool = False) -> Node:
     """A node with a prefix cache to which `d0` may push, by agent `INTAKE`."""
     node = ready_node(num_blocks, max_step_tokens, hasher=HASHER, verify=verify)
-    node.event(transfer.PairOpened(D0, Incarnation("d0-first"), INTAKE, b"", PoolPlace(0, 64)))
+    node.event(transfer.PairOpened(D0, Incarnation("d0-first"), endpoint(INTAKE, b"", PoolPlace(0, 64))))
     node.clear()
     return node
 
 
 def connect(node: Node, agent: AgentId, link: LinkId = LINK) -> None:
-    node.say(ConnectPair(D0, Incarnation("d0-first"), agent, b"", PoolPlace(0, 64)), link=link)
+    node.say(ConnectPair(D0, Incarnation("d0-first"), endpoint(agent, b"", PoolPlace(0, 64)), KV), link=link)
 
 
 def handles_done(node: Node, kv_bytes: int = 10) -> None:

@@ -23,6 +23,7 @@ from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import make_decode_node
+from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import make_prefill_node
 from tests.support.role_nodes import HASHER, LINK, RoleNode
 from tests.support.routing import D0, P0, Client, hello
@@ -172,8 +173,8 @@ class RolePair:
         match command:
             case transfer.OpenPair():
                 self._open(node)
-            case transfer.ConnectPair(_, _, agent_id):
-                self._connect(node, agent_id)
+            case transfer.ConnectPair():
+                self._connect(node, command.agent_id)
             case transfer.Expect(token):
                 node.expected.add(token)
             case transfer.Forget(token):
@@ -188,7 +189,7 @@ class RolePair:
                 node.pushes[token] = Outlet(agent_id, is_drained=node.remote != agent_id)
                 self._end_if_over(node, token)
             case transfer.PushBlocks(token, _, source, target):
-                self._post(node, token, source, target)
+                self._post(node, token, source.blocks, target)
             case transfer.FinishPush(token, first):
                 if (push := node.pushes.get(token)) is not None and not push.is_drained:
                     push.is_finished, push.first = True, first
@@ -210,7 +211,7 @@ class RolePair:
         if node.agent is None:
             node.num_agents += 1
             node.agent = AgentId(f"{node.name}-{node.num_agents}")
-        node.events.append(transfer.PairOpened(node.peer, Incarnation(f"{node.peer}-first"), node.agent, b"", PoolPlace(0, 64)))
+        node.events.append(transfer.PairOpened(node.peer, Incarnation(f"{node.peer}-first"), endpoint(node.agent, b"", PoolPlace(0, 64))))
 
     def _connect(self, node: Node, agent_id: AgentId) -> None:
         if node.remote != agent_id:

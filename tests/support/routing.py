@@ -32,6 +32,7 @@ from disaggd.errors import RequestError
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
+from tests.support.endpoints import endpoint
 
 KV = KVSpec(dtype="float32", block_size=4, head_dim=8, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=256),))
 P0, P1, D0, D1 = (NodeName(name) for name in ("p0", "p1", "d0", "d1"))
@@ -115,7 +116,7 @@ class Routing:
     def pair(self, writer: NodeName, target: NodeName) -> None:
         nodes = {**self.dispatcher.prefills, **self.dispatcher.decodes}
         incarnation = nodes[writer].hello.incarnation
-        self.say(target, PairAgent(writer, incarnation, agent(writer, target), b"", PoolPlace(0, 64)))
+        self.say(target, PairAgent(writer, incarnation, endpoint(agent(writer, target), b"", PoolPlace(0, 64))))
         self.say(target, PairReady(writer, agent(writer, target)))
 
     def down(self, name: NodeName) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from disaggd.ids import AgentId, HandleId
 from disaggd.transfer.agent import PeerLost
 from disaggd.transfer.notification import AnyNotification, decode, encode
-from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.pool import Descriptors, Indices
 
 
 @dataclass
@@ -41,14 +41,14 @@ class ScriptedAgent:
         arrived, self.arriving = self.arriving, []
         return arrived
 
-    def connect(self, agent_id: AgentId, metadata: bytes, pool: Pool) -> None:
+    def connect(self, agent_id: AgentId, metadata: bytes, sources: Descriptors, targets: Descriptors) -> None:
         self._reach()
 
-    def notify(self, message: bytes) -> None:
+    def notify(self, agent_id: AgentId, message: bytes) -> None:
         self._reach()
         self.sent.append(decode(message))
 
-    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+    def prepare(self, agent_id: AgentId, sources: Indices, targets: Indices, message: bytes) -> HandleId:
         """Handles are numbered by their place in `sent`: what is prepared is posted or discarded before anything else is sent."""
         assert not self.is_destroyed and self._prepared is None
         self._prepared = decode(message)

@@ -18,6 +18,7 @@ import torch
 from disaggd.transfer.environment import transfer_environment
 from disaggd.transfer.messages import TransferCommand, TransferEvent
 from tests.support.clusters import can_listen
+from tests.support.endpoints import plain_kv
 
 DEADLINE_S = 20.0
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ class Node:
         self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         self.layers, self.num_blocks, self.block_bytes = layers, num_blocks, block_bytes
+        self.kv = plain_kv(layers, block_bytes)
         self.events: list[TransferEvent] = []
         """Events that no `expect` has taken yet, in their order."""
 

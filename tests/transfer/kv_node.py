@@ -26,10 +26,11 @@ else:
     from disaggd.engine.stream import DeviceStream
 
 from disaggd.ids import BlockId
-from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.messages import IsReady, TransferCommand
 from disaggd.transfer.thread import TransferThread
 from tests.support.copies import LateCopies
+from tests.support.endpoints import plain_kv
 
 LATE = 3
 """So often a copy is asked about before it is made."""
@@ -91,8 +92,7 @@ class KVNode:
         self._connection = connection
         self._sending = threading.Lock()  # two threads write one connection: events and answers
         self._shape = (layers * num_blocks, block_bytes)
-        group = KVGroup(layers=layers, kv_heads=1, head_bytes=block_bytes)
-        kv = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(group,))
+        kv = plain_kv(layers, block_bytes)
         memory = (HostMemory if DEVICE in ("cpu", "staged") else GpuMemory)(layers, num_blocks, block_bytes, kv)
         self._memory = memory
         self.thread = TransferThread(

@@ -16,7 +16,9 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Checksums, FirstToken, Piece
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace
+from tests.support.endpoints import endpoint, span
 from tests.support.scripted_agent import ScriptedAgent
 
 TOKEN = GrantToken(bytes(16))
@@ -38,7 +40,10 @@ class Bench:
         group = KVGroup(layers=NUM_LAYERS, kv_heads=1, head_bytes=BLOCK_BYTES)
         spec = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(group,))
         self.pool = Pool(PoolPlace(self.rows.ctypes.data, NUM_BLOCKS), spec)
-        self.memory = Memory(self.pool)
+        self.memory = Memory(self.pool.whole())
+
+    def verification(self) -> Verification:
+        return Verification(self.pool, {0: self.memory}, GRANTED)
 
     def crc(self, layers: range, block: BlockId) -> int:
         return zlib.crc32(b"".join(self.rows[layer * NUM_BLOCKS + block].tobytes() for layer in layers))
@@ -61,7 +66,7 @@ def test_a_checksum_is_of_one_block_over_its_layers_in_their_order(bench: Bench)
 
 
 def test_what_landed_as_it_was_sent_is_right(bench: Bench) -> None:
-    verification = Verification(bench.memory, GRANTED)
+    verification = bench.verification()
     for seq, layers in enumerate((range(1), range(1, 2))):
         verification.check(bench.piece(seq, layers, GRANTED))
     verification.check(Piece(TOKEN, 0, 2, 0, total=3))
@@ -74,7 +79,7 @@ def test_one_wrong_bit_is_found_and_its_block_named(bench: Bench, layer: int, of
     piece = bench.piece(0, range(NUM_LAYERS), GRANTED)
     bench.rows[layer * NUM_BLOCKS + GRANTED[1], offset] ^= 1 << bit
     with pytest.raises(Corrupt, match=r"1 block\(s\) .* 1 the first") as caught:
-        Verification(bench.memory, GRANTED).check(piece)
+        bench.verification().check(piece)
     assert caught.value.num_blocks == 1
 
 
@@ -82,7 +87,7 @@ def test_blocks_that_landed_in_each_others_places_are_found(bench: Bench) -> Non
     piece = bench.piece(0, range(1), GRANTED)
     bench.rows[[3, 1]] = bench.rows[[1, 3]]
     with pytest.raises(Corrupt) as caught:
-        Verification(bench.memory, GRANTED).check(piece)
+        bench.verification().check(piece)
     assert caught.value.num_blocks == 2
 
 
@@ -106,11 +111,11 @@ def test_checksums_that_are_not_of_what_came_are_refused(
     right = crcs if crcs is not None else tuple(bench.crc(layers, block) for block in blocks)
     piece = Piece(TOKEN, 0, 0, kv_bytes, sums=Checksums(layers.start, len(layers), blocks, right))
     with pytest.raises(Inconsistent, match="are not of what it brought"):
-        Verification(bench.memory, GRANTED).check(piece)
+        bench.verification().check(piece)
 
 
 def test_a_piece_without_checksums_or_with_those_of_another_is_refused(bench: Bench) -> None:
-    verification = Verification(bench.memory, GRANTED)
+    verification = bench.verification()
     with pytest.raises(Inconsistent, match="has no checksums"):
         verification.check(Piece(TOKEN, 0, 0, GRANT_BYTES))
     verification.check(bench.piece(0, range(1), GRANTED))
@@ -124,9 +129,9 @@ def test_a_piece_without_checksums_or_with_those_of_another_is_refused(bench: Be
 def landed_at(bench: Bench, *pieces: Piece) -> m.TransferEvent:
     events: list[m.TransferEvent] = []
     agent = ScriptedAgent(AgentId("a0"))
-    incoming = Incoming(bench.pool, lambda: agent, events.append, lambda: 0.0)  # type: ignore[arg-type, return-value]
-    incoming.open(m.OpenPair(PEER, Incarnation("one")))
-    incoming.expect(m.Expect(TOKEN, PEER, AgentId("a0"), GRANT_BYTES, verify=GRANTED))
+    incoming = Incoming(Share(bench.pool.kv), bench.pool, lambda: agent, events.append, lambda: 0.0)  # type: ignore[arg-type, return-value]
+    incoming.open(m.OpenPair(PEER, Incarnation("one"), 1))
+    incoming.expect(m.Expect(TOKEN, PEER, AgentId("a0"), len(GRANTED), verify=GRANTED))
     agent.arrive(*pieces, Piece(TOKEN, 0, len(pieces), 0, total=len(pieces) + 1, first=FirstToken(7)))
     incoming.deliver(incoming.poll())
     return events[-1]
@@ -151,8 +156,8 @@ def test_a_grant_that_contradicts_itself_is_no_checksum_failure(bench: Bench) ->
 
 def pushed_from(bench: Bench, verify: bool) -> tuple[Outgoing, ScriptedAgent]:
     agent = ScriptedAgent(AgentId("near"))
-    outgoing = Outgoing(InPlace(bench.pool), 0, lambda: agent, lambda event: None, lambda: 0.0)  # type: ignore[arg-type, return-value]
-    outgoing.connect(m.ConnectPair(PEER, Incarnation("one"), AgentId("far"), b"", bench.pool.place))
+    outgoing = Outgoing(InPlace(Share(bench.pool.kv), bench.pool.place), lambda: agent, lambda event: None, lambda: 0.0)  # type: ignore[arg-type, return-value]
+    outgoing.connect(m.ConnectPair(PEER, Incarnation("one"), endpoint(AgentId("far"), b"", bench.pool.place), bench.pool.kv))
     outgoing.begin(m.BeginPush(TOKEN, PEER, AgentId("far"), lease_s=5.0, verify=verify))
     return outgoing, agent
 
@@ -160,14 +165,14 @@ def pushed_from(bench: Bench, verify: bool) -> tuple[Outgoing, ScriptedAgent]:
 def test_each_write_says_what_the_blocks_were_when_it_was_posted(bench: Bench) -> None:
     outgoing, agent = pushed_from(bench, verify=True)
     source = (BlockId(0), BlockId(2))
-    outgoing.push_blocks(m.PushBlocks(TOKEN, range(1, 2), source, GRANTED))
+    outgoing.push_blocks(m.PushBlocks(TOKEN, range(1, 2), span(source), GRANTED))
     sums = Checksums(1, 1, GRANTED, tuple(bench.crc(range(1, 2), block) for block in source))
     assert agent.sent[1:] == [Piece(TOKEN, 0, 0, 2 * BLOCK_BYTES, sums=sums)]
 
 
 def test_nobody_pays_for_checksums_that_were_not_asked_for(bench: Bench) -> None:
     outgoing, agent = pushed_from(bench, verify=False)
-    outgoing.push_blocks(m.PushBlocks(TOKEN, range(1, 2), GRANTED, GRANTED))
+    outgoing.push_blocks(m.PushBlocks(TOKEN, range(1, 2), span(GRANTED), GRANTED))
     assert agent.sent[1:] == [Piece(TOKEN, 0, 0, 2 * BLOCK_BYTES)]
 
 
@@ -176,7 +181,7 @@ def test_checksums_of_a_long_push_take_several_turns(bench: Bench, monkeypatch: 
     monkeypatch.setattr(outgoing_module, "MAX_SUMMED_BYTES", 3 * BLOCK_BYTES)
     outgoing, agent = pushed_from(bench, verify=True)
     for _ in range(5):
-        outgoing.push_blocks(m.PushBlocks(TOKEN, range(1), GRANTED, GRANTED))
+        outgoing.push_blocks(m.PushBlocks(TOKEN, range(1), span(GRANTED), GRANTED))
     posted = []
     while outgoing.is_waiting:
         posted.append(len(agent.sent) - 1)

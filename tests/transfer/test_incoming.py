@@ -11,6 +11,8 @@ from disaggd.transfer.incoming import RETRY_S, Incoming
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.share import Share
+from tests.support.endpoints import endpoint
 from tests.support.scripted_agent import ScriptedAgent
 
 P0, P1 = NodeName("p0"), NodeName("p1")
@@ -31,7 +33,7 @@ class Bench:
     is_network_down: bool = False
 
     def __post_init__(self) -> None:
-        self.incoming = Incoming(POOL, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+        self.incoming = Incoming(Share(POOL.kv), POOL, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _make(self) -> ScriptedAgent:
         if self.is_network_down:
@@ -50,23 +52,23 @@ class Bench:
 @pytest.fixture
 def bench() -> Bench:
     bench = Bench()
-    bench.incoming.open(m.OpenPair(P0, ONE))
+    bench.incoming.open(m.OpenPair(P0, ONE, 1))
     return bench
 
 
 def opened(agent: ScriptedAgent, incarnation: Incarnation = ONE, peer: NodeName = P0) -> m.PairOpened:
-    return m.PairOpened(peer, incarnation, agent.agent_id, agent.metadata, POOL.place)
+    return m.PairOpened(peer, incarnation, endpoint(agent.agent_id, agent.metadata, POOL.place))
 
 
 def test_opening_again_announces_the_same_agent(bench: Bench) -> None:
-    bench.incoming.open(m.OpenPair(P0, ONE))
+    bench.incoming.open(m.OpenPair(P0, ONE, 1))
     assert bench.turn() == [opened(bench.agents[0])] * 2
     assert len(bench.agents) == 1
 
 
 def test_new_incarnation_fences_the_old_agent_first(bench: Bench) -> None:
     bench.turn()
-    bench.incoming.open(m.OpenPair(P0, TWO))
+    bench.incoming.open(m.OpenPair(P0, TWO, 1))
     old, new = bench.agents
     assert old.is_destroyed
     assert bench.turn() == [m.Fenced(P0, old.agent_id), opened(new, TWO)]
@@ -76,19 +78,19 @@ def test_only_its_own_id_proves_an_agent_reached(bench: Bench) -> None:
     bench.turn()
     bench.incoming.fence(m.Fence(P0, AgentId("a0")))
     bench.turn()
-    bench.agents[1].arrive(Connect(AgentId("a0")))
+    bench.agents[1].arrive(Connect(AgentId("a0"), 0))
     assert bench.turn() == [], "late metadata of the fenced agent has reached the new one: no writes"
-    bench.agents[1].arrive(Connect(AgentId("a1")))
+    bench.agents[1].arrive(Connect(AgentId("a1"), 0))
     assert bench.turn() == [m.PairProbed(P0, AgentId("a1"))]
 
 
 def test_fenced_port_is_kept_until_the_peer_has_reached_the_new_agent(bench: Bench) -> None:
     bench.incoming.fence(m.Fence(P0, AgentId("a0")))
     bench.incoming.fence(m.Fence(P0, AgentId("a1")))
-    bench.agents[2].arrive(Connect(AgentId("a1")))
+    bench.agents[2].arrive(Connect(AgentId("a1"), 0))
     bench.turn()
     assert [agent.port.is_released for agent in bench.agents] == [False, False, False]
-    bench.agents[2].arrive(Connect(AgentId("a2")))
+    bench.agents[2].arrive(Connect(AgentId("a2"), 0))
     bench.turn()
     assert [agent.port.is_released for agent in bench.agents] == [True, True, False]
 
@@ -131,7 +133,7 @@ def test_attempts_to_make_an_agent_are_a_second_apart(cut_off: Bench) -> None:
 
 
 def test_a_late_agent_is_for_the_latest_incarnation_of_its_peer(cut_off: Bench) -> None:
-    cut_off.incoming.open(m.OpenPair(P0, TWO))
+    cut_off.incoming.open(m.OpenPair(P0, TWO, 1))
     assert cut_off.turn() == []
     cut_off.is_network_down = False
     cut_off.now = RETRY_S
@@ -141,9 +143,9 @@ def test_a_late_agent_is_for_the_latest_incarnation_of_its_peer(cut_off: Bench) 
 
 def test_the_port_of_a_fenced_agent_is_kept_however_late_the_next_one_is(cut_off: Bench) -> None:
     cut_off.is_network_down = False
-    cut_off.incoming.open(m.OpenPair(P0, ONE))
+    cut_off.incoming.open(m.OpenPair(P0, ONE, 1))
     assert not cut_off.agents[0].port.is_released
-    cut_off.agents[1].arrive(Connect(AgentId("a1")))
+    cut_off.agents[1].arrive(Connect(AgentId("a1"), 0))
     cut_off.turn()
     assert cut_off.agents[0].port.is_released
 
@@ -155,31 +157,31 @@ def test_closing_gives_up_what_is_lacking_and_every_port(cut_off: Bench) -> None
 
 def test_pieces_in_any_order_land_once(bench: Bench) -> None:
     bench.turn()
-    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 30))
-    bench.agents[0].arrive(Piece(TOKEN, 0, 2, 0, total=3, first=FIRST), Piece(TOKEN, 0, 1, 20))
+    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 3))
+    bench.agents[0].arrive(Piece(TOKEN, 0, 2, 0, total=3, first=FIRST), Piece(TOKEN, 0, 1, 16))
     assert bench.turn() == []
     assert bench.incoming.is_landing
-    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 10))
-    assert bench.turn() == [m.Landed(TOKEN, FIRST, 30)]
-    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 10))
+    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 8))
+    assert bench.turn() == [m.Landed(TOKEN, FIRST, 24)]
+    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 8))
     assert bench.turn() == []
-    assert (bench.incoming.num_dropped, bench.incoming.landed_bytes) == (1, 30)
+    assert (bench.incoming.num_dropped, bench.incoming.landed_bytes) == (1, 24)
 
 
 def test_contradiction_fails_the_landing_once(bench: Bench) -> None:
     bench.turn()
-    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 30))
-    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 10), Piece(TOKEN, 0, 0, 10), Piece(TOKEN, 0, 1, 10))
+    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 3))
+    bench.agents[0].arrive(Piece(TOKEN, 0, 0, 8), Piece(TOKEN, 0, 0, 8), Piece(TOKEN, 0, 1, 8))
     (failed,) = bench.turn()
     assert isinstance(failed, m.LandingFailed) and "twice" in failed.reason
     assert bench.incoming.num_dropped == 1
 
 
 def test_pieces_at_another_peers_agent_do_not_count(bench: Bench) -> None:
-    bench.incoming.open(m.OpenPair(P1, ONE))
+    bench.incoming.open(m.OpenPair(P1, ONE, 1))
     bench.turn()
-    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 10))
-    bench.agents[1].arrive(Piece(TOKEN, 0, 0, 10), Piece(TOKEN, 0, 1, 0, total=2, first=FIRST))
+    bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 1))
+    bench.agents[1].arrive(Piece(TOKEN, 0, 0, 8), Piece(TOKEN, 0, 1, 0, total=2, first=FIRST))
     assert bench.turn() == []
     assert bench.incoming.num_dropped == 2
 
@@ -193,7 +195,7 @@ def test_forgotten_grant_does_not_land(bench: Bench) -> None:
 
 
 def test_fence_ends_what_was_landing_there_and_nothing_else(bench: Bench) -> None:
-    bench.incoming.open(m.OpenPair(P1, ONE))
+    bench.incoming.open(m.OpenPair(P1, ONE, 1))
     other = GrantToken(b"1" * 16)
     bench.incoming.expect(m.Expect(TOKEN, P0, AgentId("a0"), 0))
     bench.incoming.expect(m.Expect(other, P1, AgentId("a1"), 0))

@@ -13,6 +13,7 @@ import pytest
 from disaggd.errors import ResourceError
 from disaggd.ids import BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer import messages as m
+from tests.support.endpoints import span
 from tests.support.live_pair import LEASE_S, LivePair
 from tests.support.role_nodes import QUIESCE_S
 
@@ -28,6 +29,9 @@ WRITERS, OWNER, NEXT = 1, 2, 3
 @pytest.fixture
 def live(make_node: Callable[..., Any]) -> LivePair:
     return LivePair(make_node)
+
+
+WRITE = m.PushBlocks(TOKEN, range(4), span(EVERY), EVERY)
 
 
 def num_fences(live: LivePair) -> int:
@@ -92,16 +96,16 @@ def test_when_the_router_dies_mid_push_the_blocks_come_free_without_a_fence_once
 
 
 def pair(decode: Any, prefill: Any) -> m.PairOpened:
-    decode.submit(m.OpenPair(P, Incarnation("one")))
+    decode.submit(m.OpenPair(P, Incarnation("one"), 1))
     opened = decode.expect(m.PairOpened)
-    prefill.submit(connect_to(opened))
+    prefill.submit(connect_to(opened, prefill))
     assert decode.expect(m.PairProbed).agent_id == opened.agent_id
     prefill.expect(m.PairConnected)
     return opened
 
 
-def connect_to(opened: m.PairOpened) -> m.ConnectPair:
-    return m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.place)
+def connect_to(opened: m.PairOpened, prefill: Any) -> m.ConnectPair:
+    return m.ConnectPair(D, Incarnation("one"), opened.endpoints, prefill.kv)
 
 
 def test_a_writer_that_was_stopped_for_longer_than_its_lease_posts_nothing_when_it_goes_on(make_node: Callable[..., Any]) -> None:
@@ -112,7 +116,7 @@ def test_a_writer_that_was_stopped_for_longer_than_its_lease_posts_nothing_when_
     decode.call("fill", OWNER)
     prefill.submit(m.BeginPush(TOKEN, D, opened.agent_id, 1.0))
     prefill.signal(signal.SIGSTOP)
-    prefill.ask("submit", m.RenewLease(TOKEN), m.PushBlocks(TOKEN, range(4), EVERY, EVERY), m.FinishPush(TOKEN, None))
+    prefill.ask("submit", m.RenewLease(TOKEN), WRITE, m.FinishPush(TOKEN, None))
     time.sleep(1.1)  # a lease is a time
     prefill.signal(signal.SIGCONT)
     prefill.answer("submit")
@@ -128,19 +132,19 @@ def test_a_late_announcement_of_an_old_agent_opens_nothing_though_a_new_one_has_
     decode, prefill = make_node(ports=(port_range[0], port_range[0] + 1)), make_node(ports=(port_range[0] + 2, port_range[1]))
     prefill.call("fill", WRITERS)
     decode.call("fill", OWNER)
-    decode.submit(m.OpenPair(P, Incarnation("one")))
+    decode.submit(m.OpenPair(P, Incarnation("one"), 1))
     late = decode.expect(m.PairOpened)
     decode.submit(m.Fence(P, late.agent_id))
     second = pair(decode, prefill)
     decode.submit(m.Fence(P, second.agent_id))
     while decode.expect(m.PairOpened).agent_id in (late.agent_id, second.agent_id):
         pass  # the third has the first one's port: there are but two, and the second one's is burnt
-    prefill.submit(connect_to(late))
+    prefill.submit(connect_to(late, prefill))
     while prefill.expect(m.PairConnected).agent_id != late.agent_id:
         pass
     probed = decode.find(m.PairProbed, 0.5)
     if probed is not None:  # a router would let it write
-        prefill.submit(m.BeginPush(TOKEN, D, late.agent_id, 5.0), m.PushBlocks(TOKEN, range(4), EVERY, EVERY), m.FinishPush(TOKEN, None))
+        prefill.submit(m.BeginPush(TOKEN, D, late.agent_id, 5.0), WRITE, m.FinishPush(TOKEN, None))
         prefill.expect(m.PushEnded)
     assert decode.call("num_strange", OWNER) == 0
     assert probed is None
@@ -153,12 +157,12 @@ def test_nobody_gets_the_port_of_a_fenced_agent_before_its_peer_has_reached_the_
     """Burnt ports: two ports, so that the next agent on this host would have to take it."""
     ports = (port_range[0], port_range[0] + 1)
     decode, prefill, other = make_node(ports=ports), make_node(ports=(ports[1] + 1, port_range[1])), make_node(ports=ports)
-    decode.submit(m.OpenPair(P, Incarnation("one")))
+    decode.submit(m.OpenPair(P, Incarnation("one"), 1))
     late = decode.expect(m.PairOpened)
     decode.submit(m.Fence(P, late.agent_id))
     decode.expect(m.PairOpened)
-    other.submit(m.OpenPair(P, Incarnation("one")))
+    other.submit(m.OpenPair(P, Incarnation("one"), 1))
     assert other.find(m.PairOpened, 1.0) is None
     assert isinstance(other.expect(m.TransferFailed).error, ResourceError)
-    prefill.submit(connect_to(late))
+    prefill.submit(connect_to(late, prefill))
     assert prefill.expect(m.PairFailed).agent_id == late.agent_id, "late metadata leads nowhere"

@@ -11,7 +11,9 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import Connect, FirstToken, Piece, WireQuiesced
 from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace
+from tests.support.endpoints import endpoint, span
 from tests.support.scripted_agent import ScriptedAgent
 
 D0 = NodeName("d0")
@@ -23,7 +25,7 @@ POOL = Pool(
     PoolPlace(4096, 4), KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=2, kv_heads=1, head_bytes=BLOCK_BYTES),))
 )
 BLOCKS = (BlockId(0), BlockId(3))
-WRITE = m.PushBlocks(TOKEN, range(0, 2), BLOCKS, BLOCKS)
+WRITE = m.PushBlocks(TOKEN, range(0, 2), span(BLOCKS), BLOCKS)
 WRITE_BYTES = 2 * 2 * BLOCK_BYTES
 
 
@@ -37,7 +39,7 @@ class Computing:
         return self.is_done
 
     def write(self) -> m.PushBlocks:
-        return m.PushBlocks(TOKEN, range(0, 2), BLOCKS, BLOCKS, self)
+        return m.PushBlocks(TOKEN, range(0, 2), span(BLOCKS), BLOCKS, self)
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Bench:
     is_network_down: bool = False
 
     def __post_init__(self) -> None:
-        self.outgoing = Outgoing(InPlace(POOL), 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+        self.outgoing = Outgoing(InPlace(Share(POOL.kv), POOL.place), self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
 
     def _make(self) -> ScriptedAgent:
         if self.is_network_down:
@@ -60,7 +62,7 @@ class Bench:
         return self.agents[-1]
 
     def connect(self, agent_id: AgentId = FAR) -> None:
-        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), agent_id, b"", PoolPlace(0, 4)))
+        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), endpoint(agent_id, b"", PoolPlace(0, 4)), POOL.kv))
 
     def begin(self, agent_id: AgentId = FAR) -> None:
         self.outgoing.begin(m.BeginPush(TOKEN, D0, agent_id, lease_s=5.0))
@@ -88,7 +90,7 @@ def ended(
 
 
 def test_connecting_sends_the_remote_agent_its_own_id(bench: Bench) -> None:
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
 
 
 def test_a_peer_is_out_of_reach_while_no_agent_can_be_made(bench: Bench) -> None:
@@ -103,7 +105,7 @@ def test_a_peer_is_out_of_reach_while_no_agent_can_be_made(bench: Bench) -> None
 def test_connecting_again_to_the_same_agent_probes_it_again(bench: Bench) -> None:
     bench.connect()
     assert bench.turn() == [m.PairConnected(D0, FAR)]
-    assert bench.agents[0].sent == [Connect(FAR)] * 2
+    assert bench.agents[0].sent == [Connect(FAR, 0)] * 2
     assert len(bench.agents) == 1
 
 
@@ -119,7 +121,7 @@ def test_connecting_to_an_unreachable_agent_fails_and_leaves_none_behind() -> No
 )
 def test_a_place_where_no_pool_can_lie_is_out_of_reach(bench: Bench, place: PoolPlace) -> None:
     """Whatever numbers came over the wire: reckoning with them must not end the thread."""
-    bench.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), AgentId("farther"), b"", place))
+    bench.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), endpoint(AgentId("farther"), b"", place), POOL.kv))
     assert bench.turn() == [m.PairFailed(D0, AgentId("farther"), f"no pool lies at {place}")]
     bench.connect()
     assert bench.turn() == [m.PairConnected(D0, FAR)]
@@ -245,7 +247,7 @@ def test_a_lease_that_runs_out_between_preparing_and_posting_posts_nothing(bench
 
     bench.agents[0].on_prepare = sleep
     bench.outgoing.push_blocks(WRITE)
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
 
 
@@ -254,7 +256,7 @@ def test_a_renewal_that_is_read_after_the_lease_does_not_revive_it(bench: Bench)
     bench.now = 5.0
     bench.outgoing.renew(TOKEN)
     bench.outgoing.push_blocks(WRITE)
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
     assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
 
 
@@ -264,9 +266,9 @@ def test_a_push_is_over_when_what_its_last_piece_is_behind_has_ended(bench: Benc
     bench.begin()
     bench.outgoing.push_blocks(WRITE)
     bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
-    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), span(BLOCKS), BLOCKS))
     bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
-    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 1), BLOCKS, BLOCKS))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 1), span(BLOCKS), BLOCKS))
     bench.agents[0].done.add(HandleId(1))
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES)]
     bench.agents[0].done.add(HandleId(2))
@@ -276,7 +278,7 @@ def test_a_push_is_over_when_what_its_last_piece_is_behind_has_ended(bench: Benc
 def test_a_last_piece_that_is_behind_others_bytes_is_lost_with_its_pair(bench: Bench) -> None:
     other = GrantToken(b"another".ljust(16))
     bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
-    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), span(BLOCKS), BLOCKS))
     bench.begin()
     bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
     assert bench.turn() == []
@@ -296,9 +298,9 @@ def test_lease_that_runs_out_while_nothing_is_in_flight_ends_the_push(bench: Ben
 
 def test_target_outside_the_peers_pool_is_never_written(bench: Bench) -> None:
     bench.begin()
-    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), BLOCKS, (BlockId(0), BlockId(4))))
+    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), span(BLOCKS), (BlockId(0), BlockId(4))))
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
 
 
 def test_quiesce_by_wire_goes_to_the_pairs_agent_and_survives_its_loss(bench: Bench) -> None:
@@ -326,7 +328,7 @@ def test_blocks_are_written_once_they_are_computed(bench: Bench) -> None:
     bench.begin()
     bench.outgoing.push_blocks(computing.write())
     assert bench.turn() == []
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
     assert bench.outgoing.is_waiting and not bench.outgoing.is_in_flight
     computing.is_done = True
     assert bench.turn() == []
@@ -362,7 +364,7 @@ def test_pushes_do_not_wait_for_each_other(bench: Bench) -> None:
     bench.begin()
     bench.outgoing.begin(m.BeginPush(other, D0, FAR, lease_s=5.0))
     bench.outgoing.push_blocks(Computing().write())
-    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), BLOCKS, BLOCKS))
+    bench.outgoing.push_blocks(m.PushBlocks(other, range(0, 2), span(BLOCKS), BLOCKS))
     assert bench.agents[0].sent[1:] == [Piece(other, 0, 0, WRITE_BYTES)]
 
 
@@ -388,7 +390,7 @@ def test_cancelled_push_gives_up_what_is_not_computed_at_once(bench: Bench) -> N
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)] * 2 + [ended(True, False)]
     computing.is_done = True
     assert bench.turn() == []
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
 
 
 def test_cancelled_push_polls_out_what_was_posted_and_gives_up_the_rest(bench: Bench) -> None:
@@ -410,7 +412,7 @@ def test_lease_that_runs_out_before_the_blocks_are_computed_ends_the_push(bench:
     bench.now = 5.0
     computing.is_done = True
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
-    assert bench.agents[0].sent == [Connect(FAR)]
+    assert bench.agents[0].sent == [Connect(FAR, 0)]
 
 
 def test_renewed_lease_lets_blocks_be_computed_for_longer(bench: Bench) -> None:
@@ -462,7 +464,7 @@ def test_closed_pair_gives_up_what_is_not_computed(bench: Bench) -> None:
 def test_target_outside_the_peers_pool_gives_up_what_waits_before_it(bench: Bench) -> None:
     bench.begin()
     bench.outgoing.push_blocks(Computing().write())
-    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), BLOCKS, (BlockId(0), BlockId(4))))
+    bench.outgoing.push_blocks(m.PushBlocks(TOKEN, range(0, 2), span(BLOCKS), (BlockId(0), BlockId(4))))
     assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0)] * 2 + [ended(True, False)]
 
 

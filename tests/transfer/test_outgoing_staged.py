@@ -19,8 +19,10 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.notification import FirstToken, Piece
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Indices, Pool
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import Staged
 from tests.support.copies import LateCopies
+from tests.support.endpoints import endpoint, span
 from tests.support.scripted_agent import ScriptedAgent
 
 LAYERS, BLOCKS, STAGED = 2, 8, 3
@@ -82,10 +84,10 @@ class StagedPushes(RuleBasedStateMachine):
         self.pool = np.zeros(LAYERS * BLOCKS, dtype=np.int64)
         self.staged = np.full(LAYERS * STAGED, -1, dtype=np.int64)
         self.copies = LateCopies(self.pool, self.staged, KV)
-        self.source = Staged(POOL, self.copies)
+        self.source = Staged(Share(POOL.kv), POOL.place, self.copies)
         self.agents: list[ReadingAgent] = []
         self.events: list[m.TransferEvent] = []
-        self.outgoing = Outgoing(self.source, 0, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+        self.outgoing = Outgoing(self.source, self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
         self.pushes: list[Pushing] = []
         self.computing: list[tuple[Computing, Callable[[], None]]] = []
         self.references: Counter[BlockId] = Counter()
@@ -100,7 +102,7 @@ class StagedPushes(RuleBasedStateMachine):
 
     def connect(self, peer: NodeName) -> None:
         self.connected[peer] = AgentId(f"{peer}-{len(self.agents)}")
-        self.outgoing.connect(m.ConnectPair(peer, Incarnation("one"), self.connected[peer], b"", PoolPlace(0, 99)))
+        self.outgoing.connect(m.ConnectPair(peer, Incarnation("one"), endpoint(self.connected[peer], b"", PoolPlace(0, 99)), POOL.kv))
 
     def heed(self) -> None:
         """What the compute thread makes of the events."""
@@ -164,7 +166,7 @@ class StagedPushes(RuleBasedStateMachine):
             self.compute()
         push.held[source] += 1
         self.references.update(source)
-        self.outgoing.push_blocks(m.PushBlocks(push.token, layers, source, source, computing))
+        self.outgoing.push_blocks(m.PushBlocks(push.token, layers, span(source), source, computing))
         self.heed()
 
     @precondition(lambda self: self.live())
@@ -278,12 +280,12 @@ class Bench:
     def __init__(self) -> None:
         pool, staged = np.arange(LAYERS * BLOCKS), np.full(4, -1)
         self.copies = LateCopies(pool, staged, KV)
-        self.source = Staged(POOL, self.copies)
+        self.source = Staged(Share(POOL.kv), POOL.place, self.copies)
         self.agent = ReadingAgent(AgentId("near"), memory=staged)
         self.events: list[m.TransferEvent] = []
         self.now = 0.0
-        self.outgoing = Outgoing(self.source, 0, lambda: self.agent, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
-        self.outgoing.connect(m.ConnectPair(PEERS[0], Incarnation("one"), AgentId("far"), b"", PoolPlace(0, 99)))
+        self.outgoing = Outgoing(self.source, lambda: self.agent, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
+        self.outgoing.connect(m.ConnectPair(PEERS[0], Incarnation("one"), endpoint(AgentId("far"), b"", PoolPlace(0, 99)), POOL.kv))
         self.tokens = [GrantToken(bytes(15) + bytes([i])) for i in range(3)]
         for token in self.tokens:
             self.outgoing.begin(m.BeginPush(token, PEERS[0], AgentId("far"), LEASE_S))
@@ -291,7 +293,7 @@ class Bench:
 
     def push(self, which: int, *blocks: int, is_ready: m.IsReady = m.at_once) -> None:
         ids = tuple(BlockId(block) for block in blocks)
-        self.outgoing.push_blocks(m.PushBlocks(self.tokens[which], range(0, 1), ids, ids, is_ready))
+        self.outgoing.push_blocks(m.PushBlocks(self.tokens[which], range(0, 1), span(ids), ids, is_ready))
 
     def turn(self) -> list[m.TransferEvent]:
         self.outgoing.poll()

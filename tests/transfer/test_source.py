@@ -7,8 +7,11 @@ from disaggd.errors import ConfigError
 from disaggd.ids import BlockId
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.pool import Pool
+from disaggd.transfer.reshape import HeadCut
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace, Load, Staged, staging_blocks
 from tests.support.copies import LateCopies
+from tests.support.endpoints import span
 
 KV = KVSpec(dtype="float32", block_size=4, head_dim=1, groups=(KVGroup(layers=3, kv_heads=1, head_bytes=8),))
 POOL = Pool(PoolPlace(4096, 10), KV)
@@ -24,26 +27,29 @@ class Bench:
     def __init__(self) -> None:
         self.pool, self.staged = np.arange(30), np.full(6, -1)
         self.copies = LateCopies(self.pool, self.staged, KV)
-        self.source = Staged(POOL, self.copies)
+        self.source = Staged(Share(KV), POOL.place, self.copies)
 
     def load(self, layers: range, *ids: int) -> Load:
-        load = self.source.load(layers, blocks(*ids))
+        load = self.source.load(layers, span(blocks(*ids), 4))
         assert load is not None
         return load
 
 
 def test_a_registered_pool_is_read_where_it_lies() -> None:
-    source = InPlace(POOL)
-    load = source.load(range(1, 3), blocks(7, 2))
+    sources = InPlace(Share(KV), POOL.place)
+    source = sources.of(HeadCut(0, 0, range(1)), KV)
+    load = source.load(range(1, 3), span(blocks(7, 2), 4))
+    assert load is not None
     assert load.is_ready()
     assert load.indices.tolist() == [17, 12, 27, 22]
-    assert source.registered is source.pool is POOL
+    assert source.registered == POOL.whole()
+    assert sources.regions == (POOL.region,)
 
 
 def test_staged_blocks_are_read_once_they_are_copied() -> None:
     bench = Bench()
     load = bench.load(range(1, 3), 7, 2)
-    assert bench.source.registered.place == PoolPlace(bench.staged.ctypes.data, 2)
+    assert bench.source.staged.place == PoolPlace(bench.staged.ctypes.data, 2)
     assert not load.is_ready()
     bench.copies.make()
     assert load.is_ready()
@@ -59,7 +65,7 @@ def test_a_layer_may_have_all_of_the_staging_memory() -> None:
 def test_without_room_nothing_is_loaded_until_something_is_unloaded() -> None:
     bench = Bench()
     first, second = bench.load(range(0, 1), 0, 1, 2, 3), bench.load(range(0, 1), 4)
-    assert bench.source.load(range(0, 1), blocks(5, 6)) is None
+    assert bench.source.load(range(0, 1), span(blocks(5, 6), 4)) is None
     assert bench.copies.num_waiting == 2
     bench.source.unload(first)
     third = bench.load(range(0, 1), 5, 6)
@@ -85,7 +91,7 @@ def test_what_was_unloaded_before_it_was_copied_does_not_spoil_what_takes_its_pl
 
 def test_more_at_once_than_there_is_altogether_is_a_fault_and_does_not_wait_for_ever() -> None:
     with pytest.raises(AssertionError, match="9 descriptors at once, of 6"):
-        Bench().source.load(range(0, 3), blocks(1, 2, 3))
+        Bench().source.load(range(0, 3), span(blocks(1, 2, 3), 4))
 
 
 def test_staging_memory_has_the_blocks_that_its_bytes_hold_and_no_more_than_the_pool() -> None:

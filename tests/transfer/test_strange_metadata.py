@@ -9,6 +9,7 @@ import pytest
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer import messages as m
 from disaggd.transfer.layout import PoolPlace
+from tests.support.endpoints import endpoint
 
 P0, D0 = NodeName("p0"), NodeName("d0")
 ONE = Incarnation("one")
@@ -29,21 +30,22 @@ def garbled(good: bytes, draw: random.Random) -> Iterator[bytes]:
 
 def test_an_agent_that_is_described_wrongly_is_out_of_reach(make_node: Callable[..., Any]) -> None:
     target, writer = make_node(), make_node()
-    target.submit(m.OpenPair(P0, ONE))
+    target.submit(m.OpenPair(P0, ONE, 1))
     opened = target.expect(m.PairOpened)
+    (end,) = opened.endpoints
     size = target.num_blocks
 
     def outcome(agent_id: str, metadata: bytes, place: PoolPlace) -> m.PairConnected | m.PairFailed:
-        writer.submit(m.ConnectPair(D0, ONE, AgentId(agent_id), metadata, place))
+        writer.submit(m.ConnectPair(D0, ONE, endpoint(AgentId(agent_id), metadata, place), target.kv))
         event = writer.expect(m.TransferEvent)
         assert isinstance(event, m.PairConnected | m.PairFailed), event
         return event
 
-    for place in (PoolPlace(opened.place.address + 4096, size), PoolPlace(opened.place.address, 10 * size), PoolPlace(0, size)):
-        failed = outcome(opened.agent_id, opened.metadata, place)
+    for place in (PoolPlace(end.place.address + 4096, size), PoolPlace(end.place.address, 10 * size), PoolPlace(0, size)):
+        failed = outcome(opened.agent_id, end.metadata, place)
         assert isinstance(failed, m.PairFailed) and failed.agent_id == opened.agent_id, "beyond the memory that the peer has registered"
-    assert isinstance(outcome("another", opened.metadata, opened.place), m.PairFailed)
-    for number, metadata in enumerate(garbled(opened.metadata, random.Random(1))):
-        outcome(f"agent-{number}", metadata, opened.place)
-    assert isinstance(outcome(opened.agent_id, opened.metadata, opened.place), m.PairConnected)
+    assert isinstance(outcome("another", end.metadata, end.place), m.PairFailed)
+    for number, metadata in enumerate(garbled(end.metadata, random.Random(1))):
+        outcome(f"agent-{number}", metadata, end.place)
+    assert isinstance(outcome(opened.agent_id, end.metadata, end.place), m.PairConnected)
     assert target.expect(m.PairProbed).agent_id == opened.agent_id

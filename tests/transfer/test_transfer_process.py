@@ -14,6 +14,7 @@ from disaggd.sampling import TokenLogprob
 from disaggd.transfer import messages as m
 from disaggd.transfer.notification import FirstToken
 from disaggd.transfer.ports import is_free
+from tests.support.endpoints import endpoint, span
 
 pytestmark = pytest.mark.process
 
@@ -29,12 +30,12 @@ def blocks(*ids: int) -> tuple[BlockId, ...]:
 
 
 def open_pair(decode: Any, incarnation: str = "one") -> m.PairOpened:
-    decode.submit(m.OpenPair(P, Incarnation(incarnation)))
+    decode.submit(m.OpenPair(P, Incarnation(incarnation), 1))
     return decode.expect(m.PairOpened)
 
 
 def connect(prefill: Any, opened: m.PairOpened, decode: Any) -> None:
-    prefill.submit(m.ConnectPair(D, Incarnation("one"), opened.agent_id, opened.metadata, opened.place))
+    prefill.submit(m.ConnectPair(D, Incarnation("one"), opened.endpoints, prefill.kv))
 
 
 def pair(decode: Any, prefill: Any, incarnation: str = "one") -> AgentId:
@@ -54,12 +55,12 @@ def test_push_of_several_handles_lands_and_touches_nothing_else(start_node: Call
     before, sent = decode.call("checksums"), prefill.call("checksums")
     source, target = blocks(1, 2, 3, 15), blocks(9, 10, 4, 19)
     kv_bytes = 4 * 4 * 4096
-    decode.submit(m.Expect(TOKEN, P, agent_id, kv_bytes))
+    decode.submit(m.Expect(TOKEN, P, agent_id, 4))
     prefill.submit(
         m.BeginPush(TOKEN, D, agent_id, 5.0),
-        m.PushBlocks(TOKEN, range(0, 2), source[:2], target[:2]),
-        m.PushBlocks(TOKEN, range(2, 4), source[:2], target[:2]),
-        m.PushBlocks(TOKEN, range(0, 4), source[2:], target[2:]),
+        m.PushBlocks(TOKEN, range(0, 2), span(source[:2]), target[:2]),
+        m.PushBlocks(TOKEN, range(2, 4), span(source[:2]), target[:2]),
+        m.PushBlocks(TOKEN, range(0, 4), span(source[2:]), target[2:]),
         m.FinishPush(TOKEN, FIRST),
     )
     assert decode.expect(m.Landed) == m.Landed(TOKEN, FIRST, kv_bytes)
@@ -91,8 +92,8 @@ def test_push_lands_in_memory_of_another_kind(make_node: Callable[..., Any], nea
     agent_id = pair(decode, prefill)
     prefill.call("fill", 1)
     every = blocks(*range(16))
-    decode.submit(m.Expect(TOKEN, P, agent_id, 16 << 20))
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every), m.FinishPush(TOKEN, FIRST))
+    decode.submit(m.Expect(TOKEN, P, agent_id, 16))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(every), every), m.FinishPush(TOKEN, FIRST))
     assert decode.expect(m.Landed).token == TOKEN
     decode.call("bring_in", every)
     assert decode.call("checksums") == prefill.call("checksums")
@@ -102,9 +103,9 @@ def test_killed_writer_never_lands_and_its_successor_does(start_node: Callable[.
     decode, prefill = start_node(block_bytes=1 << 18), start_node(block_bytes=1 << 18)
     agent_id = pair(decode, prefill)
     every = blocks(*range(16))
-    decode.submit(m.Expect(TOKEN, P, agent_id, 16 << 20))
+    decode.submit(m.Expect(TOKEN, P, agent_id, 16))
     decode.signal(signal.SIGSTOP)  # it reads no more: the write stays in flight once the socket buffers are full
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every), m.FinishPush(TOKEN, FIRST))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(every), every), m.FinishPush(TOKEN, FIRST))
     assert prefill.find(m.HandleDone, 0.2) is None
     prefill.kill()
     decode.signal(signal.SIGCONT)
@@ -120,8 +121,9 @@ def test_killed_writer_never_lands_and_its_successor_does(start_node: Callable[.
     assert decode.expect(m.Fenced) == m.Fenced(P, renewed.agent_id)
     successor.call("fill", 3)
     other = GrantToken(b"another token...")
-    decode.submit(m.Expect(other, P, successor_agent, 16 << 20))
-    successor.submit(m.BeginPush(other, D, successor_agent, 5.0), m.PushBlocks(other, range(4), every, every), m.FinishPush(other, FIRST))
+    decode.submit(m.Expect(other, P, successor_agent, 16))
+    write = m.PushBlocks(other, range(4), span(every), every)
+    successor.submit(m.BeginPush(other, D, successor_agent, 5.0), write, m.FinishPush(other, FIRST))
     assert decode.expect(m.Landed).token == other
     decode.call("bring_in", every)
     assert decode.call("checksums") == successor.call("checksums")
@@ -132,9 +134,9 @@ def test_writes_that_wake_up_after_the_fence_change_nothing(start_node: Callable
     agent_id = pair(decode, prefill)
     prefill.call("fill", 1)
     every = blocks(*range(16))
-    decode.submit(m.Expect(TOKEN, P, agent_id, 16 << 20))
+    decode.submit(m.Expect(TOKEN, P, agent_id, 16))
     decode.signal(signal.SIGSTOP)
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(every), every))
     assert prefill.find(m.HandleDone, 0.2) is None
     prefill.signal(signal.SIGSTOP)
     decode.signal(signal.SIGCONT)
@@ -157,7 +159,7 @@ def test_killed_reader_fails_the_pair_and_its_pushes_and_not_the_process(start_n
     agent_id = pair(decode, prefill)
     every = blocks(*range(16))
     decode.signal(signal.SIGSTOP)
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(every), every))
     assert prefill.find(m.HandleDone, 0.2) is None
     decode.kill()
     assert prefill.expect(m.HandleDone) == m.HandleDone(TOKEN, every, 0)
@@ -172,7 +174,7 @@ def test_peer_that_died_while_idle_is_noticed_at_the_next_push(start_node: Calla
     decode, prefill = start_node(), start_node()
     agent_id = pair(decode, prefill)
     decode.kill()
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), blocks(1), blocks(1)))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(blocks(1)), blocks(1)))
     assert prefill.expect(m.HandleDone).kv_bytes == 0
     assert not prefill.expect(m.PushEnded).clean
     prefill.expect(m.PairFailed)
@@ -183,7 +185,7 @@ def test_stop_ends_with_writes_in_flight(start_node: Callable[..., Any]) -> None
     agent_id = pair(decode, prefill)
     every = blocks(*range(16))
     decode.signal(signal.SIGSTOP)
-    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), every, every))
+    prefill.submit(m.BeginPush(TOKEN, D, agent_id, 5.0), m.PushBlocks(TOKEN, range(4), span(every), every))
     assert prefill.find(m.HandleDone, 0.2) is None
     assert prefill.stop() == 0
     decode.signal(signal.SIGCONT)
@@ -197,7 +199,7 @@ def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]
     new = decode.expect(m.PairOpened)
     connect(prefill, old, decode)
     assert prefill.expect(m.PairFailed).agent_id == old.agent_id
-    connect(prefill, m.PairOpened(P, old.peer_incarnation, old.agent_id, new.metadata, new.place), decode)
+    connect(prefill, m.PairOpened(P, old.peer_incarnation, endpoint(old.agent_id, new.metadata, new.place)), decode)
     assert "announced with the metadata of" in prefill.expect(m.PairFailed).reason
     assert decode.find(m.PairProbed, 0.2) is None
     connect(prefill, new, decode)
@@ -207,8 +209,9 @@ def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]
 def test_garbage_for_metadata_fails_the_pair(start_node: Callable[..., Any]) -> None:
     decode, prefill = start_node(), start_node()
     opened = open_pair(decode)
-    for metadata in (b"", b"garbage", opened.metadata[:100]):
-        connect(prefill, m.PairOpened(P, opened.peer_incarnation, opened.agent_id, metadata, opened.place), decode)
+    (end,) = opened.endpoints
+    for metadata in (b"", b"garbage", end.metadata[:100]):
+        connect(prefill, m.PairOpened(P, opened.peer_incarnation, endpoint(opened.agent_id, metadata, end.place)), decode)
         prefill.expect(m.PairFailed)
     assert prefill.stop() == 0
 
@@ -232,7 +235,7 @@ def test_fenced_port_stays_bound_until_the_new_agent_is_reached(start_node: Call
 def test_a_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
     with socket.create_server(("127.0.0.1", port_range[0])):
         decode = start_node(ports=(port_range[0], port_range[0]))
-        decode.submit(m.OpenPair(P, Incarnation("one")))
+        decode.submit(m.OpenPair(P, Incarnation("one"), 1))
         error = decode.expect(m.TransferFailed).error
     assert isinstance(error, ResourceError) and "no free port" in str(error)
     assert decode.stop() == 0
@@ -242,8 +245,8 @@ def test_a_range_that_is_used_up_costs_the_next_pair_and_not_the_node(start_node
     """Routers name the peers: whoever names many must not end the node."""
     node = start_node(ports=(port_range[0], port_range[0]))
     opened = open_pair(node)
-    node.submit(m.OpenPair(NodeName("p1"), Incarnation("one")))
-    node.submit(m.ConnectPair(NodeName("d1"), Incarnation("one"), opened.agent_id, opened.metadata, opened.place))
+    node.submit(m.OpenPair(NodeName("p1"), Incarnation("one"), 1))
+    node.submit(m.ConnectPair(NodeName("d1"), Incarnation("one"), opened.endpoints, node.kv))
     assert "no free port" in node.expect(m.PairFailed).reason
     assert open_pair(node) == opened
     assert node.stop() == 0
@@ -253,7 +256,7 @@ def test_processes_that_race_for_ports_share_the_range(start_node: Callable[...,
     nodes = [start_node(ports=(port_range[0], port_range[0] + 5)) for _ in range(2)]
     for peer in ("p0", "p1", "p2"):
         for node in nodes:
-            node.submit(m.OpenPair(NodeName(peer), Incarnation("one")))
+            node.submit(m.OpenPair(NodeName(peer), Incarnation("one"), 1))
     for node in nodes:
         assert {node.expect(m.PairOpened).peer for _ in range(3)} == {"p0", "p1", "p2"}
 

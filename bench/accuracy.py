@@ -62,22 +62,23 @@ class Scorer:
     def __init__(self, directory: ModelDirectory, dtype: Dtype, weights: Weights) -> None:
         where = torch.device("cpu")
         self._transformer = load_weights(directory, directory.spec(dtype), where, weights=weights)
-        self._kv = allocate_kv(kv_spec(self._transformer.spec, BLOCK_SIZE), WINDOW // BLOCK_SIZE, where)
+        self.kv = allocate_kv(kv_spec(self._transformer.spec, BLOCK_SIZE), WINDOW // BLOCK_SIZE, where)
+        """Of the window, in order: block i has its tokens from i · BLOCK_SIZE on."""
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> Tensor:
-        """Of every token of one window, float32 [len(tokens), vocab_size]."""
+    def logits(self, tokens: list[int], start: int = 0) -> Tensor:
+        """Of tokens of one window, float32 [len(tokens), vocab_size]; those before the `start`-th were given before."""
         count = len(tokens)
         batch = Batch(
             tokens=torch.tensor(tokens),
-            positions=torch.arange(count),
-            slot_mapping=torch.arange(count),
+            positions=torch.arange(start, start + count),
+            slot_mapping=torch.arange(start, start + count),
             query_start=torch.tensor([0, count], dtype=torch.int32),
-            context_lens=torch.tensor([count], dtype=torch.int32),
+            context_lens=torch.tensor([start + count], dtype=torch.int32),
             block_tables=torch.arange(WINDOW // BLOCK_SIZE, dtype=torch.int32)[None],
             logit_rows=torch.arange(count),
         )
-        return self._transformer.forward(batch, self._kv)
+        return self._transformer.forward(batch, self.kv)
 
 
 def held_out_windows(directory: ModelDirectory) -> list[list[int]]:
@@ -133,7 +134,7 @@ def _compare(name: str, variant: str, scorer: Scorer, exact: Scorer, windows: li
     )
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result], title: str = "Against float32") -> Table:
     rows = [
         (
             f"{one.model}, {one.variant}",
@@ -145,9 +146,7 @@ def table(results: list[Result]) -> Table:
         )
         for one in results
     ]
-    return Table(
-        "Against float32", ("model", "nats/token", "perplexity", "rms error", "largest error", "same likeliest token"), tuple(rows)
-    )
+    return Table(title, ("model", "nats/token", "perplexity", "rms error", "largest error", "same likeliest token"), tuple(rows))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

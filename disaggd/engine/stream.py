@@ -4,7 +4,7 @@ A GPU computes and copies on after the call that asked for it has returned. Who 
 a launched step still writes are the engine's until it has (`engine.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -54,11 +54,15 @@ class SideStream:
         One copy for each run of neighbours on both sides: a GPU has engines for these, so no kernel takes its processors from a
         step. A call costs the host about 10 µs, and a row of 256 KiB takes that long on the bus.
         """
+        return self.run(lambda: _copy_runs(into, targets, rows, sources))
+
+    def run(self, work: Callable[[], None]) -> IsReady:
+        """Ask for what `work` asks of the device, in its turn. Whether it is done."""
         if self._stream is None:
-            _copy_runs(into, targets, rows, sources)
+            work()
             return at_once
         with torch.cuda.stream(self._stream):
-            _copy_runs(into, targets, rows, sources)
+            work()
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return event.query

@@ -4,10 +4,18 @@ A pool is `kv[layers, num_blocks, kv_heads, 2, block_size, head_dim]`: a block o
 descriptor), a range of its heads is contiguous too, and neighbouring block ids of a layer are neighbours in memory.
 """
 
+from typing import Literal
+
 import msgspec
 
 from disaggd.ids import BlockId
-from disaggd.model.spec import DTYPE_BYTES, Dtype, ModelSpec
+from disaggd.model.spec import DTYPE_BYTES, ModelSpec
+
+KVDtype = Literal["float32", "bfloat16", "float16", "fp8"]
+"""A model's, or `fp8`: float8 e4m3 with scales, in which KV may go over the wire and land. No pool that a model computes with is in it."""
+
+FP8_HEADER_BYTES = 16
+"""Before one head's keys and values in a block: their scales, see `kernels/fp8.py`."""
 
 
 class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,7 +24,7 @@ class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     kv_heads: int
     head_bytes: int
-    """Bytes of one head's K and V in one block of one layer: `2 · block_size · head_dim · itemsize`."""
+    """Bytes of one head's K and V in one block of one layer: `2 · block_size · head_dim · itemsize`, and in fp8 their scales."""
     window: int | None = None
     replicated: bool = False
 
@@ -29,7 +37,7 @@ class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
 class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The geometry of a node's pool; two nodes can hand KV over if theirs agree."""
 
-    dtype: Dtype
+    dtype: KVDtype
     block_size: int
     """Tokens per block."""
     head_dim: int
@@ -79,3 +87,10 @@ def kv_spec(model: ModelSpec, block_size: int, kv_heads: int | None = None) -> K
     head_bytes = 2 * block_size * model.head_dim * DTYPE_BYTES[model.dtype]
     group = KVGroup(layers=model.num_layers, kv_heads=kv_heads or model.num_kv_heads, head_bytes=head_bytes, window=model.sliding_window)
     return KVSpec(dtype=model.dtype, block_size=block_size, head_dim=model.head_dim, groups=(group,))
+
+
+def in_fp8(kv: KVSpec) -> KVSpec:
+    """The same blocks as they are in fp8: some half of bfloat16's bytes."""
+    head_bytes = FP8_HEADER_BYTES + 2 * kv.block_size * kv.head_dim
+    groups = tuple(msgspec.structs.replace(group, head_bytes=head_bytes) for group in kv.groups)
+    return msgspec.structs.replace(kv, dtype="fp8", groups=groups)

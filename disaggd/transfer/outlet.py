@@ -57,11 +57,11 @@ def lanes_to(command: ConnectPair, sources: Sources) -> tuple[Lane, ...]:
         raise PeerLost("two of its ranks have one agent")
     lanes = []
     for cut in sources.share.cuts_to(len(command.endpoints)):
+        theirs, endpoint = Share(command.kv, cut.target_rank, len(command.endpoints)), command.endpoints[cut.target_rank]
         try:
-            source = sources.of(cut, command.kv)
+            source = sources.of(cut, theirs)
         except ConfigError as error:
             raise PeerLost(str(error)) from error
-        theirs, endpoint = Share(command.kv, cut.target_rank, len(command.endpoints)), command.endpoints[cut.target_rank]
         remote = Pool(endpoint.place, theirs.held)
         if not remote.can_be:
             raise PeerLost(f"no pool lies at {endpoint.place}")

@@ -50,8 +50,8 @@ class Sources(Protocol):
     regions: tuple[Region, ...]
     """What NIXL has to know."""
 
-    def of(self, cut: HeadCut, target: KVSpec) -> Source:
-        """What a rank of a node whose geometry is `target` is written from. Raises ConfigError where that cannot be."""
+    def of(self, cut: HeadCut, target: Share) -> Source:
+        """What the cut's rank of the target is written from. Raises ConfigError where that cannot be."""
 
 
 def check_direct(ours: KVSpec, theirs: KVSpec) -> None:
@@ -72,8 +72,8 @@ class InPlace:
         self.pool = Pool(place, share.held)
         self.regions: tuple[Region, ...] = (self.pool.region,)
 
-    def of(self, cut: HeadCut, target: KVSpec) -> Source:
-        check_direct(self.share.kv, target)
+    def of(self, cut: HeadCut, target: Share) -> Source:
+        check_direct(self.share.kv, target.kv)
         return InPlaceCut(self.pool, self.share.local(cut))
 
 
@@ -118,8 +118,8 @@ class Staged:
         self._free = list(range(self._num_descriptors))
         """The last that came free is taken first: what was just sent may still be in the processor's cache."""
 
-    def of(self, cut: HeadCut, target: KVSpec) -> Source:
-        check_direct(self.share.kv, target)
+    def of(self, cut: HeadCut, target: Share) -> Source:
+        check_direct(self.share.kv, target.kv)
         return StagedCut(self, self.share.local(cut))
 
     def load(self, layers: range, span: Span) -> Load | None:

@@ -37,7 +37,7 @@ class Bench:
 
 def test_a_registered_pool_is_read_where_it_lies() -> None:
     sources = InPlace(Share(KV), POOL.place)
-    source = sources.of(HeadCut(0, 0, range(1)), KV)
+    source = sources.of(HeadCut(0, 0, range(1)), Share(KV))
     load = source.load(range(1, 3), span(blocks(7, 2), 4))
     assert load is not None
     assert load.is_ready()

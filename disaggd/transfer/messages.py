@@ -262,6 +262,10 @@ class PushEnded(TransferEvent, frozen=True):
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Stop(TransferCommand, frozen=True):
+    """End the thread, and with it all agents; what is in flight is lost."""
+
+
 class TransferFailed(TransferEvent, frozen=True):
     """The transfer thread has ended on this error (no port left, NIXL not to be had): the node must end too."""
 

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
@@ -43,8 +44,32 @@ class TransferStats(msgspec.Struct, frozen=True):
     landed_bytes: int
 
 
-class _Stop(m.TransferCommand, frozen=True):
-    pass
+class Inbox(Protocol):
+    """Where commands come in."""
+
+    def put(self, command: m.TransferCommand) -> None: ...
+
+    def take(self, timeout_s: float | None) -> list[m.TransferCommand]:
+        """All that are there; waits for the first one until the timeout, None being for ever."""
+
+
+class QueueInbox:
+    """Of a thread that is told by others of its process."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
+
+    def put(self, command: m.TransferCommand) -> None:
+        self._queue.put(command)
+
+    def take(self, timeout_s: float | None) -> list[m.TransferCommand]:
+        commands: list[m.TransferCommand] = []
+        try:
+            commands.append(self._queue.get(timeout_s != 0, timeout_s))
+            while True:
+                commands.append(self._queue.get_nowait())
+        except queue.Empty:
+            return commands
 
 
 class TransferThread:
@@ -71,6 +96,7 @@ class TransferThread:
         on_start: Callable[[], None] = lambda: None,
         staging: Staging | None = None,
         push_timeout_s: float = PUSH_TIMEOUT_S,
+        inbox: Inbox | None = None,
     ) -> None:
         share = Share(kv, rank, num_ranks)
         sources: Sources = InPlace(share, place) if staging is None else Staged(share, place, staging)
@@ -79,7 +105,7 @@ class TransferThread:
         self.pulse = Pulse()
         self._post = post
         self._on_start = on_start
-        self._inbox: queue.SimpleQueue[m.TransferCommand] = queue.SimpleQueue()
+        self._inbox = inbox or QueueInbox()
         devices = os.environ.get("UCX_NET_DEVICES", "")
         open_agent = AgentMaker(PortRange(*port_range), lambda: has_device_down(devices))
         self._incoming = Incoming(share, landing, partial(open_agent, [landing.region]), self._report, clock)
@@ -98,7 +124,11 @@ class TransferThread:
 
     def stop(self) -> None:
         """End the thread and destroy its agents; what is in flight is lost. Raises `ResourceError` if it does not end."""
-        self.submit(_Stop())
+        self.submit(m.Stop())
+        self.join()
+
+    def join(self) -> None:
+        """Wait until the thread has obeyed `Stop`. Raises `ResourceError` if it does not."""
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             raise ResourceError(f"the transfer thread did not end within {STOP_TIMEOUT_S:.0f} s: NIXL hangs in a call")
@@ -143,7 +173,7 @@ class TransferThread:
             # came before the notifications were fetched must be taken before these are looked at.
             commands += self._take(0)
             for command in commands:
-                if isinstance(command, _Stop):
+                if isinstance(command, m.Stop):
                     return
                 self.pulse.beat()
                 self._obey(command)
@@ -153,15 +183,9 @@ class TransferThread:
             sleep_s = self._sleep_s(stirred=bool(commands or arrived))
 
     def _take(self, timeout_s: float | None) -> list[m.TransferCommand]:
-        """The commands that are there; waits for the first one until the timeout, None being forever."""
-        commands: list[m.TransferCommand] = []
         self.pulse.rest()
         try:
-            commands.append(self._inbox.get(timeout_s != 0, timeout_s))
-            while True:
-                commands.append(self._inbox.get_nowait())
-        except queue.Empty:
-            return commands
+            return self._inbox.take(timeout_s)
         finally:
             self.pulse.beat()
 

@@ -125,7 +125,7 @@ def test_each_block_of_each_layer_is_pushed_once_to_its_place(length: int, max_s
         (layer, source, target)
         for push in node.submitted(transfer.PushBlocks)
         for layer in push.layers
-        for source, target in zip(push.source, push.target, strict=True)
+        for source, target in zip(push.source.blocks, push.target, strict=True)
     ]
     num_blocks = -(-length // BLOCK)
     assert len(pushed) == len(set(pushed)) == 3 * num_blocks
@@ -167,7 +167,7 @@ def test_a_prefix_that_decode_has_cached_is_not_pushed(left_out: int, max_step_t
     node.say(prefill(prompt(30), grant_for(30, first_token_index=left_out)))
     node.run()
     pushes = node.submitted(transfer.PushBlocks)
-    assert all(push.source and len(push.source) == len(push.target) for push in pushes)
+    assert all(push.source.blocks and len(push.source.blocks) == len(push.target) for push in pushes)
     first_group = [target for push in pushes if push.layers == LAYER_GROUPS[0] for target in push.target]
     assert first_group == [100 + i for i in range(8 - left_out // BLOCK)]
 
@@ -177,8 +177,8 @@ def test_jobs_that_share_a_step_push_each_into_its_own_grant() -> None:
     a, b = GrantToken(b"a"), GrantToken(b"b")
     node.say(prefill(prompt(8), grant_for(8, a), SeqId("a")), prefill(prompt(7, 1), grant_for(7, b), SeqId("b")))
     node.step()
-    assert {push.token: len(push.source) for push in node.submitted(transfer.PushBlocks)} == {a: 2, b: 2}
-    sources = [set(push.source) for push in node.submitted(transfer.PushBlocks) if push.layers == LAYER_GROUPS[0]]
+    assert {push.token: len(push.source.blocks) for push in node.submitted(transfer.PushBlocks)} == {a: 2, b: 2}
+    sources = [set(push.source.blocks) for push in node.submitted(transfer.PushBlocks) if push.layers == LAYER_GROUPS[0]]
     assert not sources[0] & sources[1]
 
 
@@ -191,9 +191,9 @@ def test_blocks_stay_referenced_until_the_last_handle_that_reads_them_is_done() 
     node.run()
     first, second = node.submitted(transfer.PushBlocks)
     assert node.pool.num_free == 60 and node.role.gauges().blocks_held == 4
-    node.event(transfer.HandleDone(T, first.source, 10))
+    node.event(transfer.HandleDone(T, first.source.blocks, 10))
     assert node.pool.num_free == 60
-    node.event(transfer.HandleDone(T, second.source, 10))
+    node.event(transfer.HandleDone(T, second.source.blocks, 10))
     assert node.pool.num_free == 64 and node.role.gauges().blocks_held == 0
 
 

@@ -22,7 +22,7 @@ def warm_node(num_tokens: int = 40, num_blocks: int = 64, max_step_tokens: int =
 def pushed(node: Node, layers: range) -> list[tuple[BlockId, BlockId]]:
     """(source, target) of these layers, in order."""
     pushes = [push for push in node.submitted(transfer.PushBlocks) if push.layers == layers]
-    return [pair for push in pushes for pair in zip(push.source, push.target, strict=True)]
+    return [pair for push in pushes for pair in zip(push.source.blocks, push.target, strict=True)]
 
 
 def test_what_was_cached_is_pushed_beside_what_is_computed_each_block_once() -> None:
@@ -45,7 +45,7 @@ def test_no_handle_is_larger_than_what_a_step_fills() -> None:
     node = warm_node(max_step_tokens=16)
     node.say(prefill(LONG, grant_for(60)))
     node.run()
-    assert [len(push.source) for push in node.submitted(transfer.PushBlocks) if push.layers == LAYER_GROUPS[0]] == [4, 4, 2, 4, 1]
+    assert [len(push.source.blocks) for push in node.submitted(transfer.PushBlocks) if push.layers == LAYER_GROUPS[0]] == [4, 4, 2, 4, 1]
 
 
 def test_cached_blocks_wait_for_nothing_that_is_being_computed() -> None:

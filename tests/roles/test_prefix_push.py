@@ -44,7 +44,7 @@ def ask(node: Node, grant: Grant | None = None, seq: SeqId = S, attempt: int = 0
 def handles_end(node: Node, *, clean: bool = True, finished: bool = True) -> None:
     """What the transfer thread says of all that it was given."""
     for push in node.submitted(transfer.PushBlocks):
-        node.event(transfer.HandleDone(push.token, push.source, 10))
+        node.event(transfer.HandleDone(push.token, push.source.blocks, 10))
     node.event(transfer.PushEnded(T, clean, finished, 10, node.now, node.now))
 
 
@@ -73,7 +73,7 @@ def test_only_what_is_asked_for_is_pushed() -> None:
     node = pushing_node()
     ask(node, prefix_grant(first=3, count=2))
     prefix = node.role._placed[S].prefix
-    assert [push.source for push in node.submitted(transfer.PushBlocks)] == [tuple(prefix[3:5])] * 2
+    assert [push.source.blocks for push in node.submitted(transfer.PushBlocks)] == [tuple(prefix[3:5])] * 2
     assert {push.target for push in node.submitted(transfer.PushBlocks)} == {(100, 101)}
 
 

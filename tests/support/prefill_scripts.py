@@ -141,7 +141,7 @@ def connect(node: Node, agent: AgentId, link: LinkId = LINK) -> None:
 def handles_done(node: Node, kv_bytes: int = 10) -> None:
     """The transfer thread ends every handle that was submitted since the last `clear`."""
     for push in node.submitted(transfer.PushBlocks):
-        node.event(transfer.HandleDone(push.token, push.source, kv_bytes))
+        node.event(transfer.HandleDone(push.token, push.source.blocks, kv_bytes))
 
 
 def push_ended(node: Node, token: GrantToken = T, *, clean: bool = True, finished: bool = True, kv_bytes: int = 60) -> None:

@@ -38,4 +38,4 @@ def test_the_first_agent_too_waits_for_a_device_that_is_down(port_range: tuple[i
 
     monkeypatch.setattr(agent, "Agent", fail)
     with pytest.raises(NoAgent, match="NIXL_ERR_BACKEND"):
-        AgentMaker(PortRange(*port_range), REGIONS, is_patient=lambda: True)()
+        AgentMaker(PortRange(*port_range), is_patient=lambda: True)(REGIONS)

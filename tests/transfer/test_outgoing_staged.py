@@ -42,8 +42,8 @@ class ReadingAgent(ScriptedAgent):
     written: dict[HandleId, tuple[Indices, np.ndarray]] = field(default_factory=dict)
     """Of each write that is in flight, where it reads, and what was there when it was posted."""
 
-    def prepare(self, sources: Indices, targets: Indices, message: bytes) -> HandleId:
-        handle = super().prepare(sources, targets, message)
+    def prepare(self, agent_id: AgentId, sources: Indices, targets: Indices, message: bytes) -> HandleId:
+        handle = super().prepare(agent_id, sources, targets, message)
         self.prepared = sources
         return handle
 

@@ -1,0 +1,125 @@
+"""`RemoteTransfers`: the transfer thread of another rank, at both ends of the pipe between its process and the first rank's.
+
+Commands go one way, events and counts the other. The pipe is the thread's inbox itself: what was sent before a grant left the node is read
+before any notification of that grant is looked at. Between the processes of one node, which one program started, pickles will do.
+"""
+
+import os
+import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from disaggd.errors import EXIT_RESOURCE, ResourceError
+from disaggd.pulse import Pulse
+from disaggd.transfer import messages as m
+from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.thread import STOP_TIMEOUT_S, TransferStats, TransferThread
+
+LOOK_EVERY_S = 1.0
+
+
+class RemoteTransfers:
+    """The first rank's end. That the other is gone is its owner's to find out: here, what is sent to it is lost."""
+
+    def __init__(self, pipe: Connection, post: Callable[[m.TransferEvent], None]) -> None:
+        self._pipe = pipe
+        self._post = post
+        self._stats = TransferStats(0, 0, 0, 0, 0)
+        self._thread = threading.Thread(target=self._hear, name="rank's transfers", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, command: m.TransferCommand) -> None:
+        with suppress(OSError):
+            self._pipe.send(command)
+
+    def stop(self) -> None:
+        """A rank that does not hang ends the pipe when its thread has ended."""
+        self.submit(m.Stop())
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def stats(self) -> TransferStats:
+        return self._stats
+
+    def _hear(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                event, self._stats = self._pipe.recv()
+                self._post(event)
+
+
+class PipeInbox:
+    """The rank's end of it. When the node is gone, the thread is to stop."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def put(self, command: m.TransferCommand) -> None:
+        raise TypeError(f"{command!r} is not for this process to submit")
+
+    def take(self, timeout_s: float | None) -> list[m.TransferCommand]:
+        commands: list[m.TransferCommand] = []
+        try:
+            while self._has_more(0 if commands else timeout_s):
+                commands.append(self._pipe.recv())
+        except (EOFError, OSError):
+            commands.append(m.Stop())
+        return commands
+
+    def _has_more(self, timeout_s: float | None) -> bool:
+        """`Connection.poll` counts in whole milliseconds: twenty times what the thread sleeps while bytes move."""
+        return bool(select.select([self._pipe], [], [], timeout_s)[0])
+
+
+class RankSettings(msgspec.Struct, frozen=True):
+    """What every rank's transfer thread of a node is made with."""
+
+    port_range: tuple[int, int]
+    push_timeout_s: float
+    stuck_s: float
+    """A thread that has not got on for so long ends its process, and the node with it."""
+
+
+@contextmanager
+def rank_transfers(
+    settings: RankSettings, kv: KVSpec, rank: int, num_ranks: int, place: PoolPlace, num_bytes: int, pipe: Connection
+) -> Iterator[None]:
+    """A rank's transfer thread, while the body runs in its process."""
+
+    def post(event: m.TransferEvent) -> None:
+        if isinstance(event, m.TransferFailed):
+            event = m.TransferFailed(ResourceError(f"rank {rank} of {num_ranks}: {event.error}"))
+        with suppress(OSError):  # the first rank is gone: the next look into the inbox ends the thread
+            pipe.send((event, thread.stats()))
+
+    thread = TransferThread(
+        place,
+        num_bytes,
+        kv,
+        post,
+        settings.port_range,
+        rank=rank,
+        num_ranks=num_ranks,
+        push_timeout_s=settings.push_timeout_s,
+        inbox=PipeInbox(pipe),
+    )
+    thread.start()
+    threading.Thread(target=_watch, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
+    yield
+    thread.join()
+    pipe.close()
+
+
+def _watch(pulse: Pulse, stuck_s: float) -> None:
+    """NIXL may hang in a call. Counts looks, not time: a process that was stopped for a minute is not stuck."""
+    pause, seen, num_looks = threading.Event(), pulse.count, 0
+    while num_looks * LOOK_EVERY_S < stuck_s:
+        pause.wait(LOOK_EVERY_S)
+        num_looks = 0 if pulse.is_resting or pulse.count != seen else num_looks + 1
+        seen = pulse.count
+    os._exit(EXIT_RESOURCE)

@@ -209,7 +209,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Compute threads (CPU)."""
     cpus: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
     """Pin the process to these processors."""
-    tp: Positive = 1
+    tp: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Tensor parallelism: so many ranks compute the model together, each a process with `threads` of its own (CPU)."""
     max_step_tokens: Positive = 1024
     """Tokens computed per step, over all sequences."""
@@ -393,8 +393,6 @@ def _check_ranks(config: Config) -> None:
             continue
         if node.is_gpu:
             raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for CPU nodes so far, but its device is {node.device}")
-        if node.role == "prefill" or config.nodes_of("prefill"):
-            raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for clusters without prefill nodes so far: remove them, or tp")
 
 
 def _check_weights(config: Config) -> None:
@@ -404,14 +402,14 @@ def _check_weights(config: Config) -> None:
 
 
 def _check_transfer_ports(config: Config) -> None:
-    """Each pair of a prefill and a decode node has an agent at either end, two if decode pushes prefixes back; and a fenced agent's
-    port stays taken a while."""
+    """Each pair of a prefill and a decode node has an agent in each of their ranks, two if decode pushes prefixes back; and a fenced
+    agent's port stays taken a while."""
     first, last = config.transfer.port_range
     agents: Counter[str] = Counter()
     for prefill, decode in product(config.nodes_of("prefill"), config.nodes_of("decode")):
-        agents.update((prefill.listen.host, decode.listen.host))
-        if config.pushes_prefixes(prefill) and config.pushes_prefixes(decode):
-            agents.update((prefill.listen.host, decode.listen.host))
+        num_ways = 2 if config.pushes_prefixes(prefill) and config.pushes_prefixes(decode) else 1
+        for node in (prefill, decode):
+            agents[node.listen.host] += num_ways * node.tp
     for host, count in agents.items():
         if last - first + 1 < 4 * count:
             raise ConfigError(f"transfer.port_range {first}-{last} is too small: the nodes on {host} need {4 * count} ports")

@@ -243,6 +243,14 @@ def test_a_port_range_reads_as_it_was_written() -> None:
     assert PortRange.parse("18500-18999") == (18500, 18999)
 
 
-def test_ranks_beside_prefill_nodes_are_refused_with_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="node 'd0': tp = 2 is for clusters without prefill nodes so far: remove them, or tp"):
-        parse_config(CLUSTER + "tp = 2")
+def test_ranks_are_for_cpu_nodes() -> None:
+    assert parse_config(CLUSTER + "tp = 2").node("d0").tp == 2
+    with pytest.raises(ConfigError, match="node 'd0': tp = 2 is for CPU nodes so far, but its device is cuda"):
+        parse_config(CLUSTER + 'tp = 2\ndevice = "cuda"')
+
+
+def test_every_rank_needs_its_own_ports() -> None:
+    """One of the prefill node and three of the decode node, each with an agent for pushes one way and another for the way back."""
+    parse_config(CLUSTER + 'tp = 3\n[transfer]\nport_range = "18500-18531"')
+    with pytest.raises(ConfigError, match=r"port_range 18500-18530 is too small: the nodes on 127.0.0.1 need 32 ports"):
+        parse_config(CLUSTER + 'tp = 3\n[transfer]\nport_range = "18500-18530"')

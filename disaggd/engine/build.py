@@ -14,7 +14,7 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
-from disaggd.engine.ranks import STEP_TIMEOUT_S, Followers, RankOrder
+from disaggd.engine.ranks import STEP_TIMEOUT_S, Beside, Followers, RankOrder
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
@@ -43,6 +43,7 @@ class LoadedEngine:
     directory: ModelDirectory
     spec: ModelSpec
     kv_spec: KVSpec
+    """Of the KV of all ranks."""
     kv: Tensor
     """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: the pool; of several ranks the first one's heads."""
     stream: DeviceStream
@@ -50,18 +51,16 @@ class LoadedEngine:
     """The other ranks, if there are any."""
 
     @property
-    def held_kv_spec(self) -> KVSpec:
-        """The geometry of `kv`: of `kv_spec`, the heads that this process holds."""
-        return kv_spec(self.spec, self.kv_spec.block_size, self.kv.shape[2])
-
-    @property
     def place(self) -> PoolPlace:
         """Where `kv` lies."""
         return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)
 
 
-def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
-    """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError."""
+def load_engine(config: Config, node: NodeConfig, beside: Beside | None = None) -> LoadedEngine:
+    """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError.
+
+    `beside` runs in the process of every rank but the first.
+    """
     with start_progress(config.model.served_name) as progress:
         return build_engine(
             config.model.path,
@@ -75,6 +74,7 @@ def load_engine(config: Config, node: NodeConfig) -> LoadedEngine:
             max_model_len=config.model.max_model_len,
             layer_group=config.transfer.layer_group,
             tp=node.tp,
+            beside=beside,
             prefix_cache=node.prefix_cache,
             itl_target_ms=config.disaggregation.itl_target_ms,
             progress=progress,
@@ -96,6 +96,7 @@ def build_engine(
     itl_target_ms: float | None = None,
     prefix_cache: bool = False,
     tp: int = 1,
+    beside: Beside | None = None,
     progress: StartProgress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LoadedEngine:
@@ -120,7 +121,7 @@ def build_engine(
     followers: Followers | None = None
     if tp > 1:
         assert kv_cache_bytes is not None, "the config refuses ranks on other devices than CPUs"
-        kv, transformer, followers = _with_others(directory, spec, where, weights, block_size, kv_cache_bytes, tp, progress)
+        kv, transformer, followers = _with_others(directory, spec, where, weights, block_size, kv_cache_bytes, tp, beside, progress)
     else:
         if kv_cache_bytes is not None:
             kv = allocate_kv(layout, _num_blocks(layout, kv_cache_bytes), where)
@@ -146,6 +147,7 @@ def _with_others(
     block_size: int,
     kv_cache_bytes: int,
     tp: int,
+    beside: Beside | None,
     progress: StartProgress,
 ) -> tuple[Tensor, Transformer, Followers]:
     """The first rank's KV and part of the model, and the other ranks, which are loaded at the same time."""
@@ -165,7 +167,7 @@ def _with_others(
         num_blocks=num_blocks,
         step_timeout_s=STEP_TIMEOUT_S,
     )
-    followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)])
+    followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)], beside)
     try:
         followers.wait()
         ranks = ProcessRanks(0, tp, place, STEP_TIMEOUT_S)

@@ -5,12 +5,14 @@ of them compute it together. A rank has its weights and its heads' KV to itself,
 
 Nothing waits for a rank that is gone: its pipe, or the ranks' own connections, break at once, and the node ends (`watch`). A step that
 lacks a rank's part fails on every other, and the first finds out whose (`naming_the_lost`). A rank whose node is gone ends too.
+
+Something else may run in every rank's process beside its computing, with a pipe of its own to rank 0's; what it is, its owner knows.
 """
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,7 +30,7 @@ from disaggd.model.kv import allocate_kv
 from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
 from disaggd.model.spec import Dtype, Weights
 from disaggd.model.weights import load_weights
-from disaggd.transfer.layout import kv_spec
+from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
 
 STEP_TIMEOUT_S = 30.0
 """A rank that does not do its part of a step in so long is given up, and the node with it."""
@@ -38,6 +40,11 @@ STOP_TIMEOUT_S = 5.0
 GOES_NOT_ON = "and this node cannot go on without it"
 LAST_WORDS_S = 2.0
 """When one rank is lost, the others have noticed within so long."""
+
+
+Beside = Callable[[KVSpec, int, int, PoolPlace, int, Connection], AbstractContextManager[None]]
+"""What runs beside a rank's computing: given the KV of all ranks, the rank and of how many, where its part lies and its bytes, and its end
+of a pipe to the first rank's process. Named in its module, for it is sent to another process."""
 
 
 class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,19 +69,24 @@ class Followers:
     They answer twice: when each has found its part and made room for its KV, and when all have met and each has read its weights.
     """
 
-    def __init__(self, orders: list[RankOrder]) -> None:
+    def __init__(self, orders: list[RankOrder], beside: Beside | None = None) -> None:
         self._orders = orders
         self._pipes: list[Connection] = []
+        self.side_pipes: list[Connection] = []
+        """By rank, from the second: our ends, for what runs `beside` their computing."""
         self._processes: list[BaseProcess] = []
         self._closed = threading.Event()
         self._reaping = threading.Lock()  # of two threads that wait for one child, the system tells only one how it ended
         context = get_context("spawn")
         for order in orders:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=follow, args=(order, theirs), name=f"rank {order.rank}", daemon=True)
+            (ours, theirs), (side, other_side) = context.Pipe(), context.Pipe()
+            arguments = order, theirs, beside, other_side
+            process = context.Process(target=follow, args=arguments, name=f"rank {order.rank}", daemon=True)
             process.start()
             theirs.close()  # else its end would not end the pipe
+            other_side.close()
             self._pipes.append(ours)
+            self.side_pipes.append(side)
             self._processes.append(process)
 
     @property
@@ -132,7 +144,7 @@ class Followers:
     def close(self) -> None:
         """End them. Idempotent."""
         self._closed.set()
-        for pipe in self._pipes:
+        for pipe in (*self._pipes, *self.side_pipes):
             pipe.close()
         for process in self._processes:
             process.join(STOP_TIMEOUT_S)
@@ -155,7 +167,7 @@ def _answer(pipe: Connection) -> str | None:
 # ── the rank's own process ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def follow(order: RankOrder, pipe: Connection) -> None:
+def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe: Connection) -> None:
     """Load the rank's part of the model, and compute its part of every step, until the pipe ends."""
     for number in (
         signal.SIGINT,
@@ -167,6 +179,7 @@ def follow(order: RankOrder, pipe: Connection) -> None:
         directory = open_directory(order.path)
         spec = directory.spec(order.dtype)
         part = part_of(spec, order.rank, order.num_ranks)
+        layout = kv_spec(spec, order.block_size)
         kv = allocate_kv(kv_spec(spec, order.block_size, len(part.kv_heads)), order.num_blocks, where)
         pipe.send(None)
         ranks = ProcessRanks(order.rank, order.num_ranks, meeting_place(order.port), order.step_timeout_s)
@@ -175,7 +188,9 @@ def follow(order: RankOrder, pipe: Connection) -> None:
         pipe.send(str(error))
         return
     pipe.send(None)
-    with torch.inference_mode():
+    place = PoolPlace(kv.data_ptr(), order.num_blocks)
+    side = nullcontext() if beside is None else beside(layout, order.rank, order.num_ranks, place, kv.nbytes, side_pipe)
+    with side, torch.inference_mode():
         while (batch := _next_step(pipe)) is not None:
             *fields, _ = upload(batch.arrays(), where)
             try:

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from disaggd.clock import lease_clock
 from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
@@ -31,7 +32,9 @@ from disaggd.open_files import allow_files
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.watchdog import SLOW_S, Watchdog
+from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
+from disaggd.transfer.remote import RankSettings, RemoteTransfers, rank_transfers
 from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
 
@@ -68,16 +71,7 @@ class EngineNode:
         self._loop = asyncio.get_running_loop()
         self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node))
         staging = staging_of(config, node, self._loaded)
-        self._transfer = TransferThread(
-            place=self._loaded.place,
-            pool_bytes=self._loaded.kv.nbytes,
-            kv=self._loaded.held_kv_spec,
-            post=self._on_transfer_event,
-            port_range=config.transfer.port_range,
-            on_start=self._loaded.stream.enter,
-            staging=staging,
-            push_timeout_s=config.transfer.push_timeout_s,
-        )
+        self._transfer = transfers_of(config, self._loaded, staging, self._on_transfer_event)
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, staging, outbox, self._transfer.submit)
         self._compute = ComputeThread(
@@ -186,6 +180,7 @@ class EngineNode:
             self._loaded.engine.pool.num_blocks,
             self._loaded.engine.limits.max_model_len,
             self._config.pushes_prefixes(self._node),
+            self._node.tp,
         )
 
     def _on_link_up(self, link: NodeLink) -> None:
@@ -250,9 +245,34 @@ def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStag
     return make_staging(loaded.kv, loaded.kv_spec, num_blocks)
 
 
+def transfers_of(
+    config: Config, loaded: LoadedEngine, staging: KVStaging | None, post: Callable[[TransferEvent], None]
+) -> TransferThread | JointTransfers:
+    """What moves the node's KV: this process's thread, and, if it has more ranks, theirs, spoken to as one."""
+    num_ranks = 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
+
+    def make(post: Callable[[TransferEvent], None]) -> TransferThread:
+        return TransferThread(
+            place=loaded.place,
+            pool_bytes=loaded.kv.nbytes,
+            kv=loaded.kv_spec,
+            post=post,
+            port_range=config.transfer.port_range,
+            num_ranks=num_ranks,
+            on_start=loaded.stream.enter,
+            staging=staging,
+            push_timeout_s=config.transfer.push_timeout_s,
+        )
+
+    if loaded.followers is None:
+        return make(post)
+    return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post)
+
+
 def _load(config: Config, node: NodeConfig) -> LoadedEngine:
     """The node's engine, which knows what its steps take if the file says so."""
-    loaded = load_engine(config, node)
+    settings = RankSettings(config.transfer.port_range, config.transfer.push_timeout_s, config.cluster.stuck_s, SWITCH_INTERVAL_S)
+    loaded = load_engine(config, node, beside=partial(rank_transfers, settings))
     if config.disaggregation.self_measurement:
         measure_steps(loaded.engine, time.monotonic)
     return loaded

@@ -52,7 +52,7 @@ class PortRange:
         """What to raise when no lease of the range would do."""
         return ResourceError(
             f"no free port for NIXL in {self._ports[0]}-{self._ports[-1]}: widen [transfer] port_range to four times the "
-            "agents of this host (a node has one per peer node), or end what else listens there"
+            "agents of this host (each rank of a node has one per peer node), or end what else listens there"
         )
 
 

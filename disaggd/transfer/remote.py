@@ -6,6 +6,7 @@ before any notification of that grant is looked at. Between the processes of one
 
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,6 +84,8 @@ class RankSettings(msgspec.Struct, frozen=True):
     push_timeout_s: float
     stuck_s: float
     """A thread that has not got on for so long ends its process, and the node with it."""
+    switch_interval_s: float
+    """Of the GIL, which the thread shares with the rank's computing."""
 
 
 @contextmanager
@@ -108,6 +111,7 @@ def rank_transfers(
         push_timeout_s=settings.push_timeout_s,
         inbox=PipeInbox(pipe),
     )
+    sys.setswitchinterval(settings.switch_interval_s)
     thread.start()
     threading.Thread(target=_watch, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
     yield

@@ -54,7 +54,7 @@ class FuzzLink:
 
     def __init__(self, name: NodeName) -> None:
         self.name = name
-        self.peer = NodeHello(4, name, "prefill" if name.startswith("p") else "decode", Incarnation("i"), "m", KV, 64, 4096, True)
+        self.peer = NodeHello(5, name, "prefill" if name.startswith("p") else "decode", Incarnation("i"), "m", KV, 64, 4096, True)
         self.sent: list[ToNode] = []
         self.is_closed = False
 

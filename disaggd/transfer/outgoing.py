@@ -181,9 +181,13 @@ class Outgoing:
             self._settle(push)
 
     def push_blocks(self, command: PushBlocks) -> None:
-        push = self._live(command.token)
-        if push is None:
+        push = self._pushes.get(command.token)
+        if push is not None:
+            push.expire(self._clock())
+        if push is None or not push.may_post:
             self._post(HandleDone(command.token, command.source.blocks, 0))
+            if push is not None:
+                self._settle(push)
             return
         pair = self._pairs[push.peer]
         assert self._pool.holds(command.source.blocks)

@@ -212,7 +212,7 @@ def test_push_to_a_lost_or_other_agent_ends_at_once(bench: Bench) -> None:
     bench.begin(AgentId("not the one connected to"))
     bench.outgoing.push_blocks(WRITE)
     bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
-    assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
 
 
 def test_connecting_to_a_new_agent_ends_what_was_pushed_to_the_old_one(bench: Bench) -> None:
@@ -257,7 +257,7 @@ def test_a_renewal_that_is_read_after_the_lease_does_not_revive_it(bench: Bench)
     bench.outgoing.renew(TOKEN)
     bench.outgoing.push_blocks(WRITE)
     assert bench.agents[0].sent == [Connect(FAR, 0)]
-    assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
 
 
 def test_a_push_is_over_when_what_its_last_piece_is_behind_has_ended(bench: Bench) -> None:

@@ -31,16 +31,16 @@ _PORTS_EACH = 16
 
 
 class Node:
-    """This process's end of a `handoff_node.py` process."""
+    """This process's end of a `handoff_node.py` process, or of another that obeys in the same way."""
 
-    def __init__(self, geometry: Geometry, device: str, interface: str, prefix: tuple[str, ...]) -> None:
+    def __init__(self, first: object, device: str, interface: str, prefix: tuple[str, ...], script: str = "handoff_node.py") -> None:
         self._connection, theirs = Pipe()
         wanted = transfer_environment(interface, gpu=device != "cpu")
         environment = {**os.environ, **wanted, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [*prefix, sys.executable, str(Path(__file__).with_name("handoff_node.py")), str(theirs.fileno()), device]
+        command = [*prefix, sys.executable, str(Path(__file__).with_name(script)), str(theirs.fileno()), device]
         self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._connection.send(geometry)
+        self._connection.send(first)
         self.answer()
 
     def call(self, name: str, *arguments: object) -> Any:

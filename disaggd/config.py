@@ -158,6 +158,9 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     staging: Size = Size(2**30)
     """Bytes of pinned host memory, on a node with a GPU, that its KV goes through. A prompt whose KV they do not hold at once is
     prefilled by its decode node."""
+    direct_slice_bytes: Size = Size(2**14)
+    """What a rank gets of a block, where it is less and other ranks' parts lie in between, is gathered into whole blocks of that rank
+    first, and these are written."""
     verify: bool = False
     """Every block that lands is compared with its sender's checksum; one that differs is computed again, never used."""
     layer_group: Positive = 1

@@ -2,6 +2,8 @@
 
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from disaggd.transfer.pool import Pool, Region
 from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_room
 from disaggd.transfer.reshape import HeadCut, check_pair
@@ -25,26 +27,31 @@ def path_of(source: Share, target: Share, cut: HeadCut, direct_slice_bytes: int)
     return "repacked" if merges and slice_bytes < direct_slice_bytes else "direct"
 
 
+class Repacking(msgspec.Struct, frozen=True, kw_only=True):
+    """What repacked writes are made by, and when. No write has more than `max_layers` layers of `max_tokens` tokens."""
+
+    repacker: Repacker
+    direct_slice_bytes: int
+    max_layers: int
+    max_tokens: int
+
+
 class Paths:
-    """`Sources` of both kinds: those of `direct`, and blocks that `repacker` makes of the same pool.
+    """`Sources` of both kinds: those of `direct`, and blocks that are made of the same pool."""
 
-    No write has more than `max_layers` layers of `max_tokens` tokens.
-    """
-
-    def __init__(self, direct: Sources, repacker: Repacker, *, direct_slice_bytes: int, max_layers: int, max_tokens: int) -> None:
+    def __init__(self, direct: Sources, repacking: Repacking) -> None:
+        region = repacking.repacker.region
         self.share: Share = direct.share
         self.pool: Pool = direct.pool
-        self.regions: tuple[Region, ...] = (*direct.regions, repacker.region)
+        self.regions: tuple[Region, ...] = (*direct.regions, region)
         self._direct = direct
-        self._repacker = repacker
-        self._room = StagingRoom(repacker.region.num_bytes)
-        self._direct_slice_bytes = direct_slice_bytes
-        self._max_layers = max_layers
-        self._max_tokens = max_tokens
+        self._repacking = repacking
+        self._room = StagingRoom(region.num_bytes)
 
     def of(self, cut: HeadCut, target: Share) -> Source:
-        if path_of(self.share, target, cut, self._direct_slice_bytes) == "direct":
+        repacking = self._repacking
+        if path_of(self.share, target, cut, repacking.direct_slice_bytes) == "direct":
             return self._direct.of(cut, target)
-        heads = self.share.local(cut)
-        check_room(self._repacker.region.num_bytes, heads, target.kv, self._max_layers, self._max_tokens)
-        return Repacked(self._repacker, self._room, heads, target.kv)
+        heads, repacker = self.share.local(cut), repacking.repacker
+        check_room(repacker.region.num_bytes, heads, target.kv, repacking.max_layers, repacking.max_tokens)
+        return Repacked(repacker, self._room, heads, target.kv)

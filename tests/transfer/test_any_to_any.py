@@ -13,7 +13,7 @@ from disaggd.ids import BlockId
 from disaggd.kernels import REFERENCE, Ops, cpu_ops, fp8
 from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVDtype, KVGroup, KVSpec, PoolPlace, Span, in_fp8
-from disaggd.transfer.path import Paths
+from disaggd.transfer.path import Paths, Repacking
 from disaggd.transfer.pool import Descriptors, Indices, Pool
 from disaggd.transfer.reshape import heads_of
 from disaggd.transfer.share import Share
@@ -111,7 +111,9 @@ def test_every_byte_of_the_target_is_written_once_and_none_beside_it(
         blocks = in_blocks(whole[:, share.heads.start : share.heads.stop], share.held)
         kv.view(torch.uint8).view(LAYERS, len(source_ids), -1)[:, torch.tensor(source_ids[: blocks.shape[1]])] = blocks
         direct = InPlace(share, PoolPlace(kv.data_ptr(), len(source_ids)))
-        paths = Paths(direct, KVRepacker(kv, ops, 1 << 16), direct_slice_bytes=direct_slice_bytes, max_layers=LAYERS, max_tokens=32)
+        repacker = KVRepacker(kv, ops, 1 << 16)
+        repacking = Repacking(repacker=repacker, direct_slice_bytes=direct_slice_bytes, max_layers=LAYERS, max_tokens=32)
+        paths = Paths(direct, repacking)
         for cut in share.cuts_to(num_targets):
             target = Share(theirs, cut.target_rank, num_targets)
             source = paths.of(cut, target)

@@ -144,13 +144,15 @@ class Followers:
     def close(self) -> None:
         """End them. Idempotent."""
         self._closed.set()
-        for pipe in (*self._pipes, *self.side_pipes):
+        for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
             process.join(STOP_TIMEOUT_S)
             if process.exitcode is None:
                 process.kill()
                 process.join()
+        for pipe in self.side_pipes:
+            pipe.close()
 
 
 def _answer(pipe: Connection) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -18,7 +19,7 @@ from disaggd.errors import EXIT_RESOURCE, ResourceError
 from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
 from disaggd.transfer.layout import KVSpec, PoolPlace
-from disaggd.transfer.thread import STOP_TIMEOUT_S, TransferStats, TransferThread
+from disaggd.transfer.thread import TransferStats, TransferThread
 
 LOOK_EVERY_S = 1.0
 
@@ -40,9 +41,8 @@ class RemoteTransfers:
             self._pipe.send(command)
 
     def stop(self) -> None:
-        """A rank that does not hang ends the pipe when its thread has ended."""
+        """It is waited for with its process, which ends the pipe."""
         self.submit(m.Stop())
-        self._thread.join(STOP_TIMEOUT_S)
 
     def stats(self) -> TransferStats:
         return self._stats
@@ -55,26 +55,28 @@ class RemoteTransfers:
 
 
 class PipeInbox:
-    """The rank's end of it. When the node is gone, the thread is to stop."""
+    """The rank's end of it. When the first rank's process is gone, or this one has nothing more to compute, the thread is to stop."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
+        self._stop, self._told_to_stop = Pipe()
 
     def put(self, command: m.TransferCommand) -> None:
-        raise TypeError(f"{command!r} is not for this process to submit")
+        assert isinstance(command, m.Stop), "all else is for the first rank to say"
+        self._stop.send(command)
 
     def take(self, timeout_s: float | None) -> list[m.TransferCommand]:
         commands: list[m.TransferCommand] = []
         try:
-            while self._has_more(0 if commands else timeout_s):
-                commands.append(self._pipe.recv())
+            while pipes := self._with_commands(0 if commands else timeout_s):
+                commands += [pipe.recv() for pipe in pipes]
         except (EOFError, OSError):
             commands.append(m.Stop())
         return commands
 
-    def _has_more(self, timeout_s: float | None) -> bool:
+    def _with_commands(self, timeout_s: float | None) -> list[Connection]:
         """`Connection.poll` counts in whole milliseconds: twenty times what the thread sleeps while bytes move."""
-        return bool(select.select([self._pipe], [], [], timeout_s)[0])
+        return select.select([self._pipe, self._told_to_stop], [], [], timeout_s)[0]
 
 
 class RankSettings(msgspec.Struct, frozen=True):
@@ -115,8 +117,7 @@ def rank_transfers(
     thread.start()
     threading.Thread(target=_watch, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
     yield
-    thread.join()
-    pipe.close()
+    thread.stop()
 
 
 def _watch(pulse: Pulse, stuck_s: float) -> None:

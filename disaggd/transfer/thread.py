@@ -125,10 +125,6 @@ class TransferThread:
     def stop(self) -> None:
         """End the thread and destroy its agents; what is in flight is lost. Raises `ResourceError` if it does not end."""
         self.submit(m.Stop())
-        self.join()
-
-    def join(self) -> None:
-        """Wait until the thread has obeyed `Stop`. Raises `ResourceError` if it does not."""
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             raise ResourceError(f"the transfer thread did not end within {STOP_TIMEOUT_S:.0f} s: NIXL hangs in a call")

@@ -163,7 +163,7 @@ def main(
     """
     if rate is not None and os.geteuid() != 0:
         raise click.UsageError("--namespaces wants root")
-    threshold = TransferConfig().direct_slice_bytes if direct_slice_bytes is None else direct_slice_bytes
+    threshold = int(TransferConfig().direct_slice_bytes) if direct_slice_bytes is None else direct_slice_bytes
     load = LoadMeter()
     with paired(rate) as (sender, receiver):
         results = [measure(sender, receiver, kind, one, repeats, threshold) for kind, one in cells(quick)]

@@ -19,6 +19,7 @@ from disaggd.toml_file import convert, naming, parse_toml, place, read_text
 from disaggd.units import Address, PortRange, Size
 
 Role = Literal["router", "prefill", "decode"]
+WireDtype = Literal["auto", "fp8"]
 DecodeOrder = Literal["cost", "round_robin"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -158,9 +159,12 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     staging: Size = Size(2**30)
     """Bytes of pinned host memory, on a node with a GPU, that its KV goes through. A prompt whose KV they do not hold at once is
     prefilled by its decode node."""
-    direct_slice_bytes: Size = Size(2**14)
+    wire_dtype: WireDtype = "auto"
+    """Of KV on its way to a decode node: as it is, or `fp8`, float8 e4m3 with a scale for each head of a block. That is half of bfloat16's
+    bytes, for a slow network; what is decoded from it differs a little. Prefixes go back as they are."""
+    direct_slice_bytes: Size = Size(1)
     """What a rank gets of a block, where it is less and other ranks' parts lie in between, is gathered into whole blocks of that rank
-    first, and these are written."""
+    first, and these are written. Over TCP that pays only for more than a hundred neighbouring blocks a write: by default never."""
     verify: bool = False
     """Every block that lands is compared with its sender's checksum; one that differs is computed again, never used."""
     layer_group: Positive = 1
@@ -261,6 +265,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def pushes_prefixes(self, node: NodeConfig) -> bool:
         """Whether decode nodes may push prefixes to this node, or this one may, if it is one."""
         return node.shares_prefixes and self.disaggregation.prefix_push != "never"
+
+    def lands_in_fp8(self, node: NodeConfig) -> bool:
+        """Whether what is written to this node is in fp8."""
+        return node.role == "decode" and self.transfer.wire_dtype == "fp8" and bool(self.nodes_of("prefill"))
 
     def exposed_without_keys(self, node: NodeConfig) -> bool:
         """Whether anybody whom `node`, if it is a router, can be reached by may use it."""
@@ -398,6 +406,12 @@ def _check_ranks(config: Config) -> None:
             raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for CPU nodes so far, but its device is {node.device}")
 
 
+def _check_wire(config: Config) -> None:
+    for node in config.nodes:
+        if config.transfer.wire_dtype == "fp8" and node.is_gpu:
+            raise ConfigError(f'node {node.name!r}: transfer.wire_dtype = "fp8" is for CPU nodes so far, but its device is {node.device}')
+
+
 def _check_weights(config: Config) -> None:
     for node in config.nodes:
         if config.model.weights == "int8" and node.device != "cpu":
@@ -430,6 +444,7 @@ _CHECKS = (
     _check_blocks,
     _check_ranks,
     _check_weights,
+    _check_wire,
     _check_transfer_ports,
 )
 

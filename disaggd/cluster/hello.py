@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.endpoint import MAX_RANKS, Endpoint
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, in_fp8
 from disaggd.wire import Count
 
 PROTOCOL_VERSION = 5
@@ -68,6 +68,13 @@ class NodeHello(Frame, frozen=True):
     """It keeps a prefix cache, and pushes what is in it to other nodes, or takes such pushes."""
     num_ranks: NumRanks = 1
     """That compute the model together, and share out the KV heads of `kv`."""
+    lands_in_fp8: bool = False
+    """What is written to it is to be in fp8, which it makes numbers of `kv`'s dtype again."""
+
+    @property
+    def landing_kv(self) -> KVSpec:
+        """The geometry of what is written to it."""
+        return in_fp8(self.kv) if self.lands_in_fp8 else self.kv
 
 
 class HelloRejected(Frame, frozen=True):
@@ -119,7 +126,7 @@ class ConnectPair(Frame, frozen=True):
     peer_incarnation: Incarnation
     endpoints: Endpoints
     kv: KVSpec
-    """The peer's, over all its ranks."""
+    """The geometry of what is written there, over all the peer's ranks."""
 
     @property
     def agent_id(self) -> AgentId:

@@ -116,7 +116,7 @@ class PairBook:
         assert pair.agent is not None
         pair.state = PairState.PROBING
         pair.retry_at = now + 5 * RETRY_S
-        writer.send(ConnectPair(target.name, target.hello.incarnation, pair.agent.endpoints, target.hello.kv))
+        writer.send(ConnectPair(target.name, target.hello.incarnation, pair.agent.endpoints, target.hello.landing_kv))
 
     def _peer(self, name: NodeName) -> Peer | None:
         return self._prefills.get(name) or self._decodes.get(name)

@@ -14,7 +14,8 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
-from disaggd.engine.ranks import STEP_TIMEOUT_S, Beside, Followers, RankOrder
+from disaggd.engine.kv_repack import KVUnpacker, make_unpacker
+from disaggd.engine.ranks import STEP_TIMEOUT_S, Beside, Followers, RankOrder, RanksUnpacker
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
@@ -29,7 +30,8 @@ from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
 from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
-from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
+from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8, kv_spec
+from disaggd.transfer.source import staging_blocks
 
 _POOL_SHARE = 0.9
 """Of the memory that the weights leave free on a GPU: the rest is for activations, logits and captured graphs."""
@@ -49,6 +51,8 @@ class LoadedEngine:
     stream: DeviceStream
     followers: Followers | None = None
     """The other ranks, if there are any."""
+    unpacker: KVUnpacker | RanksUnpacker | None = None
+    """Where KV lands, in fp8; None: in `kv`."""
 
     @property
     def place(self) -> PoolPlace:
@@ -56,10 +60,10 @@ class LoadedEngine:
         return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)
 
 
-def load_engine(config: Config, node: NodeConfig, beside: Beside | None = None) -> LoadedEngine:
+def load_engine(config: Config, node: NodeConfig, beside: Beside | None = None, *, lands_in_fp8: bool = False) -> LoadedEngine:
     """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError.
 
-    `beside` runs in the process of every rank but the first.
+    `beside` runs in the process of every rank but the first. `lands_in_fp8`: KV that comes from elsewhere does.
     """
     with start_progress(config.model.served_name) as progress:
         return build_engine(
@@ -75,6 +79,7 @@ def load_engine(config: Config, node: NodeConfig, beside: Beside | None = None) 
             layer_group=config.transfer.layer_group,
             tp=node.tp,
             beside=beside,
+            fp8_staging=config.transfer.staging if lands_in_fp8 else None,
             prefix_cache=node.prefix_cache,
             itl_target_ms=config.disaggregation.itl_target_ms,
             progress=progress,
@@ -97,13 +102,15 @@ def build_engine(
     prefix_cache: bool = False,
     tp: int = 1,
     beside: Beside | None = None,
+    fp8_staging: int | None = None,
     progress: StartProgress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
 
     `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself. `tp` ranks compute it, each but
-    the first in a process of its own. `clock`: seconds, to time steps by.
+    the first in a process of its own. `fp8_staging`: bytes, of all ranks together, for KV that lands in fp8; None: it lands in the pool.
+    `clock`: seconds, to time steps by.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
     a missing device.
@@ -119,9 +126,21 @@ def build_engine(
     stream.enter()
     kv: Tensor | None = None
     followers: Followers | None = None
+    fp8_blocks: int | None = None
+    if fp8_staging is not None:
+        assert kv_cache_bytes is not None, "the config refuses KV that lands in fp8 on other devices than CPUs"
+        fp8_blocks = staging_blocks(
+            in_fp8(layout),
+            fp8_staging,
+            pool_blocks=_num_blocks(layout, kv_cache_bytes),
+            max_step_tokens=max_step_tokens,
+            layer_group=layer_group,
+        )
     if tp > 1:
         assert kv_cache_bytes is not None, "the config refuses ranks on other devices than CPUs"
-        kv, transformer, followers = _with_others(directory, spec, where, weights, block_size, kv_cache_bytes, tp, beside, progress)
+        kv, transformer, followers = _with_others(
+            directory, spec, where, weights, block_size, kv_cache_bytes, fp8_blocks, tp, beside, progress
+        )
     else:
         if kv_cache_bytes is not None:
             kv = allocate_kv(layout, _num_blocks(layout, kv_cache_bytes), where)
@@ -136,7 +155,14 @@ def build_engine(
     engine = Engine(_runner(transformer, kv, limits, progress, followers), pool, limits, spec.eos_token_ids, pace)
     if where.type == "cuda":
         warm_up(engine, where)
-    return LoadedEngine(engine, directory, spec, layout, kv, stream, followers)
+    return LoadedEngine(engine, directory, spec, layout, kv, stream, followers, _unpacker(spec, kv, fp8_blocks, followers))
+
+
+def _unpacker(spec: ModelSpec, kv: Tensor, fp8_blocks: int | None, followers: Followers | None) -> KVUnpacker | RanksUnpacker | None:
+    if fp8_blocks is None:
+        return None
+    first = make_unpacker(kv, kv_spec(spec, kv.shape[4], kv.shape[2]), fp8_blocks)
+    return first if followers is None else RanksUnpacker(first, followers)
 
 
 def _with_others(
@@ -146,6 +172,7 @@ def _with_others(
     weights: Weights,
     block_size: int,
     kv_cache_bytes: int,
+    fp8_blocks: int | None,
     tp: int,
     beside: Beside | None,
     progress: StartProgress,
@@ -165,6 +192,7 @@ def _with_others(
         device=str(where),
         block_size=block_size,
         num_blocks=num_blocks,
+        fp8_blocks=fp8_blocks,
         step_timeout_s=STEP_TIMEOUT_S,
     )
     followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)], beside)

@@ -11,7 +11,7 @@ from torch import Tensor
 from disaggd.engine.stream import SideStream
 from disaggd.errors import ResourceError
 from disaggd.ids import BlockId
-from disaggd.kernels import Ops
+from disaggd.kernels import Ops, select
 from disaggd.transfer.layout import KVSpec, PoolPlace, Span, in_fp8
 from disaggd.transfer.messages import IsReady
 from disaggd.transfer.pool import Region
@@ -75,6 +75,16 @@ class KVUnpacker:
             self._ops.unpack_fp8(self._kv, self._memory, ids, landed_ids)
 
         return self._stream.run(unpack)
+
+
+def make_repacker(kv: Tensor, num_bytes: int) -> KVRepacker:
+    """By the kernels of the pool's device."""
+    return KVRepacker(kv, select(kv.device), num_bytes)
+
+
+def make_unpacker(kv: Tensor, spec: KVSpec, num_blocks: int) -> KVUnpacker:
+    """By the kernels of the pool's device."""
+    return KVUnpacker(kv, spec, select(kv.device), num_blocks)
 
 
 def _memory(num_bytes: int, kv: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ Something else may run in every rank's process beside its computing, with a pipe
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,15 +23,19 @@ import msgspec
 import torch
 
 from disaggd.engine.batch import HostBatch
+from disaggd.engine.kv_repack import KVUnpacker, make_repacker, make_unpacker
 from disaggd.engine.staging import upload
 from disaggd.errors import DisaggdError, RankLost, ResourceError
+from disaggd.ids import BlockId
 from disaggd.model.batch import Batch
 from disaggd.model.directory import open_directory
 from disaggd.model.kv import allocate_kv
 from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
 from disaggd.model.spec import Dtype, Weights
 from disaggd.model.weights import load_weights
-from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
+from disaggd.transfer.layout import PoolPlace, kv_spec
+from disaggd.transfer.messages import IsReady
+from disaggd.transfer.rank_kv import RankKV
 
 STEP_TIMEOUT_S = 30.0
 """A rank that does not do its part of a step in so long is given up, and the node with it."""
@@ -42,9 +47,16 @@ LAST_WORDS_S = 2.0
 """When one rank is lost, the others have noticed within so long."""
 
 
-Beside = Callable[[KVSpec, int, int, PoolPlace, int, Connection], AbstractContextManager[None]]
-"""What runs beside a rank's computing: given the KV of all ranks, the rank and of how many, where its part lies and its bytes, and its end
-of a pipe to the first rank's process. Named in its module, for it is sent to another process."""
+Beside = Callable[[RankKV, Connection], AbstractContextManager[None]]
+"""What runs beside a rank's computing: given the rank's KV, and its end of a pipe to the first rank's process. Named in its module, for it
+is sent to another process."""
+
+
+class Unpack(msgspec.Struct, frozen=True):
+    """Blocks that have landed in fp8, and those of the pool that they are for."""
+
+    landed: tuple[BlockId, ...]
+    blocks: tuple[BlockId, ...]
 
 
 class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +72,8 @@ class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     block_size: int
     num_blocks: int
+    fp8_blocks: int | None
+    """Of memory that KV lands in, in fp8; None: it lands in the pool."""
     step_timeout_s: float
 
 
@@ -102,9 +116,16 @@ class Followers:
 
     def compute(self, batch: HostBatch) -> None:
         """Have every rank compute its part of the step. Raises RankLost if one is gone."""
+        self._tell(batch)
+
+    def unpack(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> None:
+        """Have every rank unpack its heads of what has landed, before any later step. Raises RankLost if one is gone."""
+        self._tell(Unpack(tuple(landed), tuple(blocks)))
+
+    def _tell(self, what: HostBatch | Unpack) -> None:
         for order, pipe in zip(self._orders, self._pipes, strict=True):
             try:
-                pipe.send(batch)
+                pipe.send(what)
             except OSError as error:
                 raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
 
@@ -155,6 +176,24 @@ class Followers:
             pipe.close()
 
 
+class RanksUnpacker:
+    """Memory in which KV lands in fp8, of all ranks: each has its heads' part, and block ids are the same."""
+
+    def __init__(self, first: KVUnpacker, followers: Followers) -> None:
+        self._first = first
+        self._followers = followers
+
+    @property
+    def place(self) -> PoolPlace:
+        """Of the first rank's part."""
+        return self._first.place
+
+    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
+        """Unpack blocks into the pool on all ranks; the others do so before any step that reads them. Raises RankLost if one is gone."""
+        self._followers.unpack(landed, blocks)
+        return self._first.copy_in(landed, blocks)
+
+
 def _answer(pipe: Connection) -> str | None:
     """What went wrong with a rank, if anything did."""
     try:
@@ -181,8 +220,9 @@ def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe:
         directory = open_directory(order.path)
         spec = directory.spec(order.dtype)
         part = part_of(spec, order.rank, order.num_ranks)
-        layout = kv_spec(spec, order.block_size)
-        kv = allocate_kv(kv_spec(spec, order.block_size, len(part.kv_heads)), order.num_blocks, where)
+        held = kv_spec(spec, order.block_size, len(part.kv_heads))
+        kv = allocate_kv(held, order.num_blocks, where)
+        unpacker = None if order.fp8_blocks is None else make_unpacker(kv, held, order.fp8_blocks)
         pipe.send(None)
         ranks = ProcessRanks(order.rank, order.num_ranks, meeting_place(order.port), order.step_timeout_s)
         transformer = load_weights(directory, spec, where, weights=order.weights, part=part, ranks=ranks)
@@ -190,11 +230,22 @@ def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe:
         pipe.send(str(error))
         return
     pipe.send(None)
-    place = PoolPlace(kv.data_ptr(), order.num_blocks)
-    side = nullcontext() if beside is None else beside(layout, order.rank, order.num_ranks, place, kv.nbytes, side_pipe)
-    with side, torch.inference_mode():
-        while (batch := _next_step(pipe)) is not None:
-            *fields, _ = upload(batch.arrays(), where)
+    mine = RankKV(
+        kv=kv_spec(spec, order.block_size),
+        rank=order.rank,
+        num_ranks=order.num_ranks,
+        place=PoolPlace(kv.data_ptr(), order.num_blocks),
+        num_bytes=kv.nbytes,
+        make_repacker=partial(make_repacker, kv),
+        fp8_landing=None if unpacker is None else unpacker.place,
+    )
+    with nullcontext() if beside is None else beside(mine, side_pipe), torch.inference_mode():
+        while (told := _next(pipe)) is not None:
+            if isinstance(told, Unpack):
+                assert unpacker is not None
+                unpacker.copy_in(told.landed, told.blocks)
+                continue
+            *fields, _ = upload(told.arrays(), where)
             try:
                 transformer.forward(Batch(*fields), kv)
             except RankLost as error:
@@ -202,9 +253,9 @@ def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe:
                     pipe.send(str(error))  # and the pipe's end is next
 
 
-def _next_step(pipe: Connection) -> HostBatch | None:
+def _next(pipe: Connection) -> HostBatch | Unpack | None:
     try:
-        batch: HostBatch = pipe.recv()
+        told: HostBatch | Unpack = pipe.recv()
     except (EOFError, OSError):
         return None
-    return batch
+    return told

@@ -17,7 +17,7 @@ from disaggd.roles.landing import LandingMemory
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing, layer_groups
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, in_fp8
 from disaggd.transfer.messages import IsReady, TransferCommand
 
 Submit = Callable[[TransferCommand], None]
@@ -69,7 +69,7 @@ def decode_role(
         engine,
         lease_s=transfer.lease_s,
         quiesce_s=transfer.quiesce_s,
-        bytes_per_block=kv.bytes_per_block,
+        bytes_per_block=(in_fp8(kv) if config.lands_in_fp8(node) else kv).bytes_per_block,
         submit=submit,
         clock=clock,
         staging=staging,

@@ -7,10 +7,10 @@ import uvloop
 from disaggd.clock import lease_clock
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
-from disaggd.engine.kv_staging import KVStaging
 from disaggd.roles.assembly import decode_role
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
+from disaggd.roles.landing import LandingMemory
 from disaggd.roles.node import run_engine_node
 from disaggd.transfer.messages import TransferCommand
 
@@ -18,7 +18,9 @@ from disaggd.transfer.messages import TransferCommand
 def run(config: Config, node: NodeConfig) -> None:
     """Serve a decode node until SIGTERM or SIGINT. Raises DisaggdError."""
 
-    def make_role(loaded: LoadedEngine, staging: KVStaging | None, outbox: Outbox, submit: Callable[[TransferCommand], None]) -> DecodeRole:
+    def make_role(
+        loaded: LoadedEngine, staging: LandingMemory | None, outbox: Outbox, submit: Callable[[TransferCommand], None]
+    ) -> DecodeRole:
         return decode_role(
             config,
             node,

@@ -24,17 +24,21 @@ from disaggd.cluster.link_settings import link_settings
 from disaggd.cluster.protocol import RefusedLinks, SlowThread, ToNode
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine, load_engine
+from disaggd.engine.kv_repack import make_repacker
 from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.engine.self_measurement import measure_steps
 from disaggd.errors import EXIT_RESOURCE, DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.open_files import allow_files
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
+from disaggd.roles.landing import LandingMemory
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.watchdog import SLOW_S, Watchdog
 from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
+from disaggd.transfer.path import RepackSettings
 from disaggd.transfer.remote import RankSettings, RemoteTransfers, rank_transfers
+from disaggd.transfer.share import Share
 from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
 
@@ -49,7 +53,7 @@ MAX_FILES = 4096
 STOP_TIMEOUT_S = 10.0
 """A step under way may finish; then the process goes, whatever is left."""
 
-MakeRole = Callable[[LoadedEngine, KVStaging | None, Outbox, Callable[[TransferCommand], None]], Role]
+MakeRole = Callable[[LoadedEngine, LandingMemory | None, Outbox, Callable[[TransferCommand], None]], Role]
 
 
 class EngineNode:
@@ -71,9 +75,9 @@ class EngineNode:
         self._loop = asyncio.get_running_loop()
         self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node))
         staging = staging_of(config, node, self._loaded)
-        self._transfer = transfers_of(config, self._loaded, staging, self._on_transfer_event)
+        self._transfer = transfers_of(config, node, self._loaded, staging, self._on_transfer_event)
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
-        role = make_role(self._loaded, staging, outbox, self._transfer.submit)
+        role = make_role(self._loaded, staging or self._loaded.unpacker, outbox, self._transfer.submit)
         self._compute = ComputeThread(
             self._loaded.engine,
             role,
@@ -181,6 +185,7 @@ class EngineNode:
             self._loaded.engine.limits.max_model_len,
             self._config.pushes_prefixes(self._node),
             self._node.tp,
+            self._config.lands_in_fp8(self._node),
         )
 
     def _on_link_up(self, link: NodeLink) -> None:
@@ -246,10 +251,12 @@ def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStag
 
 
 def transfers_of(
-    config: Config, loaded: LoadedEngine, staging: KVStaging | None, post: Callable[[TransferEvent], None]
+    config: Config, node: NodeConfig, loaded: LoadedEngine, staging: KVStaging | None, post: Callable[[TransferEvent], None]
 ) -> TransferThread | JointTransfers:
     """What moves the node's KV: this process's thread, and, if it has more ranks, theirs, spoken to as one."""
     num_ranks = 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
+    held = Share(loaded.kv_spec, 0, num_ranks).held
+    repacking = repack_settings(config, node).made(held, partial(make_repacker, loaded.kv))
 
     def make(post: Callable[[TransferEvent], None]) -> TransferThread:
         return TransferThread(
@@ -262,6 +269,8 @@ def transfers_of(
             on_start=loaded.stream.enter,
             staging=staging,
             push_timeout_s=config.transfer.push_timeout_s,
+            repacking=repacking,
+            fp8_landing=None if loaded.unpacker is None else loaded.unpacker.place,
         )
 
     if loaded.followers is None:
@@ -269,10 +278,26 @@ def transfers_of(
     return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post)
 
 
+def repack_settings(config: Config, node: NodeConfig) -> RepackSettings:
+    """No write has more blocks than a step can fill."""
+    return RepackSettings(
+        staging_bytes=config.transfer.staging,
+        direct_slice_bytes=config.transfer.direct_slice_bytes,
+        max_layers=config.transfer.layer_group,
+        max_tokens=-(-node.max_step_tokens // node.block_size) * node.block_size,
+    )
+
+
 def _load(config: Config, node: NodeConfig) -> LoadedEngine:
     """The node's engine, which knows what its steps take if the file says so."""
-    settings = RankSettings(config.transfer.port_range, config.transfer.push_timeout_s, config.cluster.stuck_s, SWITCH_INTERVAL_S)
-    loaded = load_engine(config, node, beside=partial(rank_transfers, settings))
+    settings = RankSettings(
+        port_range=config.transfer.port_range,
+        push_timeout_s=config.transfer.push_timeout_s,
+        stuck_s=config.cluster.stuck_s,
+        switch_interval_s=SWITCH_INTERVAL_S,
+        repack=repack_settings(config, node),
+    )
+    loaded = load_engine(config, node, beside=partial(rank_transfers, settings), lands_in_fp8=config.lands_in_fp8(node))
     if config.disaggregation.self_measurement:
         measure_steps(loaded.engine, time.monotonic)
     return loaded

@@ -7,9 +7,9 @@ import uvloop
 from disaggd.clock import lease_clock
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
-from disaggd.engine.kv_staging import KVStaging
 from disaggd.roles.assembly import prefill_role
 from disaggd.roles.compute import Outbox
+from disaggd.roles.landing import LandingMemory
 from disaggd.roles.node import run_engine_node
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.transfer.messages import TransferCommand
@@ -19,7 +19,7 @@ def run(config: Config, node: NodeConfig) -> None:
     """Serve a prefill node until SIGTERM or SIGINT. Raises DisaggdError."""
 
     def make_role(
-        loaded: LoadedEngine, staging: KVStaging | None, outbox: Outbox, submit: Callable[[TransferCommand], None]
+        loaded: LoadedEngine, staging: LandingMemory | None, outbox: Outbox, submit: Callable[[TransferCommand], None]
     ) -> PrefillRole:
         """`staging` is the transfer thread's alone."""
         return prefill_role(

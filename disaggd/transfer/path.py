@@ -1,11 +1,13 @@
 """How KV gets from one cut into another: read where it lies, or repacked first. Pure, but for `Paths`, which is the transfer thread's."""
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import msgspec
 
+from disaggd.transfer.layout import KVSpec
 from disaggd.transfer.pool import Pool, Region
-from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_room
+from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_room, room_bytes
 from disaggd.transfer.reshape import HeadCut, check_pair
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import Source, Sources
@@ -34,6 +36,26 @@ class Repacking(msgspec.Struct, frozen=True, kw_only=True):
     direct_slice_bytes: int
     max_layers: int
     max_tokens: int
+
+
+class RepackSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file says of it, for every rank of a node."""
+
+    staging_bytes: int
+    """At most."""
+    direct_slice_bytes: int
+    max_layers: int
+    max_tokens: int
+
+    def made(self, held: KVSpec, make_repacker: Callable[[int], Repacker]) -> Repacking:
+        """For a rank that holds so much of every block; `make_repacker` is given the bytes of its memory."""
+        num_bytes = min(self.staging_bytes, room_bytes(held, self.max_layers, self.max_tokens))
+        return Repacking(
+            repacker=make_repacker(num_bytes),
+            direct_slice_bytes=self.direct_slice_bytes,
+            max_layers=self.max_layers,
+            max_tokens=self.max_tokens,
+        )
 
 
 class Paths:

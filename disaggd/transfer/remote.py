@@ -18,7 +18,8 @@ import msgspec
 from disaggd.errors import EXIT_RESOURCE, ResourceError
 from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
-from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.path import RepackSettings
+from disaggd.transfer.rank_kv import RankKV
 from disaggd.transfer.thread import TransferStats, TransferThread
 
 LOOK_EVERY_S = 1.0
@@ -88,30 +89,31 @@ class RankSettings(msgspec.Struct, frozen=True):
     """A thread that has not got on for so long ends its process, and the node with it."""
     switch_interval_s: float
     """Of the GIL, which the thread shares with the rank's computing."""
+    repack: RepackSettings
 
 
 @contextmanager
-def rank_transfers(
-    settings: RankSettings, kv: KVSpec, rank: int, num_ranks: int, place: PoolPlace, num_bytes: int, pipe: Connection
-) -> Iterator[None]:
+def rank_transfers(settings: RankSettings, held: RankKV, pipe: Connection) -> Iterator[None]:
     """A rank's transfer thread, while the body runs in its process."""
 
     def post(event: m.TransferEvent) -> None:
         if isinstance(event, m.TransferFailed):
-            event = m.TransferFailed(ResourceError(f"rank {rank} of {num_ranks}: {event.error}"))
+            event = m.TransferFailed(ResourceError(f"rank {held.rank} of {held.num_ranks}: {event.error}"))
         with suppress(OSError):  # the first rank is gone: the next look into the inbox ends the thread
             pipe.send((event, thread.stats()))
 
     thread = TransferThread(
-        place,
-        num_bytes,
-        kv,
+        held.place,
+        held.num_bytes,
+        held.kv,
         post,
         settings.port_range,
-        rank=rank,
-        num_ranks=num_ranks,
+        rank=held.rank,
+        num_ranks=held.num_ranks,
         push_timeout_s=settings.push_timeout_s,
         inbox=PipeInbox(pipe),
+        repacking=settings.repack.made(held.share.held, held.make_repacker),
+        fp8_landing=held.fp8_landing,
     )
     sys.setswitchinterval(settings.switch_interval_s)
     thread.start()

@@ -11,10 +11,16 @@ from typing import Protocol
 import numpy as np
 
 from disaggd.errors import ConfigError
+from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVSpec, Span
 from disaggd.transfer.messages import IsReady
 from disaggd.transfer.pool import Descriptors, Region
 from disaggd.transfer.source import Load
+
+WRITES_AT_ONCE = 8
+"""Each is a layer or so: while one is on the wire the next are made."""
+MAX_BLOCK_SIZE = 1024
+"""Of a target: the last block of a write is made whole."""
 
 
 class Repacker(Protocol):
@@ -92,3 +98,10 @@ def check_room(num_bytes: int, heads: range, target: KVSpec, num_layers: int, nu
     if num_bytes // length < blocks:
         least = blocks * length
         raise ConfigError(f"transfer.staging: {num_bytes:,} bytes are less than one write takes in other blocks; it must have {least:,}")
+
+
+def room_bytes(held: KVSpec, max_layers: int, max_tokens: int) -> int:
+    """What the largest writes of a rank take that may be under way at once without waiting for room: WRITES_AT_ONCE, in float32."""
+    [group] = held.groups
+    token_bytes = group.kv_heads * 2 * held.head_dim * DTYPE_BYTES["float32"]
+    return WRITES_AT_ONCE * min(max_layers, held.num_layers) * (max_tokens + MAX_BLOCK_SIZE) * token_bytes

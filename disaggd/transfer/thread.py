@@ -22,8 +22,9 @@ from disaggd.transfer.agent import AgentMaker
 from disaggd.transfer.cadence import Cadence
 from disaggd.transfer.environment import has_device_down
 from disaggd.transfer.incoming import RETRY_S, Incoming
-from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8
 from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
+from disaggd.transfer.path import Paths, Repacking
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
 from disaggd.transfer.share import Share
@@ -77,7 +78,10 @@ class TransferThread:
 
     `pool_bytes` from `place` on are the pool, laid out as `kv` says of the heads that `rank` holds, of `num_ranks` that share the KV
     heads: what is pushed, and, without `staging`, what NIXL reads and peers write. With it NIXL knows of the staging memory alone. What
-    has landed there it is the caller's to copy into the pool, and he may use it for grants or for pushes, not both.
+    has landed there it is the caller's to copy into the pool, and he may use it for grants or for pushes, not both. With `fp8_landing`
+    peers write there, in fp8, and what has landed is the caller's to unpack.
+
+    `repacking` is for peers whose blocks differ; without it they cannot be written to.
 
     `post` is called on the transfer thread, must be thread-safe and must not block. `on_start` is called there first: copies from a
     GPU need its context made current on each thread that asks for them. The UCX environment must be set (`environment.py`).
@@ -97,18 +101,23 @@ class TransferThread:
         staging: Staging | None = None,
         push_timeout_s: float = PUSH_TIMEOUT_S,
         inbox: Inbox | None = None,
+        repacking: Repacking | None = None,
+        fp8_landing: PoolPlace | None = None,
     ) -> None:
         share = Share(kv, rank, num_ranks)
         sources: Sources = InPlace(share, place) if staging is None else Staged(share, place, staging)
         assert sources.pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
-        landing = sources.pool if staging is None else Pool(staging.place, share.held)
+        if repacking is not None:
+            sources = Paths(sources, repacking)
+        landed = share if fp8_landing is None else Share(in_fp8(kv), rank, num_ranks)
+        landing = Pool(fp8_landing or (place if staging is None else staging.place), landed.held)
         self.pulse = Pulse()
         self._post = post
         self._on_start = on_start
         self._inbox = inbox or QueueInbox()
         devices = os.environ.get("UCX_NET_DEVICES", "")
         open_agent = AgentMaker(PortRange(*port_range), lambda: has_device_down(devices))
-        self._incoming = Incoming(share, landing, partial(open_agent, [landing.region]), self._report, clock)
+        self._incoming = Incoming(landed, landing, partial(open_agent, [landing.region]), self._report, clock)
         self._outgoing = Outgoing(sources, partial(open_agent, sources.regions), self._report, clock, push_timeout_s)
         self._cadence = Cadence(clock)
         self._has_stirred = False

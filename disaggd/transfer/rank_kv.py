@@ -1,0 +1,29 @@
+"""`RankKV`: all that whoever moves a rank's KV must know of it. Plain data; knows no NIXL and no torch."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.repack import Repacker
+from disaggd.transfer.share import Share
+
+
+class RankKV(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank has of its node's KV."""
+
+    kv: KVSpec
+    """Of all ranks."""
+    rank: int
+    num_ranks: int
+    place: PoolPlace
+    """Of its part of the pool."""
+    num_bytes: int
+    make_repacker: Callable[[int], Repacker]
+    """Given the bytes of its memory."""
+    fp8_landing: PoolPlace | None
+    """Where peers write, if not into the pool."""
+
+    @property
+    def share(self) -> Share:
+        return Share(self.kv, self.rank, self.num_ranks)

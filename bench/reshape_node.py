@@ -107,6 +107,8 @@ class ReshapeNode:
         indices = [remote.indices(range(layer, layer + 1), cell.target_blocks) for layer in range(remote.kv.num_layers)]
         repacked = Repacked(repacker, StagingRoom(STAGING_BYTES), heads, cell.target)
         self._ways["repacked"] = self._way(opened, [repacker.region], repacked, theirs, indices)
+        if cell.source.dtype != cell.target.dtype:
+            return  # no bytes of the pool are to be the target's
         if cell.source.block_size == cell.target.block_size:
             self._ways["direct"] = self._way(opened, [pool.region], InPlaceCut(pool, heads), theirs, indices)
         else:

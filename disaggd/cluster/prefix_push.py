@@ -108,14 +108,15 @@ class PrefixPushes:
     ) -> PrefixSource | None:
         """For a job that goes to `prefill`, which has `num_cached` tokens of it: the beginning that `decode` shall push, if any.
 
-        What decode holds is what its grant leaves out.
+        What decode holds is what its grant leaves out, as far as it fills blocks of the prefill node's.
         """
         if record.grant is None or not self._pairs.is_ready(decode.name, prefill.name):
             return None
+        num_held, block_size = record.grant.first_token_index, prefill.hello.kv.block_size
         way = self._ways.setdefault((decode.name, prefill.name), _Way())
         missing = Missing(
             num_tokens=record.num_tokens,
-            num_held=record.grant.first_token_index,
+            num_held=num_held - num_held % block_size,
             num_cached=num_cached,
             bytes_per_token=_bytes_per_token(prefill),
             wait_s=prefill.wait_s(record.job, now),

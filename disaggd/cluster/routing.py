@@ -1,7 +1,8 @@
 """Which decode node gets a request, and which prefill node a job. Pure: knows no link and no clock, only what it is told.
 
-A request costs a decode node what it has to prefill and what its batch then carries, both in blocks: each running
-sequence's blocks are read again in every step, so a crowded node is slower for all. A job costs a prefill node the time
+A request costs a decode node what it has to prefill and what its batch then carries, both in whole blocks: each running
+sequence's blocks are read again in every step, so a crowded node is slower for all. Blocks are counted by the tokens that they have
+room for, since one node's may be larger than another's. A job costs a prefill node the time
 until it is through with what it has and with the job.
 """
 
@@ -19,7 +20,7 @@ their way for some milliseconds, and a load changes with every request."""
 
 
 class RoutingWeights(msgspec.Struct, frozen=True, kw_only=True):
-    """What a block counts: one to prefill, and one that is there already."""
+    """What a token counts: one to prefill, and one that is there already."""
 
     prefill: float
     load: float
@@ -40,9 +41,9 @@ class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
 
     def cost(self, weights: RoutingWeights) -> float:
-        """In weighted blocks."""
+        """In weighted tokens, of whole blocks."""
         to_prefill = self.uncached_blocks + -(-self.backlog_tokens // self.block_size)
-        return weights.prefill * to_prefill + weights.load * -(-self.load_tokens // self.block_size)
+        return self.block_size * (weights.prefill * to_prefill + weights.load * -(-self.load_tokens // self.block_size))
 
 
 def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights, session_node: NodeName | None = None) -> NodeName:
@@ -52,11 +53,9 @@ def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights
     """
     by_cost = sorted(candidates, key=lambda node: (node.is_full, node.cost(weights), node.load_tokens, node.name))
     best = by_cost[0]
-    limit = best.cost(weights) * (1 + TIE_SHARE) + TIE_BLOCKS * max(weights.prefill, weights.load)
-    for node in by_cost:
-        if node.name == session_node and node.is_full == best.is_full and node.cost(weights) <= limit:
-            return node.name
-    return best.name
+    known = next((node for node in by_cost if node.name == session_node and node.is_full == best.is_full), best)
+    tie_blocks = TIE_BLOCKS * max(known.block_size, best.block_size) * max(weights.prefill, weights.load)
+    return known.name if known.cost(weights) <= best.cost(weights) * (1 + TIE_SHARE) + tie_blocks else best.name
 
 
 class RoundRobin:

@@ -122,5 +122,12 @@ def prefill_role(
 
 
 def _pushing(config: Config, engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> Pushing:
-    transfer = config.transfer
-    return Pushing(engine.pool, lease_s=transfer.lease_s, quiesce_s=transfer.quiesce_s, outbox=outbox, submit=submit, clock=clock)
+    return Pushing(
+        engine.pool,
+        max_write_tokens=engine.limits.max_step_tokens,
+        lease_s=config.transfer.lease_s,
+        quiesce_s=config.transfer.quiesce_s,
+        outbox=outbox,
+        submit=submit,
+        clock=clock,
+    )

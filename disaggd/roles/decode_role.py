@@ -215,20 +215,18 @@ class DecodeRole:
         """Of the blocks that the sequence's own grant left out, those that the prefill node lacks: all at once, for all are there."""
         placed, grant = self._current(frame.seq, frame.attempt), frame.grant
         prefix = [] if placed is None else placed.prefix
-        first = grant.first_token_index // self._pool.block_size
-        last = first + len(grant.block_ids)
+        num_held = len(prefix) * self._pool.block_size
         try:
-            if last > len(prefix):
-                raise InvalidRequest(f"{last} blocks are wanted and {len(prefix)} held")
-            self._pushing.check(grant, last * self._pool.block_size)
+            num_tokens = self._pushing.end_of(grant)
+            if num_tokens > num_held:
+                raise InvalidRequest(f"{num_tokens} tokens are wanted and {num_held} held")
+            self._pushing.check(grant, num_tokens)
         except InvalidRequest as error:
             log.warning("%s: its prefix is not pushed to %s: %s", frame.seq, grant.target, error.message)
             return self._pushing.refuse(grant, link)
         self._pushing.begin(grant, frame.seq, frame.attempt, link)
-        most = self._pool.blocks_for(self._engine.limits.max_step_tokens)  # staging memory holds a layer group of so many
         for layers in self._layer_groups:
-            for start in range(first, last, most):
-                self._pushing.write(grant, layers, start, prefix[start : min(start + most, last)], transfer.at_once)
+            self._pushing.write(grant, layers, prefix, range(num_tokens), transfer.at_once)
         return self._pushing.finish(grant.token, None)
 
     @_on_frame.register

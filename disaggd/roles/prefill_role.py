@@ -245,16 +245,15 @@ class PrefillRole:
         self._pushing.renew_leases()
 
     def _push(self, grant: Grant, chunk: Chunk, layers: range, is_ready: transfer.IsReady) -> None:
-        """These layers of the blocks that the chunk filled, in one handle. Chunks end on blocks, so each goes out once.
+        """These layers of what the chunk completes of decode's blocks, so each goes out once: what it computes beyond waits for the next.
 
-        With the first chunk goes what was cached, in handles of no more blocks than a step can fill: staging memory holds that.
+        With the first chunk goes what was cached, with the last whatever is left.
         """
-        size, most = self._pool.block_size, self._pool.blocks_for(self._engine.limits.max_step_tokens)
-        first, last = chunk.start // size, -(-chunk.end // size)
+        start, table = self._pushing.whole(grant, chunk.start), chunk.sequence.block_table
         if chunk.start == chunk.sequence.num_cached:
-            for start in range(0, first, most):
-                self._pushing.write(grant, layers, start, chunk.sequence.block_table[start : min(start + most, first)], transfer.at_once)
-        self._pushing.write(grant, layers, first, chunk.sequence.block_table[first:last], is_ready)
+            self._pushing.write(grant, layers, table, range(start), transfer.at_once)
+        end = chunk.end if chunk.samples else self._pushing.whole(grant, chunk.end)
+        self._pushing.write(grant, layers, table, range(start, end), is_ready)
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
         """Report first tokens at once: the client has them before the transfer ends."""

@@ -7,7 +7,7 @@ they are there, and what follows when a push has ended.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from disaggd.cluster.hello import ConnectPair, PairLost, PairReady
@@ -17,9 +17,9 @@ from disaggd.engine.blocks import BlockPool
 from disaggd.errors import InvalidRequest
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.portions import portions, span
 from disaggd.roles.source_reads import SourceReads
 from disaggd.transfer import messages as transfer
-from disaggd.transfer.layout import whole_blocks
 from disaggd.transfer.notification import FirstToken
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class Push:
     """A grant that is being written."""
 
     grant: Grant
+    block_size: int
+    """Tokens in a block of the target's."""
     seq: SeqId
     attempt: int
     link: LinkId
@@ -63,12 +65,16 @@ def layer_groups(num_layers: int, size: int) -> tuple[range, ...]:
 
 
 class Pushing:
-    """One node's pushes. `submit` takes commands to the transfer thread; `clock` is monotonic seconds."""
+    """One node's pushes. `submit` takes commands to the transfer thread; `clock` is monotonic seconds.
+
+    `max_write_tokens`: a write takes no more blocks than hold so many, for staging memory has room for those.
+    """
 
     def __init__(
         self,
         pool: BlockPool,
         *,
+        max_write_tokens: int,
         lease_s: float,
         quiesce_s: float,
         outbox: Outbox,
@@ -76,6 +82,7 @@ class Pushing:
         clock: Callable[[], float],
     ) -> None:
         self._pool = pool
+        self._max_write_tokens = max_write_tokens
         self._renew_every_s = lease_s / RENEWALS_PER_LEASE
         self._quiesce_s = quiesce_s
         self._outbox = outbox
@@ -85,6 +92,8 @@ class Pushing:
         self._tombstones: OrderedDict[GrantToken, Tombstone] = OrderedDict()
         self._ready: dict[NodeName, AgentId] = {}
         """Nodes whose agent has confirmed the probe."""
+        self._block_sizes: dict[NodeName, int] = {}
+        """Of the nodes that we were told to connect to."""
         self._renew_at = 0.0
         self._reads = SourceReads[Push](pool)
 
@@ -96,7 +105,8 @@ class Pushing:
             case ConnectPair():
                 self._connect(frame)
             case PairReady(peer, agent_id):
-                self._ready[peer] = agent_id
+                if peer in self._block_sizes:  # else no router of ours says so
+                    self._ready[peer] = agent_id
             case _:
                 return False
         return True
@@ -117,6 +127,7 @@ class Pushing:
     def _connect(self, frame: ConnectPair) -> None:
         if self._ready.get(frame.peer) != frame.agent_id:  # else another router asks for what is there: probe once more for it
             self._ready.pop(frame.peer, None)
+        self._block_sizes[frame.peer] = frame.kv.block_size
         self._submit(transfer.ConnectPair(frame.peer, frame.peer_incarnation, frame.endpoints, frame.kv))
 
     def _pair_failed(self, event: transfer.PairFailed) -> None:
@@ -127,34 +138,43 @@ class Pushing:
     # ── a push ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def check(self, grant: Grant, num_tokens: int) -> None:
-        """Raises InvalidRequest for a grant that cannot, or may not, be written."""
+        """Raises InvalidRequest for a grant that may not be written, or does not hold the first `num_tokens` of its sequence."""
+        start, end = grant.first_token_index, self.end_of(grant)
+        if start < 0 or start % self._block_sizes[grant.target] or num_tokens > end:
+            raise InvalidRequest(f"a grant of {len(grant.block_ids)} blocks from token {start} does not hold {num_tokens} tokens")
+
+    def end_of(self, grant: Grant) -> int:
+        """Where the grant ends, in tokens of its sequence. Raises InvalidRequest if it may not be written."""
         if grant.token in self._tombstones or grant.token in self._pushes:
             raise InvalidRequest("the grant was revoked before its job came")
-        start, count = grant.first_token_index, len(grant.block_ids)
-        if start < 0 or start % self._pool.block_size or self._pool.blocks_for(num_tokens - start) > count:
-            raise InvalidRequest(f"a grant of {count} blocks from token {start} does not hold {num_tokens} tokens")
         if self._ready.get(grant.target) != grant.agent_id:
             # The router believes in a pair that is gone, perhaps since another router told us to connect elsewhere.
             self._outbox.broadcast(PairLost(grant.target, grant.agent_id, "not connected"))
             raise InvalidRequest(f"no KV path to that agent of {grant.target}")
+        return grant.first_token_index + len(grant.block_ids) * self._block_sizes[grant.target]
 
     def begin(self, grant: Grant, seq: SeqId, attempt: int, link: LinkId) -> None:
-        self._pushes[grant.token] = Push(grant, seq, attempt, link, self._clock())
+        """The grant was checked just now."""
+        self._pushes[grant.token] = Push(grant, self._block_sizes[grant.target], seq, attempt, link, self._clock())
         self._submit(transfer.BeginPush(grant.token, grant.target, grant.agent_id, grant.lease_s, grant.verify))
 
-    def write(self, grant: Grant, layers: range, first: int, blocks: Iterable[BlockId], is_ready: transfer.IsReady) -> None:
-        """Push these layers of `blocks`, the first of which is the sequence's `first`-th: one handle.
+    def whole(self, grant: Grant, num_tokens: int) -> int:
+        """How many of a sequence's first `num_tokens` fill blocks of the target's."""
+        return num_tokens - num_tokens % self._pushes[grant.token].block_size
 
-        The blocks that the grant leaves out, which the target has cached, are left out here.
+    def write(self, grant: Grant, layers: range, table: Sequence[BlockId], tokens: range, is_ready: transfer.IsReady) -> None:
+        """Push these layers of `tokens` of the sequence whose blocks are `table`: one handle, or more if they are many.
+
+        `tokens` begin and end with `whole` blocks of the target's, but for the end of what is to be pushed. Those that the grant leaves
+        out, which the target has cached, are left out here.
         """
-        skip = grant.first_token_index // self._pool.block_size
-        source = tuple(blocks)[max(0, skip - first) :]
-        if not source:
-            return  # the target has it all
-        start = max(first, skip) - skip
-        self._reads.begin(grant.token, self._pushes[grant.token], source)
-        span, target = whole_blocks(source, self._pool.block_size), grant.block_ids[start : start + len(source)]
-        self._submit(transfer.PushBlocks(grant.token, layers, span, target, is_ready))
+        push, first = self._pushes[grant.token], grant.first_token_index
+        size = push.block_size
+        for part in portions(range(max(tokens.start, first), tokens.stop), size, self._max_write_tokens):
+            source = span(table, self._pool.block_size, part)
+            target = grant.block_ids[(part.start - first) // size : -(-(part.stop - first) // size)]
+            self._reads.begin(grant.token, push, source.blocks)
+            self._submit(transfer.PushBlocks(grant.token, layers, source, target, is_ready))
 
     def finish(self, token: GrantToken, first: FirstToken | None) -> None:
         """All blocks are submitted. `first` None: the target expects no token with them."""

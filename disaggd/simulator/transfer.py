@@ -221,7 +221,7 @@ class SimulatedTransfer:
         if live is None:
             return self.post(m.HandleDone(command.token, command.source.blocks, 0))
         push, outlet = live
-        kv_bytes = len(command.target) * self.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
+        kv_bytes = len(command.target) * outlet.peer.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
         piece = Piece(command.token, 0, push.number(0), kv_bytes)
         push.posted(self._now)
         left_at = outlet.wire.send(kv_bytes, self._now)

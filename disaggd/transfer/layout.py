@@ -4,7 +4,7 @@ A pool is `kv[layers, num_blocks, kv_heads, 2, block_size, head_dim]`: a block o
 descriptor), a range of its heads is contiguous too, and neighbouring block ids of a layer are neighbours in memory.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -17,13 +17,16 @@ KVDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 FP8_HEADER_BYTES = 16
 """Before one head's keys and values in a block: their scales, see `kernels/fp8.py`."""
 
+Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+"""Of what there is one at least. A spec may have come from another node."""
+
 
 class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Layers that store their keys and values alike."""
 
-    layers: int
-    kv_heads: int
-    head_bytes: int
+    layers: Size
+    kv_heads: Size
+    head_bytes: Size
     """Bytes of one head's K and V in one block of one layer: `2 · block_size · head_dim · itemsize`, and in fp8 their scales."""
     window: int | None = None
     replicated: bool = False
@@ -38,9 +41,9 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The geometry of a node's pool; two nodes can hand KV over if theirs agree."""
 
     dtype: KVDtype
-    block_size: int
+    block_size: Size
     """Tokens per block."""
-    head_dim: int
+    head_dim: Size
     groups: tuple[KVGroup, ...]
 
     @property

@@ -34,7 +34,7 @@ from disaggd.roles.compute import LinkId
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as m
 from disaggd.transfer.incoming import Incoming
-from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
+from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import AnyNotification, Connect, FirstToken, Piece, encode
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.pool import Descriptors, Pool
@@ -46,11 +46,10 @@ from tests.fuzz.surface import Surface
 from tests.support.decode_scripts import delivered, is_empty, make_decode_node
 from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import is_idle, taking_node
-from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, QUIESCE_S, VOCAB_SIZE, RoleNode, expected, next_token, prompt
+from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, KV, QUIESCE_S, VOCAB_SIZE, RoleNode, expected, next_token, prompt
 from tests.support.scripted_agent import ScriptedAgent
 
 NUM_BLOCKS = 32
-KV = KVSpec(dtype="float32", block_size=BLOCK, head_dim=1, groups=(KVGroup(layers=3, kv_heads=1, head_bytes=BYTES_PER_BLOCK // 3),))
 PEER_PLACE = PoolPlace(1 << 20, 256)
 STRANGER, FRIEND = LinkId(7), LinkId(1)
 """The link that says what makes no sense, and a good router's."""

@@ -76,8 +76,8 @@ class PrefillOrders(RuleBasedStateMachine):
                 source = span.blocks
                 push = self.pushes.get(token)
                 if push is None or push.is_drained:
-                    return self.node.event(transfer.HandleDone(token, source, 0))
-                push.handles.append(source)
+                    return self.node.event(transfer.HandleDone(token, source.blocks, 0))
+                push.handles.append(source.blocks)
                 push.written.update((layer, block) for layer in layers for block in target)
             case transfer.FinishPush(token):
                 push = self.pushes.get(token)

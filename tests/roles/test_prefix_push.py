@@ -7,11 +7,10 @@ from disaggd.cluster.protocol import Abort, Cancel, Gauges, Grant, Granted, Prog
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
-from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.layout import PoolPlace, Span
 from tests.support.decode_scripts import P0, Node, S, generate, is_empty, landed, make_decode_node
-from tests.support.endpoints import endpoint, span
-from tests.support.role_nodes import BLOCK, HASHER, LAYER_GROUPS, LEASE_S, LINK, QUIESCE_S, prompt
-from tests.support.routing import KV
+from tests.support.endpoints import endpoint
+from tests.support.role_nodes import BLOCK, HASHER, KV, LAYER_GROUPS, LEASE_S, LINK, QUIESCE_S, prompt
 
 D0 = NodeName("d0")
 T = GrantToken(b"prefix")
@@ -54,15 +53,15 @@ def held(node: Node) -> int:
 
 
 def test_what_is_cached_is_pushed_at_once_and_in_order() -> None:
-    node = pushing_node()
-    ask(node)
+    node, grant = pushing_node(), prefix_grant()
+    ask(node, grant)
     prefix = tuple(node.role._placed[S].prefix)
     assert node.commands == [
         transfer.BeginPush(T, P0, INTAKE, LEASE_S),
         *(
-            transfer.PushBlocks(T, layers, span(prefix[start:end], BLOCK), tuple(BlockId(100 + i) for i in range(start, end)))
+            transfer.PushBlocks(T, layers, Span(prefix[blocks], 0, num_tokens), grant.block_ids[blocks])
             for layers in LAYER_GROUPS
-            for start, end in ((0, 4), (4, 5))
+            for blocks, num_tokens in ((slice(0, 4), 4 * BLOCK), (slice(4, 5), BLOCK))
         ),
         transfer.FinishPush(T, None),
     ]

@@ -11,7 +11,6 @@ from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
-from disaggd.roles.pushing import Pushing
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
@@ -19,7 +18,8 @@ from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
 from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
-    BYTES_PER_BLOCK,
+    BLOCK,
+    BYTES_PER_TOKEN,
     LAYER_GROUPS,
     LEASE_S,
     QUIESCE_S,
@@ -28,6 +28,7 @@ from tests.support.role_nodes import (
     RoleNode,
     Submit,
     check_holdings,
+    make_pushing,
     next_token,
     prompt,
 )
@@ -69,9 +70,10 @@ def make_decode_node(
     staging: Staging | None = None,
     hasher: PrefixHasher | None = None,
     *,
-    bytes_per_block: int = BYTES_PER_BLOCK,
+    bytes_per_block: int | None = None,
     lease_s: float = LEASE_S,
     verify: bool = False,
+    block_size: int = BLOCK,
 ) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
@@ -82,13 +84,13 @@ def make_decode_node(
             engine,
             lease_s=lease_s,
             quiesce_s=QUIESCE_S,
-            bytes_per_block=bytes_per_block,
+            bytes_per_block=BYTES_PER_TOKEN * block_size if bytes_per_block is None else bytes_per_block,
             submit=submit,
             clock=clock,
             staging=staging,
             verify=verify,
         )
-        pushing = Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock)
+        pushing = make_pushing(engine, outbox, submit, clock)
         return DecodeRole(
             engine,
             rule,
@@ -101,7 +103,7 @@ def make_decode_node(
             clock=clock,
         )
 
-    node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher)
+    node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher, block_size=block_size)
     node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), endpoint(AgentId("agent-1"), b"", PLACE)))
     node.clear()
     node.invariant = lambda: check_decode_pool(node)

@@ -10,15 +10,15 @@ from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
-from disaggd.roles.pushing import Pushing
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
-from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace
 from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BLOCK,
     HASHER,
+    KV,
     LEASE_S,
     LINK,
     QUIESCE_S,
@@ -27,8 +27,9 @@ from tests.support.role_nodes import (
     RoleNode,
     Submit,
     check_holdings,
+    kv_of,
+    make_pushing,
 )
-from tests.support.routing import KV
 
 D0, P0 = NodeName("d0"), NodeName("p0")
 AGENT, INTAKE = AgentId("agent-1"), AgentId("intake-1")
@@ -46,6 +47,7 @@ def make_prefill_node(
     hasher: PrefixHasher | None = None,
     *,
     verify: bool = False,
+    block_size: int = BLOCK,
 ) -> Node:
     """A prefill node that knows no decode node yet."""
 
@@ -53,7 +55,7 @@ def make_prefill_node(
         return PrefillRole(
             engine,
             credit_tokens=1000,
-            pushing=Pushing(engine.pool, lease_s=LEASE_S, quiesce_s=QUIESCE_S, outbox=outbox, submit=submit, clock=clock),
+            pushing=make_pushing(engine, outbox, submit, clock),
             prefixes=PrefixIntake(
                 P0,
                 engine,
@@ -70,7 +72,7 @@ def make_prefill_node(
             clock=clock,
         )
 
-    node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens, hasher=hasher)
+    node = RoleNode(make_role, num_blocks=num_blocks, max_step_tokens=max_step_tokens, hasher=hasher, block_size=block_size)
     node.invariant = lambda: check_prefill_pool(node)
     return node
 
@@ -91,9 +93,12 @@ def check_prefill_pool(node: Node) -> None:
     assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reads._reads.items())
 
 
-def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT) -> Grant:
-    """What decode reserves for a prompt: target block 100 + i for its i-th block that is not left out, one more for the output."""
-    num_blocks = -(-(length + 1 - first_token_index) // BLOCK)
+def grant_for(
+    length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT, block_size: int = BLOCK
+) -> Grant:
+    """What decode, whose blocks are of `block_size`, reserves for a prompt: target block 100 + i for its i-th block that is not left
+    out, one more for the output."""
+    num_blocks = -(-(length + 1 - first_token_index) // block_size)
     return Grant(token, D0, P0, agent, first_token_index, tuple(BlockId(100 + i) for i in range(num_blocks)), LEASE_S)
 
 
@@ -118,9 +123,12 @@ def ready_node(
     hasher: PrefixHasher | None = None,
     *,
     verify: bool = False,
+    block_size: int = BLOCK,
+    target_size: int = BLOCK,
 ) -> Node:
-    node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher, verify=verify)
-    connect(node, AGENT)
+    """A node that may push to `d0`, whose blocks are of `target_size`."""
+    node = make_prefill_node(num_blocks, max_step_tokens, mark, hasher, verify=verify, block_size=block_size)
+    connect(node, AGENT, kv=kv_of(target_size))
     node.say(PairReady(D0, AGENT))
     node.clear()
     return node
@@ -134,8 +142,8 @@ def taking_node(num_blocks: int = 64, max_step_tokens: int = 16, *, verify: bool
     return node
 
 
-def connect(node: Node, agent: AgentId, link: LinkId = LINK) -> None:
-    node.say(ConnectPair(D0, Incarnation("d0-first"), endpoint(agent, b"", PoolPlace(0, 64)), KV), link=link)
+def connect(node: Node, agent: AgentId, link: LinkId = LINK, kv: KVSpec = KV) -> None:
+    node.say(ConnectPair(D0, Incarnation("d0-first"), endpoint(agent, b"", PoolPlace(0, 64)), kv), link=link)
 
 
 def handles_done(node: Node, kv_bytes: int = 10) -> None:

@@ -10,7 +10,9 @@ from disaggd.engine.scheduler import Limits, StepPlan
 from disaggd.ids import BlockId
 from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox, Role
+from disaggd.roles.pushing import Pushing
 from disaggd.sampling import TokenLogprob
+from disaggd.transfer.layout import KVGroup, KVSpec
 from disaggd.transfer.messages import TransferCommand, TransferEvent
 
 BLOCK = 4
@@ -19,9 +21,18 @@ LINK = LinkId(1)
 VOCAB_SIZE = 1000
 LEASE_S = 5.0
 QUIESCE_S = 10.0
-BYTES_PER_BLOCK = 96
+BYTES_PER_TOKEN = 24
+BYTES_PER_BLOCK = BYTES_PER_TOKEN * BLOCK
 LAYER_GROUPS = (range(0, 2), range(2, 3))
 HASHER = PrefixHasher("model", "float32", BLOCK)
+
+
+def kv_of(block_size: int = BLOCK) -> KVSpec:
+    """Of a model of three layers."""
+    return KVSpec(dtype="float32", block_size=block_size, head_dim=1, groups=(KVGroup(layers=3, kv_heads=1, head_bytes=8 * block_size),))
+
+
+KV = kv_of()
 
 Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]
@@ -70,11 +81,12 @@ class RoleNode(Generic[R]):
         num_blocks: int = 64,
         max_step_tokens: int = 16,
         hasher: PrefixHasher | None = None,
+        block_size: int = BLOCK,
     ) -> None:
         self.now = 1000.0
         self.sent: list[tuple[LinkId, ToRouter]] = []
         self.commands: list[TransferCommand] = []
-        self.engine = Engine(FakeRunner(), BlockPool(num_blocks, BLOCK, hasher), Limits(max_step_tokens, 8, 1000))
+        self.engine = Engine(FakeRunner(), BlockPool(num_blocks, block_size, hasher), Limits(max_step_tokens, 8, 1000))
         self.outbox = Outbox(self.sent.extend)
         self.role = make_role(self.engine, self.outbox, self.commands.append, lambda: self.now)
         self.invariant: Callable[[], None] = lambda: None
@@ -144,6 +156,18 @@ class RoleNode(Generic[R]):
     def clear(self) -> None:
         self.sent.clear()
         self.commands.clear()
+
+
+def make_pushing(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> Pushing:
+    return Pushing(
+        engine.pool,
+        max_write_tokens=engine.limits.max_step_tokens,
+        lease_s=LEASE_S,
+        quiesce_s=QUIESCE_S,
+        outbox=outbox,
+        submit=submit,
+        clock=clock,
+    )
 
 
 def check_holdings(node: RoleNode[R], *states: str) -> None:

@@ -126,7 +126,8 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (REMOTE, "node 'd0' listens beyond loopback (10.0.0.2:8102): set cluster.secret"),
         (f'[router]\ntls_key = "x.key"\n{CLUSTER}', "router.tls_cert: is missing; TLS needs tls_cert, tls_key"),
         (f'[cluster]\ntls_cert = "x.pem"\ntls_key = "x.key"\n{CLUSTER}', "cluster.tls_ca: is missing; TLS needs tls_cert, tls_key, tls_ca"),
-        (CLUSTER + "block_size = 16", "block_size must be the same on all nodes: 'p0' has 64, 'd0' has 16"),
+        (CLUSTER + "block_size = 2048", "node[2] (d0).block_size: expected int <= 1024"),
+        (CLUSTER + "block_size = 1024", "node 'd0': max_step_tokens is 1024, but a step must hold"),
         (CLUSTER + "max_step_tokens = 63", "node 'd0': max_step_tokens is 63, but a step must hold"),
         (
             f'[transfer]\nport_range = "18500-18506"\n{CLUSTER}',

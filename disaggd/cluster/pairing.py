@@ -2,6 +2,7 @@
 
 target makes an agent for the pair → writer connects to it and sends it its own id → target reports that it received it.
 Until then nothing is granted for the pair: late metadata must never reach an agent that was rebuilt on the same port.
+Two nodes of which one's KV can never be the other's are not brought together at all.
 
 Prefill nodes write to decode nodes; and decode nodes to prefill nodes, what these lack of a prefix, where both share prefixes.
 """
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.cluster.peers import DecodePeer, Duty, Pair, PairState, Peer, PrefillPeer
+from disaggd.errors import ConfigError
 from disaggd.ids import NodeName
+from disaggd.transfer.layout import check_pair
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ class PairBook:
         pair = self._pairs.get((frame.peer, target.name))
         if writer is None or pair is None or frame.peer_incarnation != writer.hello.incarnation:
             return  # the writer left or came back meanwhile: its own link event opens the pair
+        if pair.state is PairState.REFUSED:
+            return  # another router has asked for it, and may know better
         pair.agent = frame
         self._probe(pair, writer, target, now)
 
@@ -72,7 +77,7 @@ class PairBook:
             return False
         if pair.state is PairState.LOST:
             return False  # it was received before the writer lost the agent: only the next probe can tell
-        pair.state = PairState.READY
+        pair.state, pair.reason = PairState.READY, ""
         writer.send(PairReady(target.name, frame.agent_id))
         log.info("%s → %s: KV path is ready", pair.writer, pair.target)
         return True
@@ -83,13 +88,13 @@ class PairBook:
         if pair is None or not pair.is_current(frame.agent_id):
             return
         log.warning("%s → %s: KV path is lost: %s", pair.writer, pair.target, frame.reason)
-        pair.state = PairState.LOST
+        pair.state, pair.reason = PairState.LOST, frame.reason
         pair.retry_at = now + RETRY_S
 
     def tick(self, now: float) -> None:
         """Probe again what was lost, or answered nothing."""
         for pair in self._pairs.values():
-            if pair.state is PairState.READY or now < pair.retry_at:
+            if pair.state in (PairState.READY, PairState.REFUSED) or now < pair.retry_at:
                 continue
             writer, target = self._peer(pair.writer), self._peer(pair.target)
             assert writer is not None and target is not None, "a pair of a node that left is forgotten"
@@ -106,7 +111,13 @@ class PairBook:
     def _open(self, writer: Peer, target: Peer, now: float) -> None:
         pair = Pair(writer.name, target.name)
         self._pairs[writer.name, target.name] = pair
-        self._ask(pair, writer, target, now)
+        try:
+            check_pair(writer.hello.kv, target.hello.kv)
+        except ConfigError as error:
+            pair.state, pair.reason = PairState.REFUSED, str(error)
+            log.error("%s → %s: there can be no KV path: %s", writer.name, target.name, error)
+        else:
+            self._ask(pair, writer, target, now)
 
     def _ask(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         pair.retry_at = now + 5 * RETRY_S

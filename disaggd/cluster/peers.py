@@ -36,6 +36,8 @@ class PairState(enum.Enum):
     """The target received its own agent's id: grants may be given."""
     LOST = "lost"
     """The writer cannot reach the agent: probed again after a pause."""
+    REFUSED = "refused"
+    """No bytes of the one can become bytes of the other: nothing is tried until one of them comes back with another geometry."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,8 @@ class Pair:
     """The target's latest agent for this pair."""
     retry_at: float = 0.0
     """When LOST: the time of the next probe."""
+    reason: str = ""
+    """Why it is LOST or REFUSED."""
     transfers: TransferFit = field(default_factory=TransferFit)
 
     def is_current(self, agent_id: AgentId) -> bool:

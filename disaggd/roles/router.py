@@ -27,7 +27,7 @@ from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import RouterLink, dial
 from disaggd.cluster.link_settings import LinkSettings, link_settings
 from disaggd.cluster.moves import DECODE_PATIENCE_S
-from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, Pair, PairState, PrefillPeer
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
@@ -179,7 +179,7 @@ class RouterBackend:
         """What is not there of a whole cluster: links, then the ways of KV."""
         linked = {*self.dispatcher.prefills, *self.dispatcher.decodes}
         nodes = [f"no link to {node.name} yet" for node in self._config.nodes_of("prefill", "decode") if node.name not in linked]
-        pairs = [pair for pair in self.dispatcher.pairs if pair.state is not PairState.READY]
+        pairs = [pair for pair in self.dispatcher.pairs if pair.state not in (PairState.READY, PairState.REFUSED)]
         return nodes or [f"no way for KV from {pair.writer} to {pair.target} yet" for pair in pairs]
 
     async def blocks(self) -> dict[str, object]:
@@ -223,12 +223,12 @@ class RouterBackend:
                 for node in self._config.nodes_of("prefill", "decode")
             ],
             "pairs": [
-                {"prefill": pair.writer, "decode": pair.target, "state": pair.state.value}
+                {"prefill": pair.writer, "decode": pair.target, **_shown_state(pair)}
                 for pair in dispatcher.pairs
                 if pair.target in dispatcher.decodes
             ],
             "prefix_pairs": [
-                {"decode": pair.writer, "prefill": pair.target, "state": pair.state.value}
+                {"decode": pair.writer, "prefill": pair.target, **_shown_state(pair)}
                 for pair in dispatcher.pairs
                 if pair.target in dispatcher.prefills
             ],
@@ -315,6 +315,10 @@ def _asked(request: GenerationRequest) -> Request:
         session=request.session,
         key=request.key,
     )
+
+
+def _shown_state(pair: Pair) -> dict[str, str]:
+    return {"state": pair.state.value, **({"reason": pair.reason} if pair.reason else {})}
 
 
 def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:

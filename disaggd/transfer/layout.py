@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from disaggd.errors import ConfigError
 from disaggd.ids import BlockId
 from disaggd.model.spec import DTYPE_BYTES, ModelSpec
 
@@ -38,7 +39,7 @@ class KVGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The geometry of a node's pool; two nodes can hand KV over if theirs agree."""
+    """The geometry of a node's pool; two nodes can hand KV over if theirs agree in what `check_pair` looks at."""
 
     dtype: KVDtype
     block_size: Size
@@ -97,3 +98,18 @@ def in_fp8(kv: KVSpec) -> KVSpec:
     head_bytes = FP8_HEADER_BYTES + 2 * kv.block_size * kv.head_dim
     groups = tuple(msgspec.structs.replace(group, head_bytes=head_bytes) for group in kv.groups)
     return msgspec.structs.replace(kv, dtype="fp8", groups=groups)
+
+
+def check_pair(source: KVSpec, target: KVSpec) -> None:
+    """Raises ConfigError naming the field over which no bytes of `source` can become bytes of `target`."""
+    for field in ("head_dim", "num_layers"):
+        ours, theirs = getattr(source, field), getattr(target, field)
+        if ours != theirs:
+            raise ConfigError(f"{field} differs: {ours} and {theirs}")
+    ours, theirs = ([(group.layers, group.kv_heads) for group in kv.groups] for kv in (source, target))
+    if ours != theirs:
+        raise ConfigError(f"kv_heads differ: {_heads(ours)} and {_heads(theirs)}")
+
+
+def _heads(groups: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{kv_heads} in {layers} layers" for layers, kv_heads in groups) or "none"

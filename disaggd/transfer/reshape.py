@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from disaggd.errors import ConfigError
 from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVSpec
 
@@ -144,16 +143,3 @@ def _token_runs(cut: HeadCut, source: Shard, target: Shard, first_token: int, la
                     (stop - start) * source.token_bytes,
                 )
         start = stop
-
-
-def check_pair(source: KVSpec, target: KVSpec) -> None:
-    """Raises ConfigError naming the field over which no bytes of `source` can become bytes of `target`."""
-    for field in ("head_dim", "num_layers"):
-        ours, theirs = getattr(source, field), getattr(target, field)
-        if ours != theirs:
-            raise ConfigError(f"{field} differs: {ours} and {theirs}")
-    if len(source.groups) != len(target.groups):
-        raise ConfigError(f"groups differ: {source.groups} and {target.groups}")
-    for one, other in zip(source.groups, target.groups, strict=True):
-        if (one.layers, one.kv_heads) != (other.layers, other.kv_heads):
-            raise ConfigError(f"kv_heads differ: {one.kv_heads} in {one.layers} layers and {other.kv_heads} in {other.layers}")

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.layout import KVSpec, PoolPlace, Span
+from disaggd.transfer.layout import KVSpec, PoolPlace, Span, check_pair
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Indices, Pool, Region
-from disaggd.transfer.reshape import HeadCut, check_pair
+from disaggd.transfer.reshape import HeadCut
 from disaggd.transfer.share import Share
 
 

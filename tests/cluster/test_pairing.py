@@ -1,5 +1,6 @@
 """A prefill node's agent meets a decode node's: nothing is granted before that very agent has received its own id."""
 
+import msgspec
 import pytest
 
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
@@ -7,7 +8,7 @@ from disaggd.cluster.pairing import RETRY_S, PairBook
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
-from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace
 from tests.support.endpoints import endpoint
 from tests.support.routing import D0, D1, KV, P0, P1, hello
 
@@ -24,9 +25,10 @@ class Pairing:
         self.sent: dict[NodeName, list[ToNode]] = {}
         self.now = 0.0
 
-    def prefill_up(self, name: NodeName = P0, incarnation: str = "first") -> None:
+    def prefill_up(self, name: NodeName = P0, incarnation: str = "first", kv: KVSpec = KV) -> None:
         self.sent[name] = []
-        self.prefills[name] = PrefillPeer(name, hello(name, incarnation), self.sent[name].append)
+        greeting = msgspec.structs.replace(hello(name, incarnation), kv=kv)
+        self.prefills[name] = PrefillPeer(name, greeting, self.sent[name].append)
         self.book.prefill_up(self.prefills[name], self.now)
 
     def decode_up(self, name: NodeName = D0) -> None:
@@ -181,6 +183,58 @@ def test_a_ready_pair_is_left_alone() -> None:
     pairing = ready_pair()
     pairing.after(1000.0)
     assert pairing.sent == {P0: [], D0: []}
+
+
+# ── geometries ──
+
+[GROUP] = KV.groups
+
+
+@pytest.mark.parametrize(
+    ("kv", "why"),
+    [
+        (msgspec.structs.replace(KV, head_dim=16), "head_dim differs: 16 and 8"),
+        (msgspec.structs.replace(KV, groups=(msgspec.structs.replace(GROUP, layers=3),)), "num_layers differs: 3 and 2"),
+        (
+            msgspec.structs.replace(KV, groups=(msgspec.structs.replace(GROUP, kv_heads=4),)),
+            "kv_heads differ: 4 in 2 layers and 1 in 2 layers",
+        ),
+        (
+            msgspec.structs.replace(KV, groups=(msgspec.structs.replace(GROUP, layers=1),) * 2),
+            "kv_heads differ: 1 in 1 layers, 1 in 1 layers",
+        ),
+    ],
+)
+def test_nodes_whose_kv_can_never_be_each_others_are_not_brought_together(kv: KVSpec, why: str) -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up(kv=kv)
+    (pair,) = pairing.book
+    assert pair.state is PairState.REFUSED and pair.reason.startswith(why)
+    pairing.agent(OLD)  # another router has asked for it
+    assert not pairing.ready(OLD)
+    pairing.after(1000.0)
+    assert pairing.sent == {P0: [], D0: []}
+    pairing.prefill_up(P1)
+    assert pairing.sent[D0] == [OpenPair(P1, Incarnation("p1-first"), 1)], "the cluster serves with the rest"
+
+
+def test_blocks_of_another_size_or_dtype_are_no_obstacle_and_the_writer_is_told() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.prefill_up(kv=msgspec.structs.replace(KV, block_size=16, dtype="bfloat16"))
+    pairing.agent(OLD)
+    assert pairing.sent[P0] == [CONNECT] and CONNECT.kv == pairing.decodes[D0].hello.kv
+    assert pairing.ready(OLD)
+
+
+def test_why_a_pair_is_lost_is_said_as_long_as_it_is() -> None:
+    pairing = ready_pair()
+    pairing.lost(OLD)
+    assert [pair.reason for pair in pairing.book] == ["connection reset"]
+    pairing.after(2 * RETRY_S)
+    assert pairing.ready(OLD)
+    assert [pair.reason for pair in pairing.book] == [""]
 
 
 @pytest.mark.parametrize("name", [P0, D0])

@@ -1,5 +1,6 @@
 """Push or compute, as a table; and what the router makes of pushes that landed or failed."""
 
+import msgspec
 import pytest
 
 from disaggd.cluster.offer import PrefillCost, TransferCost
@@ -122,6 +123,15 @@ def test_nothing_is_pushed_that_the_prefill_node_has() -> None:
     router.say(P0, CacheEvents(0, True, b"".join(hashes), b""))
     prefilling(router)
     assert router.last(P0, Prefill).prefix is None
+
+
+@pytest.mark.parametrize(("num_held", "wanted"), [(24, 16), (32, 32), (12, None)])
+def test_only_what_fills_blocks_of_the_prefill_nodes_is_pushed(num_held: int, wanted: int | None) -> None:
+    router = routing()
+    prefill = router.dispatcher.prefills[P0]
+    prefill.hello = msgspec.structs.replace(prefill.hello, kv=msgspec.structs.replace(KV, block_size=16))
+    prefilling(router, num_held)
+    assert router.last(P0, Prefill).prefix == (None if wanted is None else PrefixSource(D0, wanted))
 
 
 @pytest.mark.parametrize("policy", ["auto", "never"])

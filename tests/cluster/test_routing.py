@@ -1,5 +1,7 @@
 """Which decode node gets a request, and which prefill node a job."""
 
+import msgspec
+
 from disaggd.cluster.routing import (
     DecodeCandidate,
     PrefillCandidate,
@@ -77,6 +79,15 @@ def test_in_turns_a_full_node_is_left_out_if_not_all_are() -> None:
     turns = RoundRobin()
     assert [turns.choose([decode(A), decode(B, is_full=True), decode(C)]) for _ in range(3)] == [A, C, A]
     assert [turns.choose([decode(A, is_full=True), decode(B, is_full=True)]) for _ in range(2)] == [B, A]
+
+
+def test_blocks_of_nodes_count_by_what_they_hold() -> None:
+    """A prompt of 640 tokens is 40 blocks here and 10 there; what decides is the rest."""
+    small = DecodeCandidate(name=A, is_full=False, uncached_blocks=40, load_tokens=640, block_size=16)
+    large = DecodeCandidate(name=B, is_full=False, uncached_blocks=10, load_tokens=1280, block_size=64)
+    assert choose_decode([small, large], EVEN) == A
+    assert choose_decode([small, msgspec.structs.replace(large, load_tokens=0)], EVEN) == B
+    assert choose_decode([small, msgspec.structs.replace(large, load_tokens=700)], EVEN, session_node=B) == B, "within a block of its own"
 
 
 # ── prefill ──

@@ -79,7 +79,18 @@ def test_attention_equals_the_reference(ops, dtype, shape, window):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 1, 8, 4), (1, 2, 64, 64), (2, 4, 128, 16), (1, 7, 96, 8), (1, 5, 256, 32), (3, 3, 80, 5), (1, 9, 33, 16)]
+    "sizes",
+    [
+        (2, 1, 8, 4),
+        (1, 2, 64, 64),
+        (2, 4, 128, 16),
+        (1, 7, 96, 8),
+        (1, 5, 256, 32),
+        (3, 3, 80, 5),
+        (1, 9, 33, 16),
+        (1, 2, 64, 48),
+        (1, 2, 64, 1024),
+    ],
 )
 def test_attention_of_any_heads_and_blocks(ops, dtype, sizes):
     kv_heads, group, head_dim, block_size = sizes

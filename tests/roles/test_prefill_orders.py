@@ -16,7 +16,7 @@ from disaggd.ids import BlockId, GrantToken, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from tests.support.prefill_scripts import AGENT, D0, P0, connect, grant_for, is_idle, prefill, ready_node
-from tests.support.role_nodes import QUIESCE_S, prompt
+from tests.support.role_nodes import QUIESCE_S, kv_of, prompt
 
 
 @dataclass
@@ -39,9 +39,10 @@ class FakePush:
 
 
 class PrefillOrders(RuleBasedStateMachine):
-    @initialize()
-    def start(self) -> None:
-        self.node = ready_node(num_blocks=24)
+    @initialize(target_size=st.sampled_from([4, 4, 8, 6, 2]))
+    def start(self, target_size: int) -> None:
+        self.target_size = target_size
+        self.node = ready_node(num_blocks=24, target_size=target_size)
         self.link = LinkId(1)
         self.num_links = 1
         self.num_jobs = 0
@@ -71,9 +72,8 @@ class PrefillOrders(RuleBasedStateMachine):
         match command:
             case transfer.BeginPush(token):
                 job = self.node.role._pushed[token]
-                self.pushes[token] = FakePush(*job.key, -(-len(job.sequence.tokens) // 4))
-            case transfer.PushBlocks(token, layers, span, target):
-                source = span.blocks
+                self.pushes[token] = FakePush(*job.key, -(-len(job.sequence.tokens) // self.target_size))
+            case transfer.PushBlocks(token, layers, source, target):
                 push = self.pushes.get(token)
                 if push is None or push.is_drained:
                     return self.node.event(transfer.HandleDone(token, source.blocks, 0))
@@ -124,7 +124,8 @@ class PrefillOrders(RuleBasedStateMachine):
             token = self.tokens[-1]  # one that is cancelled, pushed or over: to be refused
         self.tokens.append(token)
         self.open_jobs.add((seq, 0))
-        self.node.say(prefill(prompt(length), grant_for(length, token) if has_grant else None, seq), link=self.link)
+        grant = grant_for(length, token, block_size=self.target_size) if has_grant else None
+        self.node.say(prefill(prompt(length), grant, seq), link=self.link)
         self.settle()
 
     @precondition(lambda self: self.num_jobs)
@@ -153,7 +154,7 @@ class PrefillOrders(RuleBasedStateMachine):
 
     @rule()
     def pair_anew(self) -> None:
-        connect(self.node, AGENT, self.link)
+        connect(self.node, AGENT, self.link, kv_of(self.target_size))
         self.node.say(PairReady(D0, AGENT), link=self.link)
         self.settle()
 

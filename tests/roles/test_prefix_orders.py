@@ -17,10 +17,14 @@ NAMES = st.sampled_from(NODES)
 
 
 class PrefixOrders(RuleBasedStateMachine):
-    @initialize(num_blocks=st.sampled_from([24, 40]), lengths=st.lists(st.integers(16, 50), min_size=1, max_size=3))
-    def start(self, num_blocks: int, lengths: list[int]) -> None:
+    @initialize(
+        num_blocks=st.sampled_from([24, 40]),
+        sizes=st.sampled_from([(4, 4), (4, 8), (8, 4), (6, 4)]),
+        lengths=st.lists(st.integers(16, 50), min_size=1, max_size=3),
+    )
+    def start(self, num_blocks: int, sizes: tuple[int, int], lengths: list[int]) -> None:
         """Decode has something cached, and both ways are open."""
-        self.pair = RolePair(num_blocks)
+        self.pair = RolePair(num_blocks, prefill_size=sizes[0], decode_size=sizes[1])
         for seed, length in enumerate(lengths):
             self.pair.submit(prompt(length, seed), 2, "local")
         self.pair.come_to_rest()

@@ -138,6 +138,14 @@ def test_a_node_of_another_geometry_is_refused_by_the_field_that_differs(field: 
         backend.accept(node, hello(other))
 
 
+def test_a_pair_that_cannot_be_is_shown_with_the_field_that_differs() -> None:
+    backend = Front().backend
+    odd = msgspec.structs.replace(hello(), name=NodeName("p0"), role="prefill", kv=msgspec.structs.replace(KV, head_dim=128))
+    backend.dispatcher.prefill_up(PrefillPeer(NodeName("p0"), odd, [].append))
+    reason = f"head_dim differs: 128 and {KV.head_dim}"
+    assert backend.cluster()["pairs"] == [{"prefill": "p0", "decode": "d0", "state": "refused", "reason": reason}]
+
+
 def test_a_stop_string_of_one_request_leaves_another_with_the_same_id_alone() -> None:
     async def scenario() -> None:
         front = Front()

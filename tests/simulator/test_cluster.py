@@ -39,6 +39,13 @@ def test_a_remote_prefill_by_hand() -> None:
     assert client.record.kv_bytes == 1024
 
 
+def test_a_prompt_goes_in_whole_blocks_of_its_decode_node() -> None:
+    """Its one block has room for 16 tokens: a layer's is a kilobyte and 6 ms on the wire, and the second has landed at 29."""
+    (client,), _ = replay(small_setup("always", decode_block=16), ONE)
+    assert felt_ms(client) == [22, 40, 50]
+    assert client.record is not None and client.record.kv_bytes == 2048
+
+
 def test_a_slow_wire_delays_the_second_token_and_not_the_first() -> None:
     """From the beginning on 512 bytes take 30 ms: the layers are sent by 42 and 72."""
     (client,), _ = replay(small_setup("always", rate_changes=[Rate(0.0, 512 / 30e-3)]), ONE)
@@ -97,6 +104,14 @@ def test_every_request_ends_once_and_leaves_nothing_behind(policy: str, num_bloc
     clients, cluster = replay(small_setup(policy, prefills=2, decodes=2, num_blocks=num_blocks, more=LONG_QUEUE), many(150))
     assert all(map(ended, clients))
     assert at_rest(cluster)
+
+
+@pytest.mark.parametrize(("prefill_block", "decode_block"), [(4, 16), (16, 4), (12, 16)])
+def test_blocks_of_different_sizes_leave_nothing_behind(prefill_block: int, decode_block: int) -> None:
+    setup = small_setup("always", prefills=2, decodes=2, prefill_block=prefill_block, decode_block=decode_block, more=LONG_QUEUE)
+    clients, cluster = replay(setup, many(150))
+    assert all(map(ended, clients)) and at_rest(cluster)
+    assert any(client.record.was_remote for client in clients if client.record is not None)
 
 
 def test_a_request_that_finds_the_prefill_queue_full_is_refused_and_leaves_nothing_behind() -> None:

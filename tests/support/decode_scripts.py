@@ -74,6 +74,7 @@ def make_decode_node(
     lease_s: float = LEASE_S,
     verify: bool = False,
     block_size: int = BLOCK,
+    max_step_tokens: int = 16,
 ) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
@@ -103,7 +104,7 @@ def make_decode_node(
             clock=clock,
         )
 
-    node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher, block_size=block_size)
+    node = RoleNode(make_role, num_blocks=num_blocks, hasher=hasher, block_size=block_size, max_step_tokens=max_step_tokens)
     node.event(transfer.PairOpened(NodeName("p0"), Incarnation("p0-first"), endpoint(AgentId("agent-1"), b"", PLACE)))
     node.clear()
     node.invariant = lambda: check_decode_pool(node)

@@ -17,7 +17,6 @@ from disaggd.transfer.layout import KVSpec, PoolPlace
 from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BLOCK,
-    HASHER,
     KV,
     LEASE_S,
     LINK,
@@ -27,6 +26,7 @@ from tests.support.role_nodes import (
     RoleNode,
     Submit,
     check_holdings,
+    hasher_of,
     kv_of,
     make_pushing,
 )
@@ -93,9 +93,7 @@ def check_prefill_pool(node: Node) -> None:
     assert all(node.pool.references(block) >= reads > 0 for block, reads in node.role._pushing._reads._reads.items())
 
 
-def grant_for(
-    length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT, block_size: int = BLOCK
-) -> Grant:
+def grant_for(length: int, token: GrantToken = T, *, first_token_index: int = 0, agent: AgentId = AGENT, block_size: int = BLOCK) -> Grant:
     """What decode, whose blocks are of `block_size`, reserves for a prompt: target block 100 + i for its i-th block that is not left
     out, one more for the output."""
     num_blocks = -(-(length + 1 - first_token_index) // block_size)
@@ -134,9 +132,9 @@ def ready_node(
     return node
 
 
-def taking_node(num_blocks: int = 64, max_step_tokens: int = 16, *, verify: bool = False) -> Node:
+def taking_node(num_blocks: int = 64, max_step_tokens: int = 16, *, verify: bool = False, block_size: int = BLOCK) -> Node:
     """A node with a prefix cache to which `d0` may push, by agent `INTAKE`."""
-    node = ready_node(num_blocks, max_step_tokens, hasher=HASHER, verify=verify)
+    node = ready_node(num_blocks, max_step_tokens, hasher=hasher_of(block_size), verify=verify, block_size=block_size)
     node.event(transfer.PairOpened(D0, Incarnation("d0-first"), endpoint(INTAKE, b"", PoolPlace(0, 64))))
     node.clear()
     return node

@@ -24,7 +24,6 @@ QUIESCE_S = 10.0
 BYTES_PER_TOKEN = 24
 BYTES_PER_BLOCK = BYTES_PER_TOKEN * BLOCK
 LAYER_GROUPS = (range(0, 2), range(2, 3))
-HASHER = PrefixHasher("model", "float32", BLOCK)
 
 
 def kv_of(block_size: int = BLOCK) -> KVSpec:
@@ -32,7 +31,11 @@ def kv_of(block_size: int = BLOCK) -> KVSpec:
     return KVSpec(dtype="float32", block_size=block_size, head_dim=1, groups=(KVGroup(layers=3, kv_heads=1, head_bytes=8 * block_size),))
 
 
-KV = kv_of()
+def hasher_of(block_size: int = BLOCK) -> PrefixHasher:
+    return PrefixHasher("model", "float32", block_size)
+
+
+KV, HASHER = kv_of(), hasher_of()
 
 Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]

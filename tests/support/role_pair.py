@@ -25,7 +25,7 @@ from disaggd.transfer.notification import FirstToken
 from tests.support.decode_scripts import make_decode_node
 from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import make_prefill_node
-from tests.support.role_nodes import HASHER, LINK, RoleNode
+from tests.support.role_nodes import BLOCK, LINK, RoleNode, hasher_of, kv_of
 from tests.support.routing import D0, P0, Client, hello
 
 NODES = (P0, D0)
@@ -73,7 +73,9 @@ class Node:
 
 
 class RolePair:
-    def __init__(self, num_blocks: int) -> None:
+    """Each node has a prefix cache, and `num_blocks` of its own size."""
+
+    def __init__(self, num_blocks: int, *, prefill_size: int = BLOCK, decode_size: int = BLOCK, max_step_tokens: int = 16) -> None:
         self.now = 1000.0
         self.dispatcher = Dispatcher(
             Incarnation("r"),
@@ -82,15 +84,23 @@ class RolePair:
             lambda record: None,
         )
         self.nodes = {
-            P0: Node(P0, D0, make_prefill_node(num_blocks, hasher=HASHER)),
-            D0: Node(D0, P0, make_decode_node(num_blocks, hasher=HASHER)),
+            P0: Node(P0, D0, make_prefill_node(num_blocks, max_step_tokens, hasher=hasher_of(prefill_size), block_size=prefill_size)),
+            D0: Node(
+                D0,
+                P0,
+                make_decode_node(num_blocks, hasher=hasher_of(decode_size), block_size=decode_size, max_step_tokens=max_step_tokens),
+            ),
         }
         self.handles: list[Handle] = []
         self.lost: list[Handle] = []
         """That ended not clean: bytes of theirs may be under way until the target's agent is destroyed."""
         self.clients: list[tuple[Client, list[int], int]] = []
         """With prompt and how many tokens were asked for."""
-        shares = {name: msgspec.structs.replace(hello(name, "first"), shares_prefixes=True) for name in NODES}
+        sizes = {P0: prefill_size, D0: decode_size}
+        shares = {
+            name: msgspec.structs.replace(hello(name, "first"), kv=kv_of(sizes[name]), num_blocks=num_blocks, shares_prefixes=True)
+            for name in NODES
+        }
         self.dispatcher.prefill_up(PrefillPeer(P0, shares[P0], self.nodes[P0].frames.append))
         self.dispatcher.decode_up(DecodePeer(D0, shares[D0], self.nodes[D0].frames.append))
         self.nodes[P0].node.link_up(LINK)  # its credit was said before anybody listened

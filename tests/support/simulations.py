@@ -45,12 +45,20 @@ COSTS = Costs(link=LinkCosts(frame_ms=1.0, kv_mbit_per_s=512 * 8 / 3e-3 / 1e6, k
 
 
 def small_config(
-    policy: str, *, prefills: int = 1, decodes: int = 1, num_blocks: int = 64, kv_overcommit: float = 1000.0, more: str = ""
+    policy: str,
+    *,
+    prefills: int = 1,
+    decodes: int = 1,
+    num_blocks: int = 64,
+    prefill_block: int = 4,
+    decode_block: int = 4,
+    kv_overcommit: float = 1000.0,
+    more: str = "",
 ) -> Config:
-    """By default nothing is refused for want of memory, however much waits for it."""
+    """By default nothing is refused for want of memory, however much waits for it. `num_blocks` of four tokens."""
     nodes = [("router", "router", "")]
-    for role, count in (("prefill", prefills), ("decode", decodes)):
-        keys = f"kv_cache = {num_blocks * 512}\nblock_size = 4\nmax_step_tokens = 64\nmax_sequences = 8"
+    for role, count, block_size in (("prefill", prefills, prefill_block), ("decode", decodes, decode_block)):
+        keys = f"kv_cache = {num_blocks * 512}\nblock_size = {block_size}\nmax_step_tokens = 64\nmax_sequences = 8"
         nodes += [(f"{role[0]}{i}", role, keys) for i in range(count)]
     tables = [
         f'[[node]]\nname = "{name}"\nrole = "{role}"\nlisten = "127.0.0.1:{8000 + i}"\n{keys}' for i, (name, role, keys) in enumerate(nodes)

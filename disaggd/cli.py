@@ -46,9 +46,9 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
       disaggd up                          every node of the file that lives on this host
       disaggd --role decode --name d0     one node: what a service manager starts
 
-    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, or a request that trace cannot find or show; 2 bad
-    usage, configuration or model; 3 a port, a peer or memory that could not be had; 130 interrupted. up ends with the code of
-    the node that ended it.
+    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, a request that trace cannot find or show, or ranks that
+    check --tp finds to compute something else than one does; 2 bad usage, configuration or model; 3 a port, a peer or memory that
+    could not be had; 130 interrupted. up ends with the code of the node that ended it.
     """
     context.obj = config_path
     if context.invoked_subcommand is None:
@@ -97,12 +97,26 @@ def up(outer_path: Path | None, config_path: Path | None) -> int:
 
 @cli.command()
 @_config_option
+@click.option(
+    "--tp", type=click.IntRange(min=2), help="Compute a prompt with so many ranks and with one, too, and compare. Loads the model."
+)
 @click.pass_obj
-def check(outer_path: Path | None, config_path: Path | None) -> None:
+def check(outer_path: Path | None, config_path: Path | None, tp: int | None) -> int:
     """Check the file and show the cluster that it describes."""
     path = find_config(config_path or outer_path)
+    config = load_config(path)
+    if tp is None:
+        interrupts_raise()
+        describe(path, config)
+        return 0
+    node = config.nodes_of("decode")[0]
+    configure_logging(node.name)
+    pin(node)
+    reexec_with(compute_environment(node))
     interrupts_raise()
-    describe(path, load_config(path))
+    describe(path, config)
+    rank_check = importlib.import_module("disaggd.rank_check")
+    return int(rank_check.run(config, node, tp))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ MAX_LINES = 500
 
 GROUND = {"clock", "least_squares", "ids", "errors", "sampling", "units", "config", "toml_file", "log", "prefix", "__init__"}
 GROUND |= {"pulse", "api_keys", "tls", "troubles", "wire", "open_files"}
-ROOF = {"cli", "launch", "supervisor", "describe", "solo", "trace", "waterfall", "__main__"}
+ROOF = {"cli", "launch", "supervisor", "describe", "solo", "rank_check", "trace", "waterfall", "__main__"}
 
 MAY_IMPORT = {
     "ground": set[str](),

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 import disaggd
-from disaggd import cli
+from disaggd import cli, rank_check
 from disaggd.api_keys import key_table
+from disaggd.engine.comparison import Comparison, Difference
 from disaggd.errors import HelloRefused, ModelError, ResourceError
 from tests.support.certificates import make_certificates
 
@@ -280,6 +281,49 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """`generate` here, without the re-execution that would replace the tests."""
     monkeypatch.setattr(cli, "reexec_with", lambda wanted: None)
     monkeypatch.setattr(cli, "configure_logging", lambda node: None)
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("in_process")
+def test_check_compares_ranks_with_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+    assert run("check", "--config", str(config), "--tp", "2") == 0
+    shown = capsys.readouterr().out
+    assert "d0" in shown, "the cluster is shown, too"
+    assert "tp = 2 beside tp = 1: " in shown and "all 64 the same" in shown
+    assert "KV       of a token 6,144 bytes with one rank; by rank 3,072, 3,072" in shown
+
+
+@pytest.mark.usefixtures("in_process")
+def test_check_of_more_ranks_than_there_can_be_exits_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "--config", str(config), "--tp", "9") == 2
+    assert "tp = 9: the model has 4 heads" in capsys.readouterr().err
+    config.write_text(config.read_text() + 'device = "cuda"\n')
+    assert run("check", "--config", str(config), "--tp", "2") == 2
+    assert "node 'd0': ranks are for CPU nodes so far" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_ranks_that_compute_something_else_make_check_exit_1(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Comparison(
+        tp=2,
+        dtype="float32",
+        num_prompt_tokens=80,
+        num_tokens=64,
+        largest_logit=16.0,
+        logit_error=0.5,
+        num_same=60,
+        first_difference=Difference(11, alone=77, together=481, margin=0.25),
+        kv_token_bytes=6144,
+        rank_token_bytes=(6144, 6144),
+    )
+    monkeypatch.setattr(rank_check, "compare_ranks", lambda *_: found)
+    assert run("check", "--config", str(config), "--tp", "2") == 1
+    shown = capsys.readouterr().out
+    assert "at most 0.5 apart, of 16 at most: MORE than the 0.0008 that rounding explains" in shown
+    assert "60 of 64 the same; number 12 is 481 in place of 77, which led by 0.25" in shown
 
 
 @pytest.mark.usefixtures("in_process")

@@ -42,6 +42,8 @@ class LoadedEngine:
     """An engine, and what it was made of."""
 
     engine: Engine
+    runner: ModelRunner
+    """The engine's."""
     directory: ModelDirectory
     spec: ModelSpec
     kv_spec: KVSpec
@@ -152,10 +154,11 @@ def build_engine(
     hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
     pool = BlockPool(kv.shape[1], block_size, hasher)
     pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
-    engine = Engine(_runner(transformer, kv, limits, progress, followers), pool, limits, spec.eos_token_ids, pace)
+    runner = _runner(transformer, kv, limits, progress, followers)
+    engine = Engine(runner, pool, limits, spec.eos_token_ids, pace)
     if where.type == "cuda":
         warm_up(engine, where)
-    return LoadedEngine(engine, directory, spec, layout, kv, stream, followers, _unpacker(spec, kv, fp8_blocks, followers))
+    return LoadedEngine(engine, runner, directory, spec, layout, kv, stream, followers, _unpacker(spec, kv, fp8_blocks, followers))
 
 
 def _unpacker(spec: ModelSpec, kv: Tensor, fp8_blocks: int | None, followers: Followers | None) -> KVUnpacker | RanksUnpacker | None:

@@ -47,6 +47,11 @@ class ModelRunner:
             self._remember(drawn, plan)
         return drawn.read
 
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Of the plan's chunks that sample, [chunks, vocabulary] on the device. Stores their K and V; samples nothing."""
+        with torch.inference_mode():
+            return self._forward_on_all(build_batch(plan, self._kv.shape[4], {}), None)[0]
+
     def _forward_on_all(self, batch: HostBatch, layers_done: Callable[[range], None] | None) -> tuple[Tensor, Tensor]:
         if self._followers is None:
             return self._forward(batch, layers_done)

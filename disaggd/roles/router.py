@@ -27,7 +27,7 @@ from disaggd.cluster.hello import PROTOCOL_VERSION, NodeHello, RouterHello
 from disaggd.cluster.link import RouterLink, dial
 from disaggd.cluster.link_settings import LinkSettings, link_settings
 from disaggd.cluster.moves import DECODE_PATIENCE_S
-from disaggd.cluster.peers import DecodePeer, Duty, Pair, PairState, PrefillPeer
+from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
 from disaggd.config import Config, NodeConfig, RouterConfig
@@ -223,12 +223,12 @@ class RouterBackend:
                 for node in self._config.nodes_of("prefill", "decode")
             ],
             "pairs": [
-                {"prefill": pair.writer, "decode": pair.target, **_shown_state(pair)}
+                {"prefill": pair.writer, "decode": pair.target, "state": pair.state.value, "reason": pair.reason}
                 for pair in dispatcher.pairs
                 if pair.target in dispatcher.decodes
             ],
             "prefix_pairs": [
-                {"decode": pair.writer, "prefill": pair.target, **_shown_state(pair)}
+                {"decode": pair.writer, "prefill": pair.target, "state": pair.state.value, "reason": pair.reason}
                 for pair in dispatcher.pairs
                 if pair.target in dispatcher.prefills
             ],
@@ -317,14 +317,12 @@ def _asked(request: GenerationRequest) -> Request:
     )
 
 
-def _shown_state(pair: Pair) -> dict[str, str]:
-    return {"state": pair.state.value, **({"reason": pair.reason} if pair.reason else {})}
-
-
 def _describe(peer: PrefillPeer | DecodePeer) -> dict[str, object]:
     gauges = peer.gauges
     load: dict[str, object] = {
         "state": "serving" if peer.duty is Duty.SERVING else "draining",
+        "tp": peer.hello.num_ranks,
+        "block_size": peer.hello.kv.block_size,
         "num_blocks": peer.hello.num_blocks,
         "incarnation": peer.hello.incarnation,
     }

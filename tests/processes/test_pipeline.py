@@ -101,4 +101,4 @@ def test_metrics_and_cluster_tell_what_happened(cluster: Cluster) -> None:
     assert sum(cluster.metric("disaggd_decisions_total").values()) >= 1
     shown = cluster.get("/v1/cluster").json()
     assert [node["link"] for node in shown["nodes"]] == ["up", "up"]
-    assert shown["pairs"] == [{"prefill": "p0", "decode": "d0", "state": "ready"}]
+    assert shown["pairs"] == [{"prefill": "p0", "decode": "d0", "state": "ready", "reason": ""}]

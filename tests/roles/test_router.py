@@ -146,6 +146,13 @@ def test_a_pair_that_cannot_be_is_shown_with_the_field_that_differs() -> None:
     assert backend.cluster()["pairs"] == [{"prefill": "p0", "decode": "d0", "state": "refused", "reason": reason}]
 
 
+def test_a_node_is_shown_with_its_ranks_and_the_size_of_its_blocks() -> None:
+    backend = Front().backend
+    backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), msgspec.structs.replace(hello(), num_ranks=2), [].append))
+    [d0] = backend.cluster()["nodes"]
+    assert (d0["name"], d0["tp"], d0["block_size"]) == ("d0", 2, KV.block_size)
+
+
 def test_a_stop_string_of_one_request_leaves_another_with_the_same_id_alone() -> None:
     async def scenario() -> None:
         front = Front()

@@ -21,7 +21,7 @@ endif
 .PHONY: run test nightly clean
 
 run: $(VENV)/.installed
-	@exec $(BIN)/disaggd up
+	@exec $(BIN)/python tools/run.py
 
 test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/ruff check

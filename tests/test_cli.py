@@ -1,5 +1,6 @@
 """The command line: what a user sees, and the exit code that a script sees. Real processes where imports matter."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,19 @@ def test_ctrl_c_during_an_import_is_quiet(config: Path, tmp_path: Path, module: 
     (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')\n")
     process = disaggd_process("--config", str(config), *arguments, path=tmp_path)
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("code", "shown"), [(0, 0), (3, 3), (130, 0)])
+def test_make_run_takes_ctrl_c_for_a_good_end_and_nothing_else(monkeypatch: pytest.MonkeyPatch, code: int, shown: int) -> None:
+    def end() -> None:
+        assert sys.argv == ["disaggd", "up"]
+        sys.exit(code)
+
+    monkeypatch.setattr(cli, "main", end)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools/run.py"))
+    assert (caught.value.code or 0) == shown
 
 
 def test_a_key_is_shown_once_and_its_table_can_be_appended_to_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

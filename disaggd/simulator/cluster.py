@@ -20,7 +20,7 @@ from disaggd.engine.engine import Engine
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.self_measurement import measure_steps
 from disaggd.engine.step_cost import StepPace
-from disaggd.errors import ConfigError, RequestError
+from disaggd.errors import ConfigError, Overloaded, RequestError
 from disaggd.ids import Incarnation, NodeName
 from disaggd.model.spec import ModelSpec
 from disaggd.prefix import PrefixHasher
@@ -125,10 +125,9 @@ class SimulatedCluster:
             name = str(index)
             self._clients[name] = client
             sampling = SamplingParams(temperature=0.0, max_tokens=client.row.num_output, ignore_eos=True)
-            if len(self.dispatcher.sequences) >= self._config.router.max_requests:
-                self._num_open -= 1
-                return
             try:
+                if len(self.dispatcher.sequences) >= (most := self._config.router.max_requests):
+                    raise Overloaded(f"{most} sequences are in flight already ([router] max_requests)")
                 self.dispatcher.submit(Request(id=name, prompt=prompt(index, client.row, self._setup.block), sampling=sampling), client)
             except RequestError as error:
                 client.fail(error)

@@ -1,6 +1,7 @@
 """`disaggd simulate`: one trace under several policies, each on a cluster of its own, and what came of it as a table or JSON."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,12 +74,33 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(options: Options) -> None:
-    """Prints the comparison. Raises ConfigError or ModelError."""
-    report = compare(options)
+    """Prints the comparison, and each warning once. Raises ConfigError or ModelError."""
+    with _warning_once():
+        report = compare(options)
     if options.as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
     else:
         show(report.trace, report.nodes, report.slo, [part for result in report.results for part in _parts(result)])
+
+
+@contextmanager
+def _warning_once() -> Iterator[None]:
+    """To stderr, whichever node gives it under whichever policy: they are as many as the nodes, once for each policy."""
+    handler, said = logging.StreamHandler(), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in said
+        said.add(record.getMessage())
+        return not known
+
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(is_new)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def compare(options: Options) -> Report:

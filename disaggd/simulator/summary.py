@@ -1,5 +1,7 @@
 """What became of a replay: each request's outcome, and the figures that policies are compared by. Pure."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -8,6 +10,8 @@ import msgspec
 from disaggd.observe.spread import Spread, spread
 from disaggd.roles.receipts import make_receipt
 from disaggd.simulator.cluster import Client
+
+_NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +36,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     output_tokens: int
     error: str | None
-    """Why it was not finished, or not even taken."""
+    """OpenAI's code, or what there is instead, if it was not finished, or not even taken."""
+    why: str | None = None
+    """What its client was told then."""
     remote: bool
     """A prefill node computed its prompt."""
     reason: str
@@ -61,7 +67,8 @@ def outcome_of(client: Client, start_s: float) -> Outcome:
         arrived_s=client.arrived_at - start_s,
         prompt_tokens=client.row.num_input,
         output_tokens=len(client.tokens_at),
-        error="refused" if record is None else client.error.code or client.error.message if client.error is not None else None,
+        error=None if client.error is None else client.error.code or client.error.message,
+        why=None if client.error is None else client.error.message,
         remote=record is not None and record.was_remote,
         reason="" if record is None else record.reason.partition(":")[0],
         decode=None if record is None else record.decode,
@@ -84,6 +91,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     requests: int
     failed: int
+    failures: dict[str, int]
+    """Those by what their clients were told, its numbers aside; the most frequent first."""
     seconds: float
     """From the first of them to the last token."""
     good_share: float
@@ -108,6 +117,7 @@ def summarize(policy: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         policy=policy,
         requests=len(outcomes),
         failed=sum(one.error is not None for one in outcomes),
+        failures=dict(Counter(_NUMBER.sub("N", one.why or one.error) for one in outcomes if one.error is not None).most_common()),
         seconds=seconds,
         good_share=num_good / len(outcomes),
         goodput_per_s=num_good / seconds if seconds else 0.0,

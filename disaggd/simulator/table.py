@@ -34,7 +34,10 @@ _PIPED_WIDTH = 200
 
 
 def show(trace: str, nodes: str, slo: Slo, summaries: Sequence[Summary]) -> None:
-    """Prints a row for each of `summaries`: milliseconds; cached tokens as a part of the prompts, errors as a part of the TTFT."""
+    """Prints a row for each of `summaries`: milliseconds; cached tokens as a part of the prompts, errors as a part of the TTFT.
+
+    Below, why requests failed.
+    """
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
@@ -45,6 +48,13 @@ def show(trace: str, nodes: str, slo: Slo, summaries: Sequence[Summary]) -> None
         console.width = _PIPED_WIDTH
     console.print(f"{trace} on {nodes}; good: {_limits(slo)}; times in ms", highlight=False, soft_wrap=True)
     console.print(table)
+    for line in filter(None, map(_failures, summaries)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _failures(summary: Summary) -> str:
+    reasons = "; ".join(f"{count:,}: {why}" for why, count in summary.failures.items())
+    return f"failed under {summary.policy}: {reasons}" if reasons else ""
 
 
 def _limits(slo: Slo) -> str:

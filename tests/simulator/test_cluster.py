@@ -77,7 +77,7 @@ def test_a_prompt_longer_than_the_pool_is_refused() -> None:
 
 def test_requests_beyond_what_the_router_takes_are_refused() -> None:
     clients, _ = replay(small_setup("never", more="[router]\nmax_requests = 2"), ONE * 3)
-    assert [outcome_of(client, 0.0).error for client in clients] == [None, None, "refused"]
+    assert [outcome_of(client, 0.0).error for client in clients] == [None, None, "rate_limit_exceeded"]
 
 
 def ended(client: Client) -> bool:

@@ -35,6 +35,20 @@ def test_it_shows_a_row_for_each_policy(trace: Path, capsys: pytest.CaptureFixtu
     assert [line.split()[0] for line in lines[3:]] == ["always", "threshold:600"]
 
 
+def test_it_says_why_requests_failed_and_each_warning_once(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pool of 8 blocks: too small to measure a node in, and for most of the prompts."""
+    size = 8 * 64 * 2 * 12 * 4 * 64 * 2
+    assert simulate("--trace", trace, "--policy", "always", "--policy", "never", "--nodes", "2P2D", "--kv-cache", size) == 0
+    shown = capsys.readouterr()
+    always, never = [line for line in shown.out.splitlines() if line.startswith("failed under ")]
+    assert (
+        always.startswith("failed under always: ") and "the prompt has N tokens, but the KV pool less one token of output holds N" in always
+    )
+    assert never.startswith("failed under never: ")
+    warnings = [line for line in shown.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == len(set(warnings)) >= 1 and "too small to measure" in warnings[0]
+
+
 def test_without_policies_it_compares_the_clusters_own_with_others(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate("--trace", trace, "--requests", 2) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]]

@@ -4,13 +4,19 @@ from disaggd.simulator.summary import Outcome, Slo, summarize
 
 
 def outcome(
-    ttft_ms: float | None = 100.0, *gaps_ms: float, error: str | None = None, arrived_s: float = 0.0, remote: bool = False
+    ttft_ms: float | None = 100.0,
+    *gaps_ms: float,
+    error: str | None = None,
+    why: str | None = None,
+    arrived_s: float = 0.0,
+    remote: bool = False,
 ) -> Outcome:
     return Outcome(
         arrived_s=arrived_s,
         prompt_tokens=50,
         output_tokens=1 + len(gaps_ms),
         error=error,
+        why=why,
         remote=remote,
         reason="",
         decode="d0",
@@ -53,8 +59,15 @@ def test_a_summary_counts_what_became_of_all() -> None:
     )
     assert (found.requests, found.failed, found.seconds) == (3, 1, 20.0)
     assert (found.good_share, found.goodput_per_s) == (1 / 3, 1 / 20)
+    assert found.failures == {"refused": 1}
     assert found.ttft_ms is not None and (found.ttft_ms.count, found.ttft_ms.p50) == (2, 200.0)
     assert found.itl_ms is not None and found.itl_ms.mean == 30.0
     assert found.queued_ms is None
     assert found.prediction_error is not None and found.prediction_error.max == 0.25
     assert (found.remote_share, found.prompt_tokens, found.cached_at_decode) == (1 / 3, 150, 30)
+
+
+def test_failures_are_counted_by_what_clients_were_told_whatever_its_numbers() -> None:
+    full = [outcome(None, error="rate_limit_exceeded", why=f"the queue is full: {n} waiting, {n},000 tokens in all") for n in (7, 12, 130)]
+    found = summarize("p", [outcome(None, error="timeout"), *full, outcome(None, error="timeout", why="no end within 2.5 s")], Slo())
+    assert list(found.failures.items()) == [("the queue is full: N waiting, N tokens in all", 3), ("timeout", 1), ("no end within N s", 1)]

@@ -13,8 +13,8 @@ from tests.chaos.cluster import ChaosCluster
 from tests.chaos.load import Load
 from tests.chaos.report import Report
 from tests.chaos.run import Run, Say, report_of
-from tests.chaos.territory import has_namespaces, wired
 from tests.support.oracle import Oracle
+from tests.support.territory import has_namespaces, wired
 
 TEMPOS = {"quick": schedule.QUICK, "standard": schedule.STANDARD}
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import httpx
 
-from bench.namespaces import Namespace
 from tests.chaos.schedule import Tempo
-from tests.chaos.territory import Wire, connector
 from tests.support.proxied import ProxiedCluster
-from tests.support.proxy import Connect
+from tests.support.territory import Wire
 
 MAX_LOCAL_PREFILL_TOKENS = 128
 NUM_BLOCKS = 120
@@ -24,10 +22,9 @@ class ChaosCluster(ProxiedCluster):
     """Without a `wire` all of it is on loopback."""
 
     def __init__(self, directory: Path, tempo: Tempo, wire: Wire | None, bytes_per_block: int) -> None:
-        self.wire = wire
-        self._spaces: dict[str, Namespace] = {} if wire is None else {"prefill": wire.prefill, "decode": wire.decode}
         super().__init__(
             directory,
+            wire=wire,
             prefill=2,
             decode=2,
             nodes={"kv_cache": NUM_BLOCKS * bytes_per_block},
@@ -35,20 +32,11 @@ class ChaosCluster(ProxiedCluster):
             disaggregation={"max_local_prefill_tokens": MAX_LOCAL_PREFILL_TOKENS, "max_prefill_queue": 64, "prefix_push": "always"},
             cluster={"heartbeat_s": tempo.heartbeat_s, "missed_heartbeats": tempo.missed_heartbeats, "drain_s": tempo.drain_s},
             transfer={
-                "devices": "lo" if wire is None else wire.device,
                 "lease_s": tempo.lease_s,
                 "quiesce_s": tempo.quiesce_s,
                 "user_timeout_s": tempo.user_timeout_s,
             },
         )
-        for node in self.nodes.values():
-            if (space := self._spaces.get(node.role)) is not None:
-                node.prefix = space.prefix
-
-    def connector_of(self, name: str) -> Connect:
-        node = self.nodes[name]
-        space = self._spaces.get(node.role)
-        return super().connector_of(name) if space is None else connector(node.port, space)
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:

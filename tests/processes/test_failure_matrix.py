@@ -12,12 +12,12 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from tests.chaos.territory import Wire, has_namespaces, wired
 from tests.support.answers import Answers, Stream, contradiction
 from tests.support.clusters import running
 from tests.support.matrix import BLOWS, PHASES, Blow, Phase, allowed, may_move, must_move
 from tests.support.oracle import Oracle
 from tests.support.scenes import DEFAULT, QUICK, SceneCluster, Stage, Tempo
+from tests.support.territory import Wire, has_namespaces, wired
 
 pytestmark = pytest.mark.process
 

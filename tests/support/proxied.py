@@ -1,15 +1,17 @@
-"""`ProxiedCluster`: a cluster whose router reaches each engine node through a proxy, which a test may cut, stall or slow down."""
+"""`ProxiedCluster`: a cluster whose router reaches each engine node through a proxy, which a test may cut, stall or slow down.
+
+Its nodes may live in the namespaces of a wire of ours, which KV takes and a test may harm as well.
+"""
 
 import asyncio
-import socket
 import threading
 from collections.abc import Coroutine
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.support.clusters import Cluster, free_port
+from tests.support.clusters import Block, Cluster, free_port
 from tests.support.proxy import GOOD, Condition, Connect, LinkProxy
+from tests.support.territory import Wire, connector
 
 Result = TypeVar("Result")
 
@@ -17,10 +19,18 @@ CALL_S = 20.0
 
 
 class ProxiedCluster(Cluster):
-    """Two files: the nodes' own, with where they listen; and the router's, with where the proxies do."""
+    """Two files: the nodes' own, with where they listen; and the router's, with where the proxies do.
 
-    def __init__(self, directory: Path, **options: Any) -> None:
-        super().__init__(directory, **options)
+    Without a `wire` all of it is on loopback.
+    """
+
+    def __init__(self, directory: Path, *, wire: Wire | None = None, transfer: Block | None = None, **options: Any) -> None:
+        super().__init__(directory, transfer={"devices": "lo" if wire is None else wire.device, **(transfer or {})}, **options)
+        self.wire = wire
+        self._spaces = {} if wire is None else {"prefill": wire.prefill, "decode": wire.decode}
+        for node in self.nodes.values():
+            if (space := self._spaces.get(node.role)) is not None:
+                node.prefix = space.prefix
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True)
         self._ports = {name: free_port() for name in (*self.names("prefill"), *self.names("decode"))}
@@ -28,7 +38,8 @@ class ProxiedCluster(Cluster):
 
     def connector_of(self, name: str) -> Connect:
         """How this node is reached from here."""
-        return connector(self.nodes[name].port)
+        node = self.nodes[name]
+        return connector(node.port, self._spaces.get(node.role))
 
     def config_of(self, name: str) -> Path:
         return self.directory / "router.toml" if name == "router" else self.config
@@ -66,14 +77,3 @@ class ProxiedCluster(Cluster):
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(CALL_S)
-
-
-def connector(port: int) -> Connect:
-    """Connects to 127.0.0.1:`port`."""
-
-    async def connect() -> socket.socket:
-        made = await asyncio.to_thread(partial(socket.create_connection, ("127.0.0.1", port), 5))
-        made.setblocking(False)
-        return made
-
-    return connect

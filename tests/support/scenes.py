@@ -17,15 +17,14 @@ from typing import Any
 import httpx
 import msgspec
 
-from bench.namespaces import Namespace
 from disaggd.sampling import SamplingParams
-from tests.chaos.territory import Wire, connector
 from tests.support.answers import Ask, Stream
 from tests.support.clusters import Cluster, wait_until
 from tests.support.matrix import Blow, Phase
 from tests.support.oracle import Oracle, prompt_of
 from tests.support.proxied import ProxiedCluster
-from tests.support.proxy import Condition, Connect
+from tests.support.proxy import Condition
+from tests.support.territory import Wire
 
 BLOCK = 64
 KV_BLOCKS = 70
@@ -70,31 +69,21 @@ class SceneCluster(ProxiedCluster):
     """1P2D with the tempo's deadlines. Without a `wire` all of it is on loopback."""
 
     def __init__(self, directory: Path, oracle: Oracle, tempo: Tempo, wire: Wire | None = None) -> None:
-        self.wire = wire
-        self._spaces: dict[str, Namespace] = {} if wire is None else {"prefill": wire.prefill, "decode": wire.decode}
         super().__init__(
             directory,
+            wire=wire,
             decode=2,
             nodes={"max_step_tokens": 80, "max_sequences": 16},
             routing={"prefill_weight": 1.0, "load_weight": 0.0},
             disaggregation={"prefix_push": "never"},
             cluster={"heartbeat_s": tempo.heartbeat_s, "missed_heartbeats": tempo.missed_heartbeats},
             transfer={
-                "devices": "lo" if wire is None else wire.device,
                 "lease_s": tempo.lease_s,
                 "quiesce_s": tempo.quiesce_s,
                 "user_timeout_s": tempo.user_timeout_s,
             },
         )
         self.nodes["p0"].options["kv_cache"] = KV_BLOCKS * oracle.kv_spec.bytes_per_block
-        for node in self.nodes.values():
-            if (space := self._spaces.get(node.role)) is not None:
-                node.prefix = space.prefix
-
-    def connector_of(self, name: str) -> Connect:
-        node = self.nodes[name]
-        space = self._spaces.get(node.role)
-        return super().connector_of(name) if space is None else connector(node.port, space)
 
 
 def ask_in(phase: Phase, oracle: Oracle) -> Ask:

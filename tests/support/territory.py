@@ -65,11 +65,12 @@ def wired() -> Iterator[Wire]:
         yield Wire(prefill, decode)
 
 
-def connector(port: int, space: Namespace) -> Connect:
-    """Connects to 127.0.0.1:`port` of `space`."""
+def connector(port: int, space: Namespace | None) -> Connect:
+    """Connects to 127.0.0.1:`port` of `space`; None is where we are."""
+    reach = partial(socket.create_connection, ("127.0.0.1", port), 5)
 
     async def connect() -> socket.socket:
-        made = await asyncio.to_thread(_in_space, space, partial(socket.create_connection, ("127.0.0.1", port), 5))
+        made = await (asyncio.to_thread(reach) if space is None else asyncio.to_thread(_in_space, space, reach))
         made.setblocking(False)
         return made
 

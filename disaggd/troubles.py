@@ -43,5 +43,9 @@ class Refusals:
             self._told[cause, address] = None
         if len(self._told) > _MAX_REMEMBERED:
             self._told.popitem(last=False)
+        self.count(cause)
+
+    def count(self, cause: str) -> None:
+        """What has been logged already."""
         self._totals[cause] += 1
         self._on_refused(cause, self._totals[cause])

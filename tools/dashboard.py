@@ -121,6 +121,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "reqps",
             (
                 Query(rate("disaggd_unauthorized_total", "cause"), "{{cause}}"),
+                Query(rate("disaggd_unreadable_api_keys_total"), "the keys' file cannot be read"),
                 Query(rate("disaggd_api_key_requests_total", "key, outcome", '{outcome!="admitted"}'), "{{key}}: {{outcome}}"),
             ),
         ),

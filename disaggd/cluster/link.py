@@ -62,6 +62,9 @@ _FAREWELLS = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 _websockets_log = logging.getLogger(f"{__name__}.websockets")
 _websockets_log.setLevel(logging.CRITICAL)
 
+FAULT = "fault"
+"""In place of a field: no difference ended the link, but what its owner did about a frame of it, which failed."""
+
 _encode = msgspec.msgpack.Encoder().encode
 decode_from_router = WireDecoder[ToNode](ToNode)
 decode_from_node = WireDecoder[ToRouter](ToRouter)
@@ -74,10 +77,12 @@ Hello = TypeVar("Hello", RouterHello, NodeHello)
 class LinkClosed(Exception):
     """Ends a link's tasks; the message says why."""
 
-    def __init__(self, reason: str, *, is_farewell: bool = False) -> None:
+    def __init__(self, reason: str, *, is_farewell: bool = False, is_fault: bool = False) -> None:
         super().__init__(reason)
         self.is_farewell = is_farewell
         """An end in good order, which a peer may choose at any time."""
+        self.is_fault = is_fault
+        """Something of ours failed over it."""
 
 
 class Link(Generic[Out, In, Hello]):
@@ -147,7 +152,7 @@ class Link(Generic[Out, In, Hello]):
 
     async def _run(self, on_frame: Callable[[Any, In], None]) -> LinkClosed:
         """Until the link ends; returns why."""
-        end = LinkClosed("a frame could not be handled")
+        end = LinkClosed("a frame could not be handled", is_fault=True)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read(on_frame))
@@ -265,8 +270,11 @@ class LinkServer:
             if hello is not None:
                 self._strangers.gone(socket)
                 link: NodeLink = Link(socket, hello.router, hello, decode_from_router, self._settings)
-                await link.carry(*self._callbacks)
+                end = await link.carry(*self._callbacks)
+                if end.is_fault:
+                    self._refusals.count(FAULT)
         except Exception:
+            self._refusals.count(FAULT)
             log.exception("a link's callback failed")  # the library would log it where nobody looks
             raise
 
@@ -321,7 +329,7 @@ async def dial(
     on_refused: Callable[[str], None] = lambda _: None,
 ) -> Never:
     """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello;
-    `on_refused` is told the field over which either end refused the other.
+    `on_refused` is told the field over which either end refused the other, or `FAULT`.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
     Each standing trouble is logged once; that a node is not there yet, or took its leave, is none for `patience_s`. No exception ends
@@ -349,6 +357,7 @@ async def dial(
                 troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error, settings)}")
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
         except Exception as error:  # noqa: BLE001  whatever it is, the other nodes stay linked
+            on_refused(FAULT)
             troubles.log(logging.ERROR, f"no link to {node.name} at {node.listen}, trying again: {error!r}", error)
             pause_s = settings.refused_s
         else:
@@ -357,8 +366,11 @@ async def dial(
             missed_from = now()
             try:
                 end = await link.carry(on_up, on_frame, on_down)
+                if end.is_fault:
+                    on_refused(FAULT)
                 missed_from = now() + (settings.patience_s if end.is_farewell else 0.0)
             except Exception:
+                on_refused(FAULT)
                 log.exception("a callback of the link to %s failed", node.name)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 

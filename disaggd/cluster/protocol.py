@@ -428,7 +428,7 @@ class SlowThread(Frame, frozen=True):
 class RefusedLinks(Frame, frozen=True):
     """Engine node → every router, when it grows and at link up: how many links the node has refused for one cause since its start.
 
-    Causes are fields of a hello that differed, `secret`, and `no_hello`.
+    Causes are fields of a hello that differed, `secret`, and `no_hello`; or `fault`, a link that was up, over which the node itself failed.
     """
 
     cause: str

@@ -36,6 +36,9 @@ class Metrics:
         """Of counts that somebody else keeps: what was told last, by counter and label."""
         self._http_requests = Counter("disaggd_http_requests", "HTTP requests answered", ["route", "status"], registry=registry)
         self._unauthorized = Counter("disaggd_unauthorized", "HTTP requests without a valid API key", ["cause"], registry=registry)
+        self._unreadable_keys = Counter(
+            "disaggd_unreadable_api_keys", "Changes of the API keys' file that could not be read", registry=registry
+        )
         self._key_requests = Counter("disaggd_api_key_requests", "Requests at admission", ["key", "outcome"], registry=registry)
         self._key_tokens = Counter("disaggd_api_key_tokens", "Tokens of requests that are over", ["key", "kind"], registry=registry)
         self._open_requests = Gauge("disaggd_open_requests", "HTTP requests being served", registry=registry)
@@ -124,6 +127,10 @@ class Metrics:
 
     def count_unauthorized(self, cause: str, total: int) -> None:
         self._count_to(self._unauthorized, (cause,), total)
+
+    def count_unreadable_keys(self) -> None:
+        """The file of API keys has changed, and cannot be read: those that were read last hold on."""
+        self._unreadable_keys.inc()
 
     def count_key_request(self, key: str, outcome: str) -> None:
         """A request of one API key was admitted, or met one of the key's limits."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from disaggd.cluster.dispatcher import Dispatcher
 from disaggd.cluster.hello import NodeHello
+from disaggd.cluster.link import FAULT
 from disaggd.cluster.peers import Duty, PairState, Peer
 from disaggd.cluster.protocol import Gauges
 from disaggd.cluster.request import RoutedSequence
@@ -20,7 +21,7 @@ from disaggd.observe.recorder import FlightRecorder, FlownRequest
 from disaggd.roles.receipts import make_receipt
 
 _LINK_CAUSES = frozenset(
-    ("secret", "tls", "version", "name", "role", "model_id", "kv.dtype", "kv.block_size", "kv.head_dim", "kv.groups"),
+    (FAULT, "secret", "tls", "version", "name", "role", "model_id", "kv.dtype", "kv.block_size", "kv.head_dim", "kv.groups"),
 )
 
 

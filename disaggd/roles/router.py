@@ -363,7 +363,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(_tick(backend, server))]
         if key_file is not None:
-            background.append(tasks.create_task(_follow_keys(key_file, access)))
+            background.append(tasks.create_task(_follow_keys(key_file, access, metrics)))
         background += [tasks.create_task(_keep_link(engine, hello, backend, links)) for engine in config.nodes_of("prefill", "decode")]
         if config.exposed_without_keys(node):
             log.warning("anybody who reaches %s may use this cluster: see [router] api_keys", node.listen)
@@ -406,16 +406,18 @@ class _Ending:
         self._server.should_exit = True
 
 
-async def _follow_keys(file: KeyFile, access: Access) -> None:
-    """Keys are added and withdrawn without a restart. A file that cannot be read changes nothing."""
+async def _follow_keys(file: KeyFile, access: Access, metrics: Metrics) -> None:
+    """Keys are added and withdrawn without a restart. A file that cannot be read changes nothing, and is counted."""
     while True:
         await asyncio.sleep(KEY_FILE_POLL_S)
         if file.has_changed():
             try:
                 keys = file.read()
             except ConfigError as error:
+                metrics.count_unreadable_keys()
                 log.error("%s; the API keys stay as they were", error)
             except Exception:
+                metrics.count_unreadable_keys()
                 log.exception("the API keys cannot be read and stay as they were")
             else:
                 access.set_keys(keys)

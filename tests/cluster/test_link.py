@@ -15,9 +15,9 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from disaggd.cluster.handshake import Greeting, meet_node
 from disaggd.cluster.hello import PROTOCOL_VERSION, Challenge, Frame, HelloRejected, NodeHello, Ping, RouterHello
-from disaggd.cluster.link import Link, LinkServer, dial, serve_links
+from disaggd.cluster.link import FAULT, Link, LinkServer, dial, serve_links
 from disaggd.cluster.link_settings import LinkSettings
-from disaggd.cluster.protocol import Abort, Credit
+from disaggd.cluster.protocol import Abort, Credit, Room
 from disaggd.config import Address, NodeConfig
 from disaggd.errors import HelloRefused, ResourceError
 from disaggd.ids import Incarnation, NodeName, SeqId
@@ -530,9 +530,11 @@ def test_a_redirect_is_not_followed(free_port: Callable[[], int], caplog: pytest
 def test_no_fault_of_a_callback_keeps_the_router_from_dialling_on(
     free_port: Callable[[], int], caplog: pytest.LogCaptureFixture, callback: str
 ) -> None:
+    counted: list[str] = []
+
     async def scenario() -> None:
         port, router, stumbles = free_port(), End(), iter([True])
-        calls: dict[str, Callable[..., None]] = {"accept": lambda _: None, **router.callbacks}
+        calls: dict[str, Callable[..., None]] = {"accept": lambda _: None, "on_refused": counted.append, **router.callbacks}
 
         def stumble(*args: Any) -> None:
             if next(stumbles, False):
@@ -550,6 +552,7 @@ def test_no_fault_of_a_callback_keeps_the_router_from_dialling_on(
 
     run(scenario())
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
+    assert counted == [FAULT]
 
 
 def test_a_silent_peer_is_given_up(free_port: Callable[[], int]) -> None:
@@ -586,6 +589,8 @@ def test_a_peer_that_reads_too_slowly_is_cut(free_port: Callable[[], int]) -> No
 
 
 def test_a_callbacks_fault_is_logged_and_ends_its_link_only(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[tuple[str, int]] = []
+
     async def scenario() -> None:
         port, router, node = free_port(), End(), End()
 
@@ -593,7 +598,11 @@ def test_a_callbacks_fault_is_logged_and_ends_its_link_only(free_port: Callable[
             raise KeyError(frame)
 
         server = await serve_links(
-            Address(f"127.0.0.1:{port}"), hello=lambda _: NODE, settings=SETTINGS, **(node.callbacks | {"on_frame": stumble})
+            Address(f"127.0.0.1:{port}"),
+            hello=lambda _: NODE,
+            settings=SETTINGS,
+            on_refused=lambda *refused: counted.append(refused),
+            **(node.callbacks | {"on_frame": stumble}),
         )
         async with dialling(port, router):
             (await router.up.get()).send(Abort(SeqId("r-0"), 0))
@@ -603,6 +612,30 @@ def test_a_callbacks_fault_is_logged_and_ends_its_link_only(free_port: Callable[
 
     run(scenario())
     assert any(record.exc_info and record.levelno == logging.ERROR for record in caplog.records)
+    assert counted == [(FAULT, 1)]
+
+
+def test_a_routers_own_fault_over_a_frame_is_counted(free_port: Callable[[], int]) -> None:
+    counted: list[str] = []
+
+    async def scenario() -> None:
+        port, router, node = free_port(), End(), End()
+
+        def stumble(link: AnyLink, frame: Frame) -> None:
+            raise KeyError(frame)
+
+        async with serving(port, node):
+            calls = router.callbacks | {"on_frame": stumble}
+            task = asyncio.create_task(dial(node_at(port), ROUTER, settings=SETTINGS, on_refused=counted.append, **calls))
+            (await node.up.get()).send(Room())
+            await router.down.get()
+            await router.up.get()
+            await router.up.get()
+            task.cancel()
+            await asyncio.wait([task])
+
+    run(scenario())
+    assert counted == [FAULT]
 
 
 @pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/elsewhere", 404)])

@@ -284,7 +284,7 @@ def test_a_key_file_that_is_emptied_is_a_warning(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(router.log, "warning", told.put_nowait)
 
     async def scenario() -> None:
-        following = asyncio.create_task(router._follow_keys(file, access))
+        following = asyncio.create_task(router._follow_keys(file, access, Metrics(CollectorRegistry())))
         (tmp_path / "keys.toml").write_text("")
         async with asyncio.timeout(20):
             assert await told.get() == "0 API keys: nobody may use this router"
@@ -448,9 +448,11 @@ def test_whatever_befalls_the_file_of_keys_the_router_keeps_those_it_has_and_loo
             followed.set()
             return parse_keys(content)
 
+    registry = CollectorRegistry()
+
     async def scenario() -> None:
-        access = Access(Metrics(CollectorRegistry()), ())
-        task = asyncio.create_task(router._follow_keys(File(str(tmp_path)), access))
+        metrics = Metrics(registry)
+        task = asyncio.create_task(router._follow_keys(File(str(tmp_path)), Access(metrics, ()), metrics))
         async with asyncio.timeout(10):
             await asyncio.wait([task, asyncio.create_task(followed.wait())], return_when=asyncio.FIRST_COMPLETED)
         assert not task.done()
@@ -458,3 +460,4 @@ def test_whatever_befalls_the_file_of_keys_the_router_keeps_those_it_has_and_loo
 
     asyncio.run(scenario())
     assert [record.getMessage().endswith("stay as they were") for record in caplog.records if record.levelname == "ERROR"] == [True, True]
+    assert registry.get_sample_value("disaggd_unreadable_api_keys_total") == 2

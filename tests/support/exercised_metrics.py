@@ -14,6 +14,7 @@ def exercise() -> CollectorRegistry:
     metrics = Metrics(registry, "1.0", "tiny")
     metrics.count_http("/v1/completions", 200)
     metrics.count_unauthorized("wrong", 1)
+    metrics.count_unreadable_keys()
     metrics.count_key_request("alice", "admitted")
     metrics.count_key_tokens("alice", 100, 10)
     metrics.count_slow_client("stalled")

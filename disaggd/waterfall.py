@@ -21,6 +21,7 @@ KINDS: dict[SpanName, Kind] = {
     "decide": "waits",
     "queue": "waits",
     "grant": "waits",
+    "prefix_push": "moves",
     "prefill_wait": "waits",
     "prefill": "computes",
     "transfer": "moves",

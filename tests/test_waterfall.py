@@ -45,6 +45,11 @@ def test_a_bar_stands_where_its_time_was() -> None:
     assert row(lines, "prefill").endswith("107 ms")
 
 
+def test_a_prefix_push_has_a_bar_of_the_node_that_pushes() -> None:
+    pushed = remote_attempt(spans=(Span("prefix_push", "d0", 0.0, 90.0), *remote_attempt().spans))
+    assert re.search(r"^prefix push  d0 ▒+ +90.0 ms$", row(page(remote_receipt(attempts=(pushed,))), "prefix push"))
+
+
 def test_the_exposed_part_of_a_transfer_looks_different() -> None:
     assert re.search("▒+▓+", row(page(remote_receipt()), "transfer"))
     assert re.search("-+=+", row(page(remote_receipt(), glyphs=ASCII), "transfer"))

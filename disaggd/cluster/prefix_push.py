@@ -126,7 +126,7 @@ class PrefixPushes:
         if not is_worth_pushing(self._policy, missing) and not self._is_due(way, missing):
             return None
         way.num_passed_over = 0
-        record.prefix_push = PrefixPush(source=decode.name, num_asked=missing.num_missing)
+        record.prefix_push = PrefixPush(source=decode.name, attempt=record.attempt, num_asked=missing.num_missing)
         self._asked.setdefault(prefill.name, {})[record.job] = record.prefix_push
         return PrefixSource(decode.name, missing.num_held)
 

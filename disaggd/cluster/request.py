@@ -163,6 +163,7 @@ class PrefixPush(msgspec.Struct, frozen=True, kw_only=True):
     """The beginning of a prompt that its decode node is to push to its prefill node."""
 
     source: NodeName
+    attempt: int
     num_asked: int
     """Tokens that the prefill node was thought to lack."""
     outcome: PrefixOutcome | None = None

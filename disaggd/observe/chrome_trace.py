@@ -24,8 +24,10 @@ ROUTER = "router"
 _EVENTS_TRACK = 1
 """Thread id of every process's own events and counters."""
 _FIRST_TRACK = 2
-_ACTIVITIES = ("prefill", "transfer", "decode")
+_ACTIVITIES = ("prefill", "transfer", "decode", "prefix_push")
 """What nodes do for a request, and so the names of their tracks, in this order."""
+_BESIDE = ("transfer", "prefix_push")
+"""Those that overlap others of a request: only their nodes show them."""
 _TRACKS_PER_ACTIVITY = 100_000
 
 
@@ -114,7 +116,7 @@ class _Trace:
         for attempt in receipt.attempts:
             for span in attempt.spans:
                 start, stop = self._us(flown.arrived + span.start_ms / 1e3), self._end(flown, span.end_ms)
-                if span.name != "transfer":  # the one that overlaps others; its node shows it
+                if span.name not in _BESIDE:
                     yield _slice(span.name, "span", min(max(start, free), end), min(stop, end), self._router, track, _at(span))
                     free = max(free, stop)
                 if span.node is not None and span.name in _ACTIVITIES:

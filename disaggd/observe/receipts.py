@@ -13,7 +13,7 @@ from disaggd.sampling import FinishReason
 
 Decision = Literal["local", "remote"]
 Policy = Literal["auto", "local", "remote"]
-SpanName = Literal["decide", "queue", "grant", "prefill_wait", "prefill", "transfer", "decode"]
+SpanName = Literal["decide", "queue", "grant", "prefix_push", "prefill_wait", "prefill", "transfer", "decode"]
 
 
 class CachedTokens(msgspec.Struct, frozen=True):

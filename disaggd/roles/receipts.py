@@ -7,10 +7,14 @@ reported it, as if that had taken no time. The way there is what may be long, fo
 from collections.abc import Iterator
 
 from disaggd.cluster.offer import Predicted as PredictedSeconds
+from disaggd.cluster.protocol import PrefixOutcome
 from disaggd.cluster.request import PastAttempt, RoutedSequence, Timeline
 from disaggd.cluster.request import PrefixPush as PushedPrefix
 from disaggd.ids import NodeName
 from disaggd.observe.receipts import Attempt, CachedTokens, Decision, Predicted, PrefillClock, PrefixPush, Receipt, Span, SpanName, Spans
+
+_PUSHED: tuple[PrefixOutcome | None, ...] = (None, "landed", "failed", "stopped")
+"""Outcomes of prefixes that were under way, or are."""
 
 
 def make_receipt(record: RoutedSequence, model: str, now: float, since_epoch_s: float) -> Receipt:
@@ -120,17 +124,25 @@ def _prefill_clock(times: Timeline) -> PrefillClock | None:
 def _attempts(record: RoutedSequence) -> Iterator[Attempt]:
     """Each begins where the last one ended."""
     arrived = began = record.timeline.arrived
-    for past in record.past:
-        yield _attempt(past, arrived, began, past.failure, has_decoded=True)
+    for number, past in enumerate(record.past):
+        yield _attempt(past, arrived, began, _push_of(record, number), past.failure, has_decoded=True)
         began = past.ended
-    yield _attempt(record, arrived, began, None, has_decoded=len(record.sent) > 1)
+    yield _attempt(record, arrived, began, _push_of(record, record.attempt), None, has_decoded=len(record.sent) > 1)
 
 
-def _attempt(of: PastAttempt | RoutedSequence, arrived: float, began: float, failure: str | None, *, has_decoded: bool) -> Attempt:
+def _push_of(record: RoutedSequence, attempt: int) -> PushedPrefix | None:
+    """What was pushed for it to the prefill node, or still is; not what nobody began to."""
+    push = record.prefix_push
+    return push if push is not None and push.attempt == attempt and push.outcome in _PUSHED else None
+
+
+def _attempt(
+    of: PastAttempt | RoutedSequence, arrived: float, began: float, push: PushedPrefix | None, failure: str | None, *, has_decoded: bool
+) -> Attempt:
     times = of.timeline
     spans = (
         Span(name, node, _rounded_ms(start - arrived), None if end is None else _rounded_ms(end - arrived))
-        for name, node, start, end in _spans(times, of.was_remote, of.decode, of.prefill)
+        for name, node, start, end in _spans(times, of.was_remote, of.decode, of.prefill, push)
         if name != "decode" or has_decoded
     )
     return Attempt(
@@ -152,7 +164,9 @@ PlacedSpan = tuple[SpanName, NodeName | None, float, float | None]
 """In seconds on the router's clock; None for an end that has not come."""
 
 
-def _spans(times: Timeline, was_remote: bool, decode: NodeName | None, prefill: NodeName | None) -> Iterator[PlacedSpan]:
+def _spans(
+    times: Timeline, was_remote: bool, decode: NodeName | None, prefill: NodeName | None, push: PushedPrefix | None
+) -> Iterator[PlacedSpan]:
     """Those that began; what the end of the attempt cut short ends with it."""
     if not was_remote and times.decided is not None and times.placed is not None:
         yield from _spans_at_decode(times, times.placed, times.decided, decode)
@@ -163,17 +177,20 @@ def _spans(times: Timeline, was_remote: bool, decode: NodeName | None, prefill: 
     if times.granting is not None:
         yield "grant", decode, times.granting, _first(times.dispatched, times.ended)
     if was_remote and times.dispatched is not None:
-        yield from _spans_elsewhere(times, times.dispatched, prefill)
+        yield from _spans_elsewhere(times, times.dispatched, prefill, push)
     if times.resumed is not None:
         yield "decode", decode, times.resumed, times.ended
 
 
-def _spans_elsewhere(times: Timeline, dispatched: float, node: NodeName | None) -> Iterator[PlacedSpan]:
+def _spans_elsewhere(times: Timeline, dispatched: float, node: NodeName | None, push: PushedPrefix | None) -> Iterator[PlacedSpan]:
     came = dispatched
+    if times.prefilled is not None and times.first_token_reported_ms is not None:
+        came = max(dispatched, times.prefilled - times.first_token_reported_ms / 1e3)
+    if push is not None:
+        yield "prefix_push", push.source, came, times.ended if push.took_ms is None else came + push.took_ms / 1e3
     if times.prefilled is None or times.first_token_reported_ms is None:
         yield "prefill", node, dispatched, _first(times.resumed, times.ended)
     else:
-        came = max(dispatched, times.prefilled - times.first_token_reported_ms / 1e3)
         began = max(came, times.prefilled - times.prefill_ms / 1e3)
         yield "prefill_wait", node, dispatched, began
         yield "prefill", node, began, times.prefilled

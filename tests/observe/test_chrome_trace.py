@@ -80,6 +80,13 @@ def test_a_request_has_a_track_and_its_nodes_show_what_they_did_for_it() -> None
     assert slices(events, "d0") == {"decode": [("one", 1_131_000, 2_200_000)]}
 
 
+def test_a_prefix_is_shown_by_the_node_that_pushed_it() -> None:
+    pushed = remote_attempt(spans=(Span("prefix_push", "d0", 21.5, 30.0), *remote_attempt().spans))
+    events = decoded(recording(FlownRequest(101.0, remote_receipt("one", attempts=(pushed,)))))
+    assert slices(events, "d0")["prefix_push"] == [("one", 1_021_500, 1_030_000)]
+    assert "prefix_push" not in [name for name, *_ in slices(events, "router")["one"]]
+
+
 def test_a_node_that_does_several_at_once_has_as_many_tracks() -> None:
     events = decoded(busy())
     tracks = names(events, "thread_name")

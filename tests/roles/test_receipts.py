@@ -4,7 +4,7 @@ import pytest
 
 from disaggd.cluster.offer import Predicted as PredictedSeconds
 from disaggd.cluster.offer import PrefillWork
-from disaggd.cluster.protocol import Decided, JobEnded, LocalPrefill, NeedPrefill, Prefilled, Released
+from disaggd.cluster.protocol import Decided, JobEnded, LocalPrefill, NeedPrefill, Prefilled, PrefixEnded, PrefixOutcome, Released
 from disaggd.cluster.request import RoutedSequence
 from disaggd.errors import Unavailable
 from disaggd.observe.receipts import Predicted, Receipt
@@ -70,6 +70,45 @@ def test_a_remote_request_is_told_span_by_span() -> None:
         ("transfer", "p0", 36.0, 117.0),
         ("decode", "d0", 102.0, 200.0),
     ]
+
+
+def pushing_story(outcome: PrefixOutcome | None) -> Story:
+    """Granted at 4, its grant leaving 24 tokens out; what became of those is told at 20, and the first token comes at 100."""
+    routing = Routing(shares_prefixes=True, prefix_push="always")
+    story = Story(routing)
+    routing.need_prefill(story.at(2))
+    routing.granted(story.at(4), first_token_index=24)
+    story.at(20)
+    if outcome is not None:
+        routing.say(P0, PrefixEnded(story.client.seq, 0, outcome, "", 24, 2400, 12.5))
+        story.at(100)
+        story.prefilled(prefill_ms=80.0, reported_ms=95.0)
+    return story
+
+
+@pytest.mark.parametrize("outcome", ["landed", "failed"])
+def test_a_prefix_that_was_pushed_is_a_span_of_the_node_that_did(outcome: PrefixOutcome) -> None:
+    """The prefill node had the job from 5 on, and waited for it for 12.5 ms."""
+    assert pushing_story(outcome).spans()[-3:] == [
+        ("prefix_push", "d0", 5.0, 17.5),
+        ("prefill_wait", "p0", 4.0, 20.0),
+        ("prefill", "p0", 20.0, 100.0),
+    ]
+
+
+def test_a_prefix_under_way_lasts_and_one_that_nobody_began_to_push_is_no_span() -> None:
+    assert ("prefix_push", "d0", 4.0, None) in pushing_story(None).spans()
+    assert "prefix_push" not in [name for name, *_ in pushing_story("no_room").spans()]
+
+
+def test_a_prefix_is_a_span_of_the_attempt_that_it_was_pushed_for() -> None:
+    story = pushing_story(None)
+    story.routing.say(P0, PrefixEnded(story.client.seq, 0, "stopped", "", 0, 0, 30.0))
+    story.at(40)
+    story.routing.say(D0, Released(story.client.seq, 0, "its prefill failed"))
+    lost, again = story.receipt().attempts
+    assert [(span.start_ms, span.end_ms) for span in lost.spans if span.name == "prefix_push"] == [(4.0, 34.0)]
+    assert not [span for span in again.spans if span.name == "prefix_push"]
 
 
 def test_durations_keep_their_documented_ends() -> None:

@@ -5,10 +5,10 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVSpec, check_pair
 from disaggd.transfer.pool import Pool, Region
 from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_room, room_bytes
-from disaggd.transfer.reshape import HeadCut, check_pair
+from disaggd.transfer.reshape import HeadCut
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import Source, Sources
 

@@ -1,0 +1,285 @@
+"""What the ranks of a node say, in any order between them: what is made of it is said once, when all have said it. Without NIXL."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
+from disaggd.pulse import Pulse
+from disaggd.transfer import messages as m
+from disaggd.transfer.joint import JointTransfers
+from disaggd.transfer.notification import FirstToken
+from disaggd.transfer.thread import TransferStats
+from tests.support.endpoints import endpoint, plain_kv, span
+
+P0, D0 = NodeName("p0"), NodeName("d0")
+ONE, TWO = Incarnation("one"), Incarnation("two")
+TOKEN = GrantToken(bytes(16))
+BLOCKS, OTHERS = (BlockId(1), BlockId(2)), (BlockId(3),)
+NUM_RANKS = 3
+
+
+@dataclass
+class ScriptedRank:
+    """Stands where a transfer thread stands."""
+
+    commands: list[m.TransferCommand] = field(default_factory=list)
+    pulse: Pulse = field(default_factory=Pulse)
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+    def submit(self, command: m.TransferCommand) -> None:
+        self.commands.append(command)
+
+    def stats(self) -> TransferStats:
+        return TransferStats(1, 1, 1, 10, 20)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.ranks = [ScriptedRank() for _ in range(NUM_RANKS)]
+        self.events: list[m.TransferEvent] = []
+        first, *others = [self._maker(rank) for rank in self.ranks]
+        self.joint = JointTransfers(first, others, self.events.append)  # type: ignore[arg-type]
+
+    def _maker(self, rank: ScriptedRank) -> Callable[[object], ScriptedRank]:
+        return lambda post: rank
+
+    def say(self, rank: int, *events: m.TransferEvent) -> None:
+        for event in events:
+            self.joint._join(rank, event)
+
+    def all_say(self, *events: m.TransferEvent) -> None:
+        for rank in range(NUM_RANKS):
+            self.say(rank, *events)
+
+    def heard(self) -> list[m.TransferEvent]:
+        events, self.events[:] = list(self.events), []
+        return events
+
+    def told(self) -> list[list[m.TransferCommand]]:
+        """Each rank's commands since the last time."""
+        commands = [list(rank.commands) for rank in self.ranks]
+        for rank in self.ranks:
+            rank.commands.clear()
+        return commands
+
+
+def own(rank: int, life: str = "one") -> AgentId:
+    return AgentId(f"{life}-{rank}")
+
+
+def opened(rank: int, life: str = "one") -> m.PairOpened:
+    return m.PairOpened(P0, Incarnation(life[:3]), endpoint(own(rank, life)))
+
+
+def whole(life: str = "one") -> m.PairOpened:
+    return m.PairOpened(P0, Incarnation(life[:3]), tuple(endpoint(own(rank, life))[0] for rank in range(NUM_RANKS)))
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """An agent is open for p0."""
+    bench = Bench()
+    bench.joint.submit(m.OpenPair(P0, ONE, 1))
+    for rank in (2, 0, 1):
+        bench.say(rank, opened(rank))
+    assert bench.heard() == [whole()]
+    assert bench.told() == [[m.OpenPair(P0, ONE, 1)]] * NUM_RANKS
+    return bench
+
+
+def interleaved(data: st.DataObject, bench: Bench, streams: list[list[m.TransferEvent]]) -> None:
+    """Each rank says its own in order; between ranks there is none."""
+    left = [list(stream) for stream in streams]
+    while ranks := [rank for rank, stream in enumerate(left) if stream]:
+        rank = data.draw(st.sampled_from(ranks))
+        bench.say(rank, left[rank].pop(0))
+
+
+# ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_agent_that_is_open_is_said_again_without_asking_the_ranks(bench: Bench) -> None:
+    bench.joint.submit(m.OpenPair(P0, ONE, 1))
+    assert bench.heard() == [whole()]
+    assert bench.told() == [[]] * NUM_RANKS
+
+
+def test_an_agent_is_said_when_the_last_rank_has_one_however_often_it_was_asked_for() -> None:
+    bench = Bench()
+    for _ in range(2):
+        bench.joint.submit(m.OpenPair(P0, ONE, 1))
+        bench.say(0, opened(0))
+        bench.say(1, opened(1))
+    assert bench.heard() == []
+    bench.say(2, opened(2))
+    assert bench.heard() == [whole()]
+
+
+def test_ranks_are_told_of_their_own_agents(bench: Bench) -> None:
+    bench.joint.submit(m.Expect(TOKEN, P0, own(0), 3))
+    bench.joint.submit(m.Fence(P0, own(0)))
+    assert bench.told() == [[m.Expect(TOKEN, P0, own(rank), 3), m.Fence(P0, own(rank))] for rank in range(NUM_RANKS)]
+
+
+@given(st.data())
+def test_a_fence_and_the_next_agent_are_said_once_and_in_order(data: st.DataObject) -> None:
+    bench = Bench()
+    bench.joint.submit(m.OpenPair(P0, ONE, 1))
+    lives = ("one", "one again")
+    streams: list[list[m.TransferEvent]] = [
+        [opened(rank, lives[0]), m.Fenced(P0, own(rank, lives[0])), opened(rank, lives[1])] for rank in range(NUM_RANKS)
+    ]
+    interleaved(data, bench, [stream[:1] for stream in streams])
+    bench.joint.submit(m.Fence(P0, own(0)))
+    interleaved(data, bench, [stream[1:] for stream in streams])
+    assert bench.heard() == [whole(lives[0]), m.Fenced(P0, own(0)), whole(lives[1])]
+
+
+@given(st.data())
+def test_an_incarnation_that_comes_while_some_ranks_have_no_agent_gets_one(data: st.DataObject) -> None:
+    """A rank whose network was down has none for the first; what the others had for it never was an agent of the node."""
+    bench = Bench()
+    bench.joint.submit(m.OpenPair(P0, ONE, 1))
+    late = data.draw(st.integers(0, NUM_RANKS - 1))
+    for rank in range(NUM_RANKS):
+        if rank != late:
+            bench.say(rank, opened(rank))
+    bench.joint.submit(m.OpenPair(P0, TWO, 1))
+    streams: list[list[m.TransferEvent]] = [
+        [opened(rank, "two")] if rank == late else [m.Fenced(P0, own(rank)), opened(rank, "two")] for rank in range(NUM_RANKS)
+    ]
+    interleaved(data, bench, streams)
+    assert bench.heard() == [whole("two")]
+
+
+def test_a_probe_counts_when_every_rank_has_it(bench: Bench) -> None:
+    bench.say(0, m.PairProbed(P0, own(0)))
+    bench.say(2, m.PairProbed(P0, own(2)), m.PairProbed(P0, own(2)))
+    assert bench.heard() == []
+    bench.say(1, m.PairProbed(P0, own(1)))
+    assert bench.heard() == [m.PairProbed(P0, own(0))]
+    bench.all_say(m.PairProbed(P0, own(0)))
+    assert bench.heard() == [], "the others' agents have other ids"
+
+
+def test_a_grant_lands_when_it_has_on_every_rank(bench: Bench) -> None:
+    bench.joint.submit(m.Expect(TOKEN, P0, own(0), 3))
+    bench.say(1, m.Landed(TOKEN, FirstToken(7), 10, 3))
+    bench.say(2, m.Landed(TOKEN, FirstToken(7), 30, 3))
+    assert bench.heard() == []
+    bench.say(0, m.Landed(TOKEN, FirstToken(7), 20, 3))
+    assert bench.heard() == [m.Landed(TOKEN, FirstToken(7), 60, 3)]
+
+
+def test_a_landing_that_fails_on_one_rank_is_forgotten_by_the_others(bench: Bench) -> None:
+    bench.joint.submit(m.Expect(TOKEN, P0, own(0), 3))
+    bench.told()
+    failed = m.LandingFailed(TOKEN, "twice", 1)
+    bench.say(0, m.Landed(TOKEN, FirstToken(7), 10))
+    bench.say(1, failed)
+    bench.say(2, m.LandingFailed(TOKEN, "too"))
+    assert bench.heard() == [failed]
+    assert bench.told() == [[m.Forget(TOKEN)], [], [m.Forget(TOKEN)]]
+
+
+def test_nothing_lands_at_an_agent_that_is_being_fenced(bench: Bench) -> None:
+    bench.joint.submit(m.Expect(TOKEN, P0, own(0), 3))
+    bench.say(0, m.Landed(TOKEN, FirstToken(7), 10))
+    bench.say(1, m.Landed(TOKEN, FirstToken(7), 10))
+    bench.joint.submit(m.Fence(P0, own(0)))
+    bench.say(0, m.Fenced(P0, own(0)))
+    bench.say(2, m.Landed(TOKEN, FirstToken(7), 10))
+    assert bench.heard() == []
+    bench.joint.submit(m.Expect(GrantToken(b"1" * 16), P0, own(0), 3))
+    assert not any(isinstance(command, m.Expect) and command.token != TOKEN for commands in bench.told() for command in commands)
+
+
+def test_a_fence_of_an_agent_that_is_gone_only_confirms(bench: Bench) -> None:
+    bench.joint.submit(m.Fence(P0, AgentId("older")))
+    assert bench.heard() == [m.Fenced(P0, AgentId("older"))]
+    assert bench.told() == [[]] * NUM_RANKS
+
+
+# ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def writer() -> Bench:
+    """Connected to d0."""
+    bench = Bench()
+    bench.joint.submit(m.ConnectPair(D0, ONE, endpoint(AgentId("far")), plain_kv(1, 8)))
+    bench.say(2, m.PairConnected(D0, AgentId("far")))
+    bench.say(0, m.PairConnected(D0, AgentId("far")))
+    assert bench.heard() == []
+    bench.say(1, m.PairConnected(D0, AgentId("far")))
+    assert bench.heard() == [m.PairConnected(D0, AgentId("far"))]
+    bench.told()
+    return bench
+
+
+def test_a_pair_that_one_rank_loses_is_closed_on_the_others_and_lost_once(writer: Bench) -> None:
+    failed = m.PairFailed(D0, AgentId("far"), "gone")
+    writer.say(1, failed)
+    writer.say(2, failed)
+    assert writer.heard() == [failed]
+    assert writer.told() == [[m.ClosePair(D0)], [], [m.ClosePair(D0)]]
+
+
+def test_a_failure_of_a_connection_that_was_replaced_is_nobodys_matter(writer: Bench) -> None:
+    writer.joint.submit(m.ConnectPair(D0, ONE, endpoint(AgentId("farther")), plain_kv(1, 8)))
+    writer.say(1, m.PairFailed(D0, AgentId("far"), "gone"), m.PairConnected(D0, AgentId("farther")))
+    writer.say(0, m.PairConnected(D0, AgentId("farther")))
+    writer.say(2, m.PairConnected(D0, AgentId("farther")))
+    assert writer.heard() == [m.PairConnected(D0, AgentId("farther"))]
+
+
+@given(st.data())
+def test_references_come_back_when_no_rank_reads_the_blocks_and_the_end_is_last(data: st.DataObject) -> None:
+    writer = Bench()
+    end = m.PushEnded(TOKEN, True, True, 24, 1.0, 2.0)
+    streams: list[list[m.TransferEvent]] = []
+    for _ in range(NUM_RANKS):
+        handles = data.draw(st.permutations([m.HandleDone(TOKEN, blocks, 8) for blocks in (BLOCKS, BLOCKS, OTHERS)]))
+        streams.append([*handles, end])
+    interleaved(data, writer, streams)
+    *done, last = writer.heard()
+    assert last == m.PushEnded(TOKEN, True, True, 3 * 24, 1.0, 2.0)
+    assert sorted(done, key=lambda event: len(event.source)) == [  # type: ignore[attr-defined]
+        m.HandleDone(TOKEN, OTHERS, 3 * 8),
+        m.HandleDone(TOKEN, BLOCKS, 3 * 8),
+        m.HandleDone(TOKEN, BLOCKS, 3 * 8),
+    ]
+    assert not writer.joint._handles and not writer.joint._ends
+
+
+def test_a_push_is_what_the_worst_of_its_ranks_makes_of_it_and_lasts_from_the_first_to_the_last() -> None:
+    writer = Bench()
+    writer.say(1, m.PushEnded(TOKEN, True, True, 8, 5.0, 6.0))
+    writer.say(0, m.PushEnded(TOKEN, True, True, 0, None, None))
+    assert writer.told() == [[]] * NUM_RANKS
+    writer.say(2, m.PushEnded(TOKEN, False, False, 8, 4.0, 4.5))
+    assert writer.heard() == [m.PushEnded(TOKEN, False, False, 16, 4.0, 6.0)]
+
+
+def test_a_push_that_one_rank_gives_up_is_cancelled_on_the_others_once() -> None:
+    writer = Bench()
+    writer.say(1, m.PushEnded(TOKEN, True, False, 0, None, None))
+    writer.say(0, m.PushEnded(TOKEN, True, False, 0, None, None))
+    assert writer.told() == [[m.CancelPush(TOKEN)], [], [m.CancelPush(TOKEN)]]
+
+
+def test_commands_go_to_every_rank_but_one_word_over_the_wire_will_do(writer: Bench) -> None:
+    write, quiesce = m.PushBlocks(TOKEN, range(1), span(BLOCKS), BLOCKS), m.QuiesceByWire(TOKEN, D0, clean=True)
+    writer.joint.submit(write)
+    writer.joint.submit(quiesce)
+    assert writer.told() == [[write, quiesce], [write], [write]]
+
+
+def test_counts_are_of_all_ranks_but_for_fences_which_all_have_alike(bench: Bench) -> None:
+    assert bench.joint.stats() == TransferStats(3, 1, 3, 30, 60)

@@ -44,13 +44,11 @@ class _Agent:
 
     opened: m.PairOpened
     unfenced: set[int]
-    """Ranks whose agent is still there."""
+    """Ranks whose agent is still there, for all that is known."""
     probed: set[int] = field(default_factory=set)
     """Ranks that the peer has reached, until it has reached all."""
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self.unfenced) == len(self.opened.endpoints)
+    is_whole: bool = True
+    """No rank's has been fenced, or is about to be."""
 
     def of(self, rank: int) -> AgentId:
         return self.opened.endpoints[rank].agent_id
@@ -113,8 +111,9 @@ class JointTransfers:
     def stop(self) -> None:
         """End all ranks' threads. Raises `ResourceError` if one does not."""
         try:
-            for rank in self._ranks:
-                rank.stop()
+            with self._joining:
+                for rank in self._ranks:
+                    rank.stop()
         finally:
             self._heard.put(None)
             self._thread.join()
@@ -205,15 +204,13 @@ class JointTransfers:
         return next((agent for agent in self._agents.values() if agent.opened.peer == peer and agent.of(rank) == agent_id), None)
 
     def _open(self, command: m.OpenPair) -> None:
-        inlet = self._inlets.get(command.peer)
-        if inlet is not None and inlet.command == command:
-            for agent in self._agents.values():
-                if agent.opened.peer == command.peer and agent.is_whole:
+        inlet = self._inlets.setdefault(command.peer, _Inlet(command))
+        for agent in self._agents.values():
+            if agent.opened.peer == command.peer and agent.is_whole:
+                if inlet.command == command:
                     return self._post(agent.opened)
-        if inlet is None:
-            self._inlets[command.peer] = _Inlet(command)
-        else:
-            inlet.command = command
+                agent.is_whole = False
+        inlet.command = command
         return self._tell_all(command)
 
     def _opened(self, rank: int, event: m.PairOpened) -> None:
@@ -233,6 +230,7 @@ class JointTransfers:
         agent = self._agents.get(command.agent_id)
         if agent is None:
             return self._post(m.Fenced(command.peer, command.agent_id))
+        agent.is_whole = False
         return self._tell_each_its_own(command, agent)
 
     def _fenced(self, rank: int, event: m.Fenced) -> None:
@@ -242,6 +240,7 @@ class JointTransfers:
             if rank in inlet.opened and inlet.opened[rank].agent_id == event.agent_id:
                 del inlet.opened[rank]  # it never was part of one
             return
+        agent.is_whole = False
         agent.unfenced.discard(rank)
         self._landings = {token: landing for token, landing in self._landings.items() if landing.agent_id != agent.opened.agent_id}
         if not agent.unfenced:

@@ -23,12 +23,14 @@ class ScriptedAgent:
     port: ScriptedPort = field(default_factory=ScriptedPort)
     arriving: list[bytes] = field(default_factory=list)
     sent: list[AnyNotification | None] = field(default_factory=list)
+    sent_to: list[AgentId] = field(default_factory=list)
+    """Whom each of those."""
     done: set[HandleId] = field(default_factory=set)
     is_lost: bool = False
     is_destroyed: bool = False
     on_prepare: Callable[[], None] = lambda: None
     """What happens to the writer between the preparation of a write and its post."""
-    _prepared: AnyNotification | None = None
+    _prepared: tuple[AgentId, AnyNotification | None] | None = None
 
     @property
     def metadata(self) -> bytes:
@@ -47,19 +49,21 @@ class ScriptedAgent:
     def notify(self, agent_id: AgentId, message: bytes) -> None:
         self._reach()
         self.sent.append(decode(message))
+        self.sent_to.append(agent_id)
 
     def prepare(self, agent_id: AgentId, sources: Indices, targets: Indices, message: bytes) -> HandleId:
         """Handles are numbered by their place in `sent`: what is prepared is posted or discarded before anything else is sent."""
         assert not self.is_destroyed and self._prepared is None
-        self._prepared = decode(message)
+        self._prepared = (agent_id, decode(message))
         self.on_prepare()
         return HandleId(len(self.sent))
 
     def post(self, handle: HandleId) -> None:
         assert handle == len(self.sent) and self._prepared is not None
-        prepared, self._prepared = self._prepared, None
+        (agent_id, prepared), self._prepared = self._prepared, None
         self._reach()
         self.sent.append(prepared)
+        self.sent_to.append(agent_id)
 
     def discard(self, handle: HandleId) -> None:
         assert handle == len(self.sent) and self._prepared is not None

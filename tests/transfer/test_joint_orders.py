@@ -200,6 +200,14 @@ def test_nothing_lands_at_an_agent_that_is_being_fenced(bench: Bench) -> None:
     assert not any(isinstance(command, m.Expect) and command.token != TOKEN for commands in bench.told() for command in commands)
 
 
+def test_an_agent_that_is_about_to_be_fenced_is_not_said_again(bench: Bench) -> None:
+    bench.joint.submit(m.Fence(P0, own(0)))
+    bench.joint.submit(m.OpenPair(P0, ONE, 1))
+    for rank in range(NUM_RANKS):
+        bench.say(rank, m.Fenced(P0, own(rank)), opened(rank, "one again"), opened(rank, "one again"))
+    assert bench.heard() == [m.Fenced(P0, own(0)), whole("one again")]
+
+
 def test_a_fence_of_an_agent_that_is_gone_only_confirms(bench: Bench) -> None:
     bench.joint.submit(m.Fence(P0, AgentId("older")))
     assert bench.heard() == [m.Fenced(P0, AgentId("older"))]

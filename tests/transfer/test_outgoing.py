@@ -212,7 +212,7 @@ def test_push_to_a_lost_or_other_agent_ends_at_once(bench: Bench) -> None:
     bench.begin(AgentId("not the one connected to"))
     bench.outgoing.push_blocks(WRITE)
     bench.outgoing.finish(m.FinishPush(TOKEN, FIRST))
-    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 0), ended(True, False)]
+    assert bench.turn() == [ended(True, False), m.HandleDone(TOKEN, BLOCKS, 0)]
 
 
 def test_connecting_to_a_new_agent_ends_what_was_pushed_to_the_old_one(bench: Bench) -> None:

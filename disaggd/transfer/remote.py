@@ -117,16 +117,21 @@ def rank_transfers(settings: RankSettings, held: RankKV, pipe: Connection) -> It
     )
     sys.setswitchinterval(settings.switch_interval_s)
     thread.start()
-    threading.Thread(target=_watch, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
+    threading.Thread(target=_end_if_stuck, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
     yield
     thread.stop()
 
 
-def _watch(pulse: Pulse, stuck_s: float) -> None:
-    """NIXL may hang in a call. Counts looks, not time: a process that was stopped for a minute is not stuck."""
-    pause, seen, num_looks = threading.Event(), pulse.count, 0
-    while num_looks * LOOK_EVERY_S < stuck_s:
-        pause.wait(LOOK_EVERY_S)
-        num_looks = 0 if pulse.is_resting or pulse.count != seen else num_looks + 1
-        seen = pulse.count
+def _end_if_stuck(pulse: Pulse, stuck_s: float) -> None:
+    """NIXL may hang in a call: then the first rank hears that this one has ended."""
+    wait_until_stuck(pulse, stuck_s, threading.Event().wait)
     os._exit(EXIT_RESOURCE)
+
+
+def wait_until_stuck(pulse: Pulse, stuck_s: float, pause: Callable[[float], object]) -> None:
+    """Returns when the pulse has not beaten for so long. Counts looks, not time: a process that was stopped for a minute is not stuck."""
+    seen, silent_s = pulse.count, 0.0
+    while silent_s < stuck_s:
+        pause(LOOK_EVERY_S)
+        silent_s = 0.0 if pulse.is_resting or pulse.count != seen else silent_s + LOOK_EVERY_S
+        seen = pulse.count

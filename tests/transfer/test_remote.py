@@ -8,8 +8,9 @@ from queue import SimpleQueue
 import pytest
 
 from disaggd.ids import AgentId, GrantToken, NodeName
+from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
-from disaggd.transfer.remote import PipeInbox, RemoteTransfers
+from disaggd.transfer.remote import PipeInbox, RemoteTransfers, wait_until_stuck
 from disaggd.transfer.thread import TransferStats
 from tests.support.endpoints import span
 
@@ -70,3 +71,20 @@ def test_what_a_rank_says_is_posted_with_its_counts_until_it_is_gone() -> None:
     assert not remote._thread.is_alive()
     remote.submit(m.Forget(TOKEN))
     remote.stop()
+
+
+def test_a_thread_is_stuck_when_it_has_not_got_on_for_so_long_and_was_not_at_rest() -> None:
+    pulse, looks = Pulse(), 0
+
+    def pause(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks in (1, 3, 5):  # it gets on now and then, up to the fifth look
+            pulse.beat()
+        if looks == 6:
+            pulse.rest()  # waits for commands, for as long as it likes
+        if looks == 100:
+            pulse.beat()
+
+    wait_until_stuck(pulse, 3.0, pause)
+    assert looks == 103

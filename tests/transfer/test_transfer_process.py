@@ -199,7 +199,8 @@ def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]
     new = decode.expect(m.PairOpened)
     connect(prefill, old, decode)
     assert prefill.expect(m.PairFailed).agent_id == old.agent_id
-    connect(prefill, m.PairOpened(P, old.peer_incarnation, endpoint(old.agent_id, new.metadata, new.place)), decode)
+    (end,) = new.endpoints
+    connect(prefill, m.PairOpened(P, old.peer_incarnation, endpoint(old.agent_id, end.metadata, end.place)), decode)
     assert "announced with the metadata of" in prefill.expect(m.PairFailed).reason
     assert decode.find(m.PairProbed, 0.2) is None
     connect(prefill, new, decode)

@@ -1,12 +1,12 @@
 """Threads that do not get on: told of, and in the end fatal; a thread that rests, or is seen to move, is left alone."""
 
-import queue
 from typing import Any
 
 import pytest
 
 from disaggd.pulse import Pulse
 from disaggd.roles.watchdog import LOOK_EVERY_S, SLOW_S, Watchdog
+from disaggd.transfer.messages import TransferCommand
 from disaggd.transfer.thread import TransferThread
 
 STUCK_S = 15.0
@@ -65,9 +65,9 @@ def test_the_transfer_thread_rests_only_while_it_waits_for_a_command() -> None:
     thread.pulse, resting = Pulse(), []
 
     class Inbox:
-        def get(self, block: bool, timeout: float | None) -> None:
+        def take(self, timeout_s: float | None) -> list[TransferCommand]:
             resting.append(thread.pulse.is_resting)
-            raise queue.Empty
+            return []
 
     thread._inbox = Inbox()
     thread.pulse.beat()

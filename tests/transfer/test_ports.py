@@ -13,8 +13,6 @@ import pytest
 from disaggd.errors import ResourceError
 from disaggd.transfer import agent
 from disaggd.transfer.agent import AgentMaker, NoAgent
-from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
-from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import Port, PortRange, is_free
 
 Lease = Callable[[PortRange], list[Port]]
@@ -91,11 +89,10 @@ def no_file_more() -> Iterator[None]:
 def test_without_files_to_open_no_agent_can_be_made_for_now(port_range: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that never made one is set up wrongly; any other goes on."""
     monkeypatch.setattr(agent, "Agent", lambda port, _: SimpleNamespace(port=port))
-    spec = KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(KVGroup(layers=1, kv_heads=1, head_bytes=8),))
-    make: Any = AgentMaker(PortRange(*port_range), Pool(PoolPlace(4096, 4), spec))
+    make: Any = AgentMaker(PortRange(*port_range))
     with pytest.raises(ResourceError, match="no socket can be opened: Too many open files"), no_file_more():
-        make()
-    make().port.release()
+        make([])
+    make([]).port.release()
     with pytest.raises(NoAgent, match="no socket can be opened: Too many open files"), no_file_more():
-        make()
-    make().port.release()
+        make([])
+    make([]).port.release()

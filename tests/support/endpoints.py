@@ -1,4 +1,4 @@
-"""Endpoints, spans and geometries as tests of transfers need them: of nodes of one rank, and of pools whose blocks hold a token each."""
+"""Endpoints, spans and geometries as tests of transfers need them: of nodes of one rank, and of pools whose blocks are just bytes."""
 
 from disaggd.ids import AgentId, BlockId
 from disaggd.transfer.endpoint import Endpoint
@@ -6,17 +6,20 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace, Span, whole_bloc
 
 SOMEWHERE = PoolPlace(0, 64)
 
+BLOCK = 4
+"""Tokens: those of the scripted roles (`role_nodes.py`)."""
+
 
 def endpoint(agent_id: AgentId, metadata: bytes = b"", place: PoolPlace = SOMEWHERE) -> tuple[Endpoint, ...]:
     """Of a node's only rank."""
     return (Endpoint(agent_id, metadata, place),)
 
 
-def span(blocks: tuple[BlockId, ...], block_size: int = 1) -> Span:
+def span(blocks: tuple[BlockId, ...], block_size: int = BLOCK) -> Span:
     return whole_blocks(blocks, block_size)
 
 
 def plain_kv(layers: int, block_bytes: int, kv_heads: int = 1) -> KVSpec:
     """Blocks of so many bytes, whatever these mean."""
     group = KVGroup(layers=layers, kv_heads=kv_heads, head_bytes=block_bytes // kv_heads)
-    return KVSpec(dtype="float32", block_size=1, head_dim=1, groups=(group,))
+    return KVSpec(dtype="float32", block_size=BLOCK, head_dim=1, groups=(group,))

@@ -20,6 +20,7 @@ from disaggd.kernels import cpu_ops
 from disaggd.model.kv import allocate_kv
 from disaggd.transfer.agent import Agent, AgentMaker
 from disaggd.transfer.layout import PoolPlace, Span
+from disaggd.transfer.outgoing import MAX_WORKED_BYTES
 from disaggd.transfer.pool import Descriptors, Indices, Pool, Region, Rows
 from disaggd.transfer.ports import PortRange
 from disaggd.transfer.repack import Repacked, StagingRoom
@@ -153,16 +154,18 @@ class ReshapeNode:
         assert self._cell is not None
         way, span = self._ways[name], Span(self._cell.source_blocks, 0, self._cell.num_tokens)
         cpu_s, began_s = time.process_time(), time.monotonic()
-        loads, handles = [], []
+        loads, handles, worked_bytes = [], [], 0
         for layer, targets in enumerate(way.targets):
             sources = targets
             if way.source is not None:
                 load = way.source.load(range(layer, layer + 1), span)
                 assert load is not None, "the staging memory holds a cell"
                 loads.append(load)
-                sources = load.indices
+                sources, worked_bytes = load.indices, worked_bytes + load.made_bytes
             handles.append(way.agent.prepare(agent_id, sources, targets, b"written"))
             way.agent.post(handles[-1])
+            if worked_bytes >= MAX_WORKED_BYTES:
+                handles, worked_bytes = [handle for handle in handles if not way.agent.poll(handle)], 0
         while handles:
             handles = [handle for handle in handles if not way.agent.poll(handle)]
             time.sleep(POLL_S)

@@ -31,8 +31,9 @@ from disaggd.transfer.outlet import Lane, Outlet, lanes_to
 from disaggd.transfer.push import Loaded, Part, Push, Write
 from disaggd.transfer.source import Load, Sources
 
-MAX_SUMMED_BYTES = 8 << 20
-"""Of which checksums are taken in one turn, a write more or less: 4 ms in which nothing is polled. The rest waits for the next."""
+MAX_WORKED_BYTES = 8 << 20
+"""Of which checksums are taken, or blocks made, in one turn, a write more or less: 4 ms in which nothing is polled. The rest waits for the
+next, so that what is posted moves meanwhile."""
 PUSH_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 0.5
 LONGEST_TURN_S = 1.0
@@ -79,7 +80,7 @@ class Outgoing:
         self._flights: list[_Flight] = []
         self._is_short = False
         """Somebody was refused room to load to: until all have been asked again, in their order, nobody is given any."""
-        self._summed_bytes = 0
+        self._worked_bytes = 0
         """Since the last turn began."""
         self.sent_bytes = 0
 
@@ -225,7 +226,7 @@ class Outgoing:
             self._poll(flight)
         self._lose_silent_pairs()
         self._is_short = False
-        self._summed_bytes = 0
+        self._worked_bytes = 0
         for push in list(self._pushes.values()):
             self._expire(push)
             self._advance(push)
@@ -258,7 +259,7 @@ class Outgoing:
     def _advance(self, push: Push) -> None:
         """Obey in order what waits, as far as can be now. Any write may lose the pair, and end the push by that."""
         self._load(push)
-        while push.may_post and push.loaded and push.loaded[0].load.is_ready() and self._summed_bytes < MAX_SUMMED_BYTES:
+        while push.may_post and push.loaded and push.loaded[0].load.is_ready() and (self._has_time or not push.verify):
             self._write(push, push.loaded[0])
         if push.waiting and not push.loaded and isinstance(command := push.waiting[0], FinishPush):
             push.expire(self._clock())
@@ -268,15 +269,23 @@ class Outgoing:
         self._settle(push)
 
     def _load(self, push: Push) -> None:
-        """Load what is computed, as far as there is room."""
-        while push.waiting and isinstance(part := push.waiting[0], Part) and not self._is_short and part.write.command.is_ready():
+        """Load what is computed, as far as there is room, and time."""
+        while push.waiting and isinstance(part := push.waiting[0], Part) and part.write.command.is_ready():
+            if self._is_short or not self._has_time:
+                return
             command, source = part.write.command, self._pairs[push.peer].lanes[part.lane].source
             load = source.load(command.layers, command.source)
             if load is None:
                 self._is_short = True
                 return
+            self._worked_bytes += load.made_bytes
             push.waiting.popleft()
             push.loaded.append(Loaded(part, source, load))
+
+    @property
+    def _has_time(self) -> bool:
+        """To work on bytes in this turn."""
+        return self._worked_bytes < MAX_WORKED_BYTES
 
     def _send_last(self, push: Push, first: FirstToken | None) -> None:
         """To each rank, behind what the pair has in flight, others' bytes too: all have gone out when those have arrived."""
@@ -321,7 +330,7 @@ class Outgoing:
     def _checksums(self, lane: Lane, loaded: Loaded) -> Checksums:
         """Of what the write will read, where it reads it."""
         command, indices = loaded.part.write.command, loaded.load.indices
-        self._summed_bytes += len(indices) * lane.memory.length
+        self._worked_bytes += len(indices) * lane.memory.length
         crcs = lane.memory.checksums(indices, len(command.target))
         return Checksums(command.layers.start, len(command.layers), command.target, crcs)
 

@@ -13,7 +13,7 @@ import numpy as np
 from disaggd.errors import ConfigError
 from disaggd.model.spec import DTYPE_BYTES
 from disaggd.transfer.layout import KVSpec, Span
-from disaggd.transfer.messages import IsReady
+from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Region
 from disaggd.transfer.source import Load
 
@@ -82,8 +82,8 @@ class Repacked:
         if offset is None:
             return None
         is_ready = self._repacker.repack(offset, self._target, layers, self._heads, span)
-        first = offset // length
-        return Load(np.arange(first, first + count, dtype=np.int32), is_ready)
+        first, made_bytes = offset // length, count * length if is_ready is at_once else 0
+        return Load(np.arange(first, first + count, dtype=np.int32), is_ready, made_bytes)
 
     def unload(self, load: Load) -> None:
         """What was not made yet is made before anything that takes its place."""

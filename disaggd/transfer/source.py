@@ -26,6 +26,8 @@ class Load(msgspec.Struct, frozen=True):
     """Descriptors of `registered`, one for each target block and layer, layer by layer."""
     is_ready: IsReady
     """Whether they are there."""
+    made_bytes: int = 0
+    """That the call itself has made, and taken its time for."""
 
 
 class Source(Protocol):

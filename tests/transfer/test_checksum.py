@@ -178,7 +178,7 @@ def test_nobody_pays_for_checksums_that_were_not_asked_for(bench: Bench) -> None
 
 def test_checksums_of_a_long_push_take_several_turns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others are polled in between."""
-    monkeypatch.setattr(outgoing_module, "MAX_SUMMED_BYTES", 3 * BLOCK_BYTES)
+    monkeypatch.setattr(outgoing_module, "MAX_WORKED_BYTES", 3 * BLOCK_BYTES)
     outgoing, agent = pushed_from(bench, verify=True)
     for _ in range(5):
         outgoing.push_blocks(m.PushBlocks(TOKEN, range(1), span(GRANTED), GRANTED))

@@ -13,14 +13,28 @@ constexpr float LEAST_SCALE = 0x1p-126f;  // the least whose reciprocal is finit
 constexpr int64_t HEADER_BYTES = 16;  // of a head's block: K's and V's scale, and as much again, unused: what follows is aligned to 16
 typedef uint8_t B8 __attribute__((vector_size(W)));
 
-// Of |x|, finite: to the nearest, ties to even; what lies between two that are not normal by the addition, which rounds to 2⁻⁹.
+// Each below 256.
+INLINE void store_bytes(uint8_t* to, U v) {
+#if WIDTH == 16
+    store_bits(to, _mm512_cvtepi32_epi8((__m512i)v));
+#elif WIDTH == 8
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
+#else
+    __m128i words = _mm_packs_epi32((__m128i)v, (__m128i)v);
+    store_bits(to, _mm_cvtsi128_si32(_mm_packus_epi16(words, words)));
+#endif
+}
+
+// To the nearest, ties to even; what lies between two that are not normal by the addition, which rounds to 2⁻⁹. |v| is at most 448, or v is
+// no finite number, and then NaN: its bits are more than any other's.
 INLINE void store_e4m3(uint8_t* to, F v) {
-    U bits = (U)v, size = bits & 0x7fffffff;
-    U normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
-    U tiny = (U)((F)size + 16384.0f) - 0x46800000;
-    U code = (I)size < (I)(U{} + 0x3c800000) ? tiny : normal;  // 2⁻⁶
-    code = (I)size < (I)(U{} + 0x7f800000) ? code : U{} + 0x7f;
-    store_bits(to, __builtin_convertvector(code | (bits >> 24 & 0x80), B8));
+    I bits = (I)v, size = bits & 0x7fffffff;
+    I normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
+    I tiny = (I)((F)size + 16384.0f) - 0x46800000;
+    normal = normal < 0x7f ? normal : I{} + 0x7f;
+    I code = size < 0x3c800000 ? tiny : normal;  // 2⁻⁶
+    store_bytes(to, (U)(code | (bits >> 24 & 0x80)));
 }
 
 INLINE F load_e4m3(const uint8_t* from) {

@@ -48,6 +48,14 @@ def test_the_file_at_the_root_explains_every_key_and_no_other() -> None:
     assert shown == {section: set(table.__struct_fields__) for section, table in tables.items()}
 
 
+def test_only_what_decode_nodes_get_is_in_fp8() -> None:
+    config = parse_config(f'[transfer]\nwire_dtype = "fp8"\n{CLUSTER}')
+    assert [config.lands_in_fp8(config.node(name)) for name in ("p0", "d0")] == [False, True]
+    assert not any(map(parse_config(CLUSTER).lands_in_fp8, config.nodes))
+    alone = parse_config(f'[transfer]\nwire_dtype = "fp8"\n{ROUTER + DECODE}')
+    assert not alone.lands_in_fp8(alone.node("d0"))
+
+
 def test_sizes_are_bytes() -> None:
     assert parse_config(CLUSTER + 'kv_cache = "1.5GiB"').node("d0").kv_cache == 3 * 2**29
     assert parse_config(CLUSTER + "kv_cache = 4096").node("d0").kv_cache == 4096
@@ -112,6 +120,10 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
         (
             f'[model]\nweights = "int8"\n{CLUSTER}device = "cuda:1"',
             "node 'd0': model.weights = \"int8\" is for CPU nodes so far, but its device is cuda:1",
+        ),
+        (
+            f'[transfer]\nwire_dtype = "fp8"\n{CLUSTER}device = "cuda:1"',
+            "node 'd0': transfer.wire_dtype = \"fp8\" is for CPU nodes so far, but its device is cuda:1",
         ),
         (CLUSTER + "cpus = [-1]", "node[2] (d0).cpus[0]: expected int >= 0"),
         ("node = 3", "node: expected array, got int"),

@@ -8,7 +8,7 @@ from disaggd.cluster.pairing import RETRY_S, PairBook
 from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
 from disaggd.cluster.protocol import ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
-from disaggd.transfer.layout import KVSpec, PoolPlace
+from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8
 from tests.support.endpoints import endpoint
 from tests.support.routing import D0, D1, KV, P0, P1, hello
 
@@ -71,6 +71,16 @@ def ready_pair() -> Pairing:
     assert pairing.ready(OLD)
     pairing.clear()
     return pairing
+
+
+def test_a_writer_is_told_the_geometry_that_shall_land() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.decodes[D0].hello = msgspec.structs.replace(pairing.decodes[D0].hello, lands_in_fp8=True)
+    pairing.prefill_up()
+    pairing.agent(OLD)
+    (told,) = [frame for frame in pairing.sent[P0] if isinstance(frame, ConnectPair)]
+    assert told.kv == in_fp8(KV) != KV
 
 
 PLACE = PoolPlace(4096, 64)

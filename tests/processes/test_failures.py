@@ -1,4 +1,5 @@
-"""Prefill nodes that die: every request still completes with the oracle's tokens, and no block stays behind."""
+"""Nodes that die under many requests: each completes with the oracle's tokens, and no block stays behind. One by one, and every day:
+`test_failure_matrix.py`."""
 
 import asyncio
 import signal
@@ -11,7 +12,7 @@ from tests.support.clusters import Cluster, running, wait_until
 from tests.support.completions import InBackground, check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.nightly]
 
 QUICK = {"quiesce_s": 2.0, "lease_s": 2.0}
 PATIENT = {"cluster": {"heartbeat_s": 5.0}, "transfer": {"quiesce_s": 2.0}}

@@ -28,7 +28,10 @@ def behind_rounded(oracle: Oracle, prompt: list[int], num_tokens: int) -> list[i
     return tokens
 
 
-@pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(1, 1), (2, 1), (1, 2)])
+PAIRS = [pytest.param(1, 1, marks=pytest.mark.nightly), pytest.param(2, 1, marks=pytest.mark.nightly), (1, 2)]
+
+
+@pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), PAIRS)
 def test_a_prompt_comes_in_a_quarter_of_its_bytes_and_its_tokens_are_those_of_rounded_kv(
     directory: Path, oracle: Oracle, prefill_ranks: int, decode_ranks: int
 ) -> None:

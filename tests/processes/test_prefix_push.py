@@ -56,6 +56,7 @@ def test_a_long_second_turn_is_computed_behind_what_decode_pushes(directory: Pat
         cluster.wait_idle()
 
 
+@pytest.mark.nightly
 def test_two_of_each_push_to_each_other_and_equal_the_oracle(directory: Path, oracle: Oracle) -> None:
     with running(Cluster(directory, prefill=2, decode=2, **ALWAYS)) as cluster:
         work = [(prompt_of(200 + 30 * i, oracle, salt=i), GREEDY) for i in range(12)]
@@ -102,6 +103,7 @@ def stopped_amid_pushes(cluster: Cluster, oracle: Oracle) -> tuple[InBackground,
     return under_way, turns
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("victim", ["d0", "p0"])
 def test_a_node_killed_amid_a_push_leaves_no_block_behind(directory: Path, oracle: Oracle, victim: str) -> None:
     """d1 is there so that somebody can go on."""

@@ -56,7 +56,7 @@ def test_a_hand_off_between_ranks_says_what_one_process_says(directory: Path, or
         cluster.wait_idle()
 
 
-@pytest.mark.parametrize("victim", ["p0", "d0"])
+@pytest.mark.parametrize("victim", ["p0", pytest.param("d0", marks=pytest.mark.nightly)])
 def test_a_rank_that_is_killed_ends_its_node_and_requests_go_on(directory: Path, oracle: Oracle, victim: str) -> None:
     cluster = Cluster(directory, decode=2, transfer={"quiesce_s": 2.0, "lease_s": 2.0})
     cluster.nodes["p0"].options["tp"] = cluster.nodes["d0"].options["tp"] = 2

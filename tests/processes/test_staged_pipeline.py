@@ -43,6 +43,7 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
         cluster.wait_idle()
 
 
+@pytest.mark.nightly
 def test_requests_survive_their_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
     with running(staged(directory, oracle, 200, cluster=PATIENT["cluster"], **PATIENT["transfer"])) as cluster:
         kill_amid_writes(cluster, oracle)

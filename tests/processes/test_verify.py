@@ -42,6 +42,7 @@ def test_a_block_that_arrives_garbled_is_computed_again_and_never_used(directory
         check(again, *work[0], oracle)  # what is cached at decode is right, too
 
 
+@pytest.mark.nightly
 def test_unverified_the_same_block_spoils_the_reply(directory: Path, oracle: Oracle) -> None:
     """Else the test above would prove nothing."""
     with running(garbling(directory, verify=False)) as cluster:

@@ -46,7 +46,19 @@ from tests.fuzz.surface import Surface
 from tests.support.decode_scripts import delivered, is_empty, make_decode_node
 from tests.support.endpoints import endpoint
 from tests.support.prefill_scripts import is_idle, taking_node
-from tests.support.role_nodes import BLOCK, BYTES_PER_BLOCK, HASHER, KV, QUIESCE_S, VOCAB_SIZE, RoleNode, expected, next_token, prompt
+from tests.support.role_nodes import (
+    BLOCK,
+    BYTES_PER_BLOCK,
+    HASHER,
+    KV,
+    QUIESCE_S,
+    VOCAB_SIZE,
+    RoleNode,
+    expected,
+    kv_of,
+    next_token,
+    prompt,
+)
 from tests.support.scripted_agent import ScriptedAgent
 
 NUM_BLOCKS = 32
@@ -242,6 +254,7 @@ LIVE: dict[str, SearchStrategy[Any]] = {
     "block_ids": block_ids,
     "lease_s": st.just(5.0),
     "place": places,
+    "kv": st.sampled_from([KV, kv_of(2 * BLOCK), kv_of(3)]),
     "num_tokens": lengths,
 }
 LIVE_PROGRESS = LIVE | {"tokens": st.lists(grant_tokens, max_size=3).map(tuple)}

@@ -56,7 +56,8 @@ def apart(nodes: Sequence[Fields], tables: Mapping[str, Fields], ends: Mapping[s
     listening = [{**node, "listen": f"{ends[str(node['role'])].control}:8101"} if node["role"] in ends else node for node in nodes]
     config_path = directory / "config.toml"
     kv_path: dict[str, Fields] = {"transfer": {"devices": DEVICE}, "cluster": {"secret": secrets.token_hex()}}
-    config_path.write_text(config_text(listening, **tables, **kv_path))
+    whole = {name: {**tables.get(name, {}), **kv_path.get(name, {})} for name in {**tables, **kv_path}}
+    config_path.write_text(config_text(listening, **whole))
     config, url = load_config(config_path), url_of(config_path)
     with contextlib.ExitStack() as stack:
         pids = []

@@ -127,7 +127,7 @@ def measure_answers(model: str, num_tokens: int, rate: str, turns: int, requests
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 cpus = sorted(os.sched_getaffinity(0))
                 tables = {
-                    "model": {"path": resolve(model), "dtype": "bfloat16", "served_name": model},
+                    "model": {"path": resolve(model), "dtype": "bfloat16", "name": model},
                     "disaggregation": {"policy": "always", "self_measurement": False, "prefix_push": "never"},
                     "transfer": {"wire_dtype": wire},
                 }

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
 from disaggd.cluster.pairing import RETRY_S, PairBook
@@ -265,3 +266,16 @@ def test_frames_about_nodes_that_left_are_ignored() -> None:
     assert not pairing.book.on_ready(decode, PairReady(P0, OLD))
     pairing.book.on_lost(prefill, PairLost(D0, OLD, ""), 0.0)
     assert list(pairing.book) == []
+
+
+def test_the_target_hears_how_many_ranks_write_and_the_writer_of_each_rank_and_the_geometry() -> None:
+    pairing = Pairing()
+    pairing.decode_up()
+    pairing.sent[P0] = []
+    pairing.prefills[P0] = PrefillPeer(P0, replace(hello(P0, "first"), num_ranks=3), pairing.sent[P0].append)
+    pairing.book.prefill_up(pairing.prefills[P0], pairing.now)
+    assert pairing.sent[D0] == [OpenPair(P0, Incarnation("p0-first"), 3)]
+    endpoints = (*endpoint(OLD, b"metadata", PLACE), *endpoint(NEW, b"another", PLACE))
+    pairing.book.on_agent(pairing.decodes[D0], PairAgent(P0, Incarnation("p0-first"), endpoints), pairing.now)
+    assert pairing.sent[P0] == [ConnectPair(D0, Incarnation("d0-first"), endpoints, KV)]
+    assert not pairing.ready(NEW) and pairing.ready(OLD), "the first rank's id is that of all"

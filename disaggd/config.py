@@ -164,9 +164,9 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     wire_dtype: WireDtype = "auto"
     """Of KV on its way to a decode node: as it is, or `fp8`, float8 e4m3 with a scale for each head of a block. That is half of bfloat16's
     bytes, for a slow network; what is decoded from it differs a little. Prefixes go back as they are."""
-    direct_slice_bytes: Size = Size(2**12)
+    direct_slice_bytes: Size = Size(1)
     """What a rank gets of a block, where it is less and other ranks' parts lie in between, is gathered into whole blocks of that rank
-    first, and these are written. From here on that pays only where many blocks of a write are neighbours at the target."""
+    first, and these are written. That pays only where many blocks of a write are neighbours at the target: by default never."""
     verify: bool = False
     """Every block that lands is compared with its sender's checksum; one that differs is computed again, never used."""
     layer_group: Positive = 1

@@ -24,7 +24,7 @@ from disaggd.model.spec import ModelSpec
 from disaggd.supervisor import is_local
 from disaggd.tls import mutual_contexts, server_context
 from disaggd.toml_file import naming
-from disaggd.transfer.layout import KVSpec, kv_spec
+from disaggd.transfer.layout import KVSpec, in_fp8, kv_spec
 from disaggd.transfer.source import staging_blocks
 
 _COLUMNS = ("node", "role", "listens on", "device", "threads", "pool", "blocks", "tokens")
@@ -128,11 +128,14 @@ def num_blocks(node: NodeConfig, kv: KVSpec) -> int | None:
 
 
 def _staging_blocks(config: Config, node: NodeConfig, spec: ModelSpec) -> int | None:
-    """Blocks of the memory that a GPU's KV goes through; None for a node without. Raises ConfigError for too little."""
-    if not node.is_gpu:
+    """Blocks of the memory that a GPU's KV goes through, or that KV lands in in fp8; None for a node without. Raises ConfigError for too
+    little."""
+    lands_in_fp8 = config.lands_in_fp8(node)
+    if not node.is_gpu and not lands_in_fp8:
         return None
+    kv = kv_spec(spec, node.block_size)
     return staging_blocks(
-        kv_spec(spec, node.block_size),
+        in_fp8(kv) if lands_in_fp8 else kv,
         config.transfer.staging,
         pool_blocks=None,  # a pool that is smaller has a warning of its own
         max_step_tokens=node.max_step_tokens,
@@ -199,6 +202,8 @@ def _dtype(config: Config, spec: ModelSpec) -> str:
 def _transfer(config: Config) -> str:
     transfer = config.transfer
     shown = f"{transfer.transports} on {transfer.devices or 'loopback'}, ports {transfer.port_range}"
+    if transfer.wire_dtype == "fp8":
+        shown += ", in fp8 to decode nodes"
     if transfer.verify:
         shown += ", every block verified"
     return shown + f", a GPU's through {_size(transfer.staging)} of its host" if any(node.is_gpu for node in config.nodes) else shown

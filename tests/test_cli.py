@@ -172,6 +172,17 @@ def test_check_shows_ranks_and_verification(config: Path, capsys: pytest.Capture
     assert "2 ranks x 3" in shown and "32 MiB of all ranks" in shown and ", every block verified" in shown
 
 
+def test_check_says_what_lands_in_fp8_and_how_long_it_may_be(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefill = DECODE.replace('"d0"', '"p0"').replace("decode", "prefill").replace("8102", "8101")
+    config.write_text('[transfer]\nwire_dtype = "fp8"\nstaging = "1MiB"\n' + ROUTER + prefill + DECODE.replace("32MiB", "1GiB"))
+    assert run("check", "--config", str(config)) == 0
+    shown = capsys.readouterr().out
+    assert ", in fp8 to decode nodes" in shown
+    # As it is, in bfloat16, as much holds 320.
+    (warning,) = [line for line in shown.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: node 'd0': transfer.staging holds 640 tokens: longer prompts are never prefilled elsewhere")
+
+
 def test_check_warns_of_what_this_host_lacks(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text('[transfer]\ndevices = "lo,eth77"\n' + ROUTER + DECODE.replace("32MiB", "1MiB") + "cpus = [1023]\n")
     assert run("check", "--config", str(config)) == 0

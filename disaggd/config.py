@@ -167,6 +167,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     direct_slice_bytes: Size = Size(1)
     """What a rank gets of a block, where it is less and other ranks' parts lie in between, is gathered into whole blocks of that rank
     first, and these are written. That pays only where many blocks of a write are neighbours at the target: by default never."""
+    check_pairs: bool = True
+    """Before KV goes from one node to another, a pattern does, and must arrive as it was; a pair that fails is named, and not used."""
     verify: bool = False
     """Every block that lands is compared with its sender's checksum; one that differs is computed again, never used."""
     layer_group: Positive = 1

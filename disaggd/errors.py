@@ -54,6 +54,8 @@ class HelloRefused(DisaggdError):
     def __init__(self, field: str, ours: object, theirs: object) -> None:
         super().__init__(f"hello refused: {field} differs (ours {ours!r}, theirs {theirs!r})")
         self.field = field
+        self.ours = ours
+        self.theirs = theirs
 
 
 class RequestError(DisaggdError):

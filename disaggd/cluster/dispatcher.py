@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import singledispatchmethod
 
 from disaggd.cluster import hello, protocol
+from disaggd.cluster.check_frames import PatternGrant, PatternPushed, PatternRead
 from disaggd.cluster.costs import PrefillFit
 from disaggd.cluster.moves import DispatchRules, Moves
 from disaggd.cluster.offer import Predicted
@@ -46,6 +47,7 @@ class Dispatcher:
         self.sequences = moves.sequences
         self.queue = moves.queue
         self.pairs = moves.pairs
+        self.checks = moves.checks
         self.grants = moves.grants
         self.credits = moves.credits
         self.admission = moves.admission
@@ -96,6 +98,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         """Call a few times a second: deadlines, pairs to be probed again, jobs that no prefill node will take, stalls."""
+        self.checks.tick()
         self.pairs.tick(self._clock())
         self._moves.tick()
         self.stalls.tick(self.sequences.values())
@@ -119,6 +122,7 @@ class Dispatcher:
         self.pairs.node_down(name)
         self.caches.node_down(name)
         prefill, decode = self.prefills.pop(name, None), self.decodes.pop(name, None)
+        self.checks.node_down(name)
         for record in list(self.sequences.values()):
             if decode is not None and record.decode == name:
                 self._moves.decode_lost(record, decode)
@@ -337,6 +341,11 @@ class Dispatcher:
     @_from_either.register
     def _(self, frame: hello.PairLost, peer: Peer) -> None:
         self.pairs.on_lost(peer, frame, self._clock())
+
+    @_from_either.register
+    def _(self, frame: PatternGrant | PatternPushed | PatternRead, peer: Peer) -> None:
+        self.checks.on_frame(peer, frame)
+        self._moves.dispatch()  # a pair may have come up
 
     @_from_either.register
     def _(self, frame: protocol.Progress, peer: Peer) -> None:

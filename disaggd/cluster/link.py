@@ -327,9 +327,11 @@ async def dial(
     settings: LinkSettings,
     accept: Callable[[NodeHello], None] = lambda _: None,
     on_refused: Callable[[str], None] = lambda _: None,
+    on_trouble: Callable[[Exception, str], None] = lambda *_: None,
 ) -> Never:
     """Keeps a link to `node` for as long as it is not cancelled. `accept` may raise HelloRefused over the node's hello;
-    `on_refused` is told the field over which either end refused the other, or `FAULT`.
+    `on_refused` is told the field over which either end refused the other, or `FAULT`; `on_trouble`, at each attempt, why there is no
+    link.
 
     A node that is away is tried again soon, at most `reconnect_max_s` apart; one that refuses, or is refused, seldom.
     Each standing trouble is logged once; that a node is not there yet, or took its leave, is none for `patience_s`. No exception ends
@@ -344,10 +346,12 @@ async def dial(
             link = await _connect(node, hello, accept, settings)
         except HelloRefused as error:
             on_refused(error.field)
+            on_trouble(error, str(error))
             troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: {error}")
             pause_s = settings.refused_s
         except ssl.SSLError as error:
             on_refused("tls")
+            on_trouble(error, f"TLS: {tls_reason(error)}")
             troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}: TLS: {tls_reason(error)}")
             pause_s = settings.refused_s
         except (OSError, TimeoutError, WebSocketException, Undecodable, UnexpectedFrame) as error:
@@ -355,9 +359,11 @@ async def dial(
                 troubles.log(logging.INFO, f"waiting for {node.name} at {node.listen}")
             else:
                 troubles.log(logging.WARNING, f"no link to {node.name} at {node.listen}, trying again: {_why(error, settings)}")
+            on_trouble(error, _why(error, settings))
             pause_s = min(2 * pause_s, settings.reconnect_max_s)
         except Exception as error:  # noqa: BLE001  whatever it is, the other nodes stay linked
             on_refused(FAULT)
+            on_trouble(error, repr(error))
             troubles.log(logging.ERROR, f"no link to {node.name} at {node.listen}, trying again: {error!r}", error)
             pause_s = settings.refused_s
         else:

@@ -17,6 +17,7 @@ from disaggd.cluster.credits import Credits
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.learning import Learning
 from disaggd.cluster.output import nonsense_in
+from disaggd.cluster.pair_checks import PairChecks
 from disaggd.cluster.pairing import PairBook
 from disaggd.cluster.peers import DecodePeer, Duty, JobStage, Peer, PrefillPeer, able_to_decode, is_any_serving
 from disaggd.cluster.placement import Cached, Placement, prefill_s
@@ -53,6 +54,8 @@ class DispatchRules:
     queue_aging_s: float = 10.0
     """A job that arrived so long ago goes before every later one."""
     ttft_target_s: float = 2.0
+    check_pairs: bool = False
+    """Whether a pattern goes over a pair before anything else does."""
     prefix_push: PrefixPolicy = "auto"
     """Whether decode nodes push prefixes to prefill nodes that lack them."""
     weights: RoutingWeights = field(default_factory=lambda: RoutingWeights(prefill=1.0, load=0.1))
@@ -73,8 +76,9 @@ class Moves:
     def __init__(self, rules: DispatchRules, clock: Callable[[], float], on_update: Callable[[RoutedSequence], None]) -> None:
         self.prefills: dict[NodeName, PrefillPeer] = {}
         self.decodes: dict[NodeName, DecodePeer] = {}
-        self.pairs = PairBook(self.prefills, self.decodes)
         self.grants = GrantRelay(self.prefills, self.decodes)
+        self.checks = PairChecks(self.prefills, self.decodes, self.grants, clock)
+        self.pairs = PairBook(self.prefills, self.decodes, self.checks if rules.check_pairs else None)
         self.credits = Credits(self.prefills)
         self.caches = CacheBook()
         self.admission = Admission(rules.kv_overcommit)

@@ -1,33 +1,50 @@
 """How the agent of each node that writes meets that of its target. Runs on the router's loop; carries metadata, reads none of it.
 
-target makes an agent for the pair → writer connects to it and sends it its own id → target reports that it received it.
-Until then nothing is granted for the pair: late metadata must never reach an agent that was rebuilt on the same port.
-Two nodes of which one's KV can never be the other's are not brought together at all.
+target makes an agent for the pair → writer connects to it and sends it its own id → target reports that it received it
+→ a pattern goes over the pair, and is what arrives (`pair_checks.py`).
+
+Before the third nothing is granted for the pair: late metadata must never reach an agent that was rebuilt on the same port. Before the
+fourth nothing of a request's. A node that has no blocks free for a pattern is not kept from its work: the pair is ready, says that it
+was not checked, and is checked later. One over which something else arrives than was written is not used, and the cluster serves with
+the rest. Two nodes of which one's KV can never be the other's are not brought together at all.
 
 Prefill nodes write to decode nodes; and decode nodes to prefill nodes, what these lack of a prefix, where both share prefixes.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
+from disaggd.cluster.pair_checks import CheckResult, Effort, PairChecks
 from disaggd.cluster.peers import DecodePeer, Duty, Pair, PairState, Peer, PrefillPeer
 from disaggd.errors import ConfigError
-from disaggd.ids import NodeName
+from disaggd.ids import AgentId, NodeName
 from disaggd.transfer.layout import check_pair
 
 log = logging.getLogger(__name__)
 
+_PROBED = (PairState.CHECKING, PairState.READY, PairState.FAILED)
+
 RETRY_S = 1.0
 """Pause before a lost or silent pair is probed again."""
+RECHECK_S = 15.0
+"""Pause before a pair is checked again over which something wrong arrived, or that nobody had room to check."""
+AT_FIRST = Effort(num_rounds=4, budget_s=0.05)
+"""For a new pair: one round tells whether bytes arrive, but is over a connection that has carried nothing, and tells little of speed."""
 
 
 class PairBook:
-    """Every pair of live nodes, and its state. Shares the dispatcher's peer tables, which the dispatcher fills."""
+    """Every pair of live nodes, and its state. Shares the dispatcher's peer tables, which the dispatcher fills.
 
-    def __init__(self, prefills: dict[NodeName, PrefillPeer], decodes: dict[NodeName, DecodePeer]) -> None:
+    Without `checks` a pair that was probed is ready.
+    """
+
+    def __init__(
+        self, prefills: dict[NodeName, PrefillPeer], decodes: dict[NodeName, DecodePeer], checks: PairChecks | None = None
+    ) -> None:
         self._prefills = prefills
         self._decodes = decodes
+        self._checks = checks
         self._pairs: dict[tuple[NodeName, NodeName], Pair] = {}
         """By writer and target."""
 
@@ -71,16 +88,24 @@ class PairBook:
 
     def on_ready(self, target: Peer, frame: PairReady) -> bool:
         """That very agent received its own id. Returns whether the pair came up."""
-        writer = self._peer(frame.peer)
         pair = self._pairs.get((frame.peer, target.name))
-        if writer is None or pair is None or not pair.is_current(frame.agent_id):
+        if pair is None or not pair.is_current(frame.agent_id):
             return False
-        if pair.state is PairState.LOST:
-            return False  # it was received before the writer lost the agent: only the next probe can tell
-        pair.state, pair.reason = PairState.READY, ""
-        writer.send(PairReady(target.name, frame.agent_id))
-        log.info("%s → %s: KV path is ready", pair.writer, pair.target)
-        return True
+        if pair.state in (PairState.LOST, PairState.CHECKING):
+            return False  # it was received before the writer lost the agent: only the next probe can tell; or that is known
+        if self._checks is None or pair.checked == frame.agent_id:
+            pair.reason = ""
+            self._come_up(pair, "KV path is ready")
+        else:
+            self._check(pair, self._checks)
+        return pair.state is PairState.READY
+
+    def _come_up(self, pair: Pair, message: str) -> None:
+        assert pair.agent is not None
+        pair.state = PairState.READY
+        if (writer := self._peer(pair.writer)) is not None:
+            writer.send(PairReady(pair.target, pair.agent.agent_id))
+        log.info("%s → %s: %s", pair.writer, pair.target, message)
 
     def on_lost(self, writer: Peer, frame: PairLost, now: float) -> None:
         """The writer cannot reach the agent any more: probe it again after a pause."""
@@ -91,10 +116,56 @@ class PairBook:
         pair.state, pair.reason = PairState.LOST, frame.reason
         pair.retry_at = now + RETRY_S
 
+    # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, pair: Pair, effort: Effort, done: Callable[[CheckResult], None]) -> bool:
+        """Check a pair once more: `done` is told what comes of it, and the pair is used or not by that. False: it is not probed."""
+        if self._checks is None or pair.agent is None or pair.state not in _PROBED:
+            return False
+        agent_id = pair.agent.agent_id
+
+        def checked(result: CheckResult) -> None:
+            self._checked(pair, agent_id, result)
+            done(result)
+
+        self._checks.start(pair, effort, checked)
+        return True
+
+    def _check(self, pair: Pair, checks: PairChecks) -> None:
+        assert pair.agent is not None
+        agent_id = pair.agent.agent_id
+        if pair.state is not PairState.READY:
+            pair.state = PairState.CHECKING
+        pair.retry_at = checks.clock() + RECHECK_S
+        checks.start(pair, AT_FIRST, lambda result: self._checked(pair, agent_id, result))
+
+    def _checked(self, pair: Pair, agent_id: AgentId, result: CheckResult) -> None:
+        """What a check has come to, if the pair is still the one that was checked.
+
+        One that was in use, and of which nothing wrong was seen, stays so: of what fails under way its writer tells by itself.
+        """
+        if self._pairs.get((pair.writer, pair.target)) is not pair or not pair.is_current(agent_id) or pair.state not in _PROBED:
+            return
+        pair.reason = result.reason
+        pair.checked = agent_id if result.outcome == "ok" else None
+        if result.outcome == "wrong" or (result.outcome == "failed" and pair.state is not PairState.READY):
+            assert self._checks is not None
+            pair.state = PairState.FAILED
+            pair.retry_at = self._checks.clock() + (RECHECK_S if result.outcome == "wrong" else 5 * RETRY_S)
+            log.error("%s → %s: the KV path is not used: %s", pair.writer, pair.target, result.reason)
+        elif pair.state is not PairState.READY:
+            self._come_up(pair, f"KV path is ready: {result}")
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
     def tick(self, now: float) -> None:
-        """Probe again what was lost, or answered nothing."""
+        """Probe again what was lost, or answered nothing; check again what failed, or was not checked."""
         for pair in self._pairs.values():
-            if pair.state in (PairState.READY, PairState.REFUSED) or now < pair.retry_at:
+            if now < pair.retry_at or pair.state in (PairState.CHECKING, PairState.REFUSED):
+                continue
+            if pair.state in _PROBED:
+                if self._checks is not None and not (pair.checked is not None and pair.is_current(pair.checked)):
+                    self._check(pair, self._checks)
                 continue
             writer, target = self._peer(pair.writer), self._peer(pair.target)
             assert writer is not None and target is not None, "a pair of a node that left is forgotten"

@@ -32,10 +32,14 @@ class PairState(enum.Enum):
     """The target was asked for an agent."""
     PROBING = "probing"
     """The writer was given the agent and probes it."""
+    CHECKING = "checking"
+    """The target received its own agent's id, and a pattern is on its way there."""
     READY = "ready"
-    """The target received its own agent's id: grants may be given."""
+    """What was written arrived as it was, or nobody had room to find out: grants may be given."""
     LOST = "lost"
     """The writer cannot reach the agent: probed again after a pause."""
+    FAILED = "failed"
+    """The pattern did not arrive as it was: checked again after a long pause."""
     REFUSED = "refused"
     """No bytes of the one can become bytes of the other: nothing is tried until one of them comes back with another geometry."""
 
@@ -50,9 +54,11 @@ class Pair:
     agent: PairAgent | None = None
     """The target's latest agent for this pair."""
     retry_at: float = 0.0
-    """When LOST: the time of the next probe."""
+    """When LOST: the time of the next probe; FAILED, or READY without a check: of the next check."""
     reason: str = ""
-    """Why it is LOST or REFUSED."""
+    """Why it is LOST, FAILED or REFUSED, or READY without a check."""
+    checked: AgentId | None = None
+    """The agent at which the pattern arrived."""
     transfers: TransferFit = field(default_factory=TransferFit)
 
     def is_current(self, agent_id: AgentId) -> bool:

@@ -14,6 +14,7 @@ router ──► prefill                        prefill ──► router
 both ways: Ping
 between the node that writes a grant and the one that gave it, forwarded: Progress, Quiesced one way, Cancel the other
 pairing: OpenPair, ConnectPair, PairReady to engine nodes, PairAgent, PairReady, PairLost from them
+a check of a pair (`check_frames.py`): CheckPair, PushPattern to engine nodes, PatternGrant, PatternPushed, PatternRead from them
 both roles answer ListBlocks with BlockList
 engine nodes also send Gauges, Measured, RefusedLinks, SlowThread and CacheEvents, which a router may ask for with CacheSnapshot
 an engine node that is told to stop sends Draining, and stops when every router has answered Dismiss
@@ -23,11 +24,12 @@ an engine node that is told to stop sends Draining, and stops when every router 
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
 
+from disaggd.cluster.check_frames import CheckPair, PatternGrant, PatternPushed, PatternRead, PushPattern
+from disaggd.cluster.grant import Grant as Grant
 from disaggd.cluster.hello import (
     ConnectPair,
     Frame,
@@ -39,9 +41,9 @@ from disaggd.cluster.hello import (
 )
 from disaggd.cluster.holdings import Holding
 from disaggd.cluster.offer import Predicted, PrefillCost, PrefillWork, RemoteOffer
-from disaggd.ids import AgentId, GrantToken, NodeName, SeqId
+from disaggd.ids import GrantToken, NodeName, SeqId
 from disaggd.sampling import FinishReason, SamplingParams, TokenLogprob
-from disaggd.wire import Cost, Count, Real, SmallCount, WireBlock
+from disaggd.wire import Cost, Count, Real, SmallCount
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
@@ -62,22 +64,6 @@ def unpack_tokens(raw: bytes) -> list[int]:
 
 
 # ── a sequence ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Grant(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks of one node that another may write, until the lease runs out."""
-
-    token: GrantToken
-    target: NodeName
-    writer: NodeName
-    agent_id: AgentId
-    """The target's agent for this pair: a push to any other is refused."""
-    first_token_index: Count
-    """Tokens before this one are cached at the target and left out."""
-    block_ids: tuple[WireBlock, ...]
-    lease_s: Annotated[float, Meta(gt=0, le=1e9)]
-    verify: bool = False
-    """The target wants a checksum of every block."""
 
 
 class Generate(Frame, frozen=True):
@@ -440,6 +426,8 @@ ToNode = (
     | OpenPair
     | ConnectPair
     | PairReady
+    | CheckPair
+    | PushPattern
     | Generate
     | RequestGrant
     | PushPrefix
@@ -460,6 +448,9 @@ ToRouter = (
     | PairAgent
     | PairReady
     | PairLost
+    | PatternGrant
+    | PatternPushed
+    | PatternRead
     | Decided
     | LocalPrefill
     | NeedPrefill

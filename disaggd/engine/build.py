@@ -15,6 +15,7 @@ from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
 from disaggd.engine.graphs import DecodeGraphs
 from disaggd.engine.kv_repack import KVUnpacker, make_unpacker
+from disaggd.engine.patterns import PatternMemory, RankPatterns
 from disaggd.engine.ranks import STEP_TIMEOUT_S, Beside, Followers, RankOrder, RanksUnpacker
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
@@ -55,6 +56,11 @@ class LoadedEngine:
     """The other ranks, if there are any."""
     unpacker: KVUnpacker | RanksUnpacker | None = None
     """Where KV lands, in fp8; None: in `kv`."""
+
+    @property
+    def patterns(self) -> RankPatterns:
+        """What the pool is checked with."""
+        return RankPatterns(PatternMemory(self.kv, range(self.kv.shape[2])), self.followers)
 
     @property
     def place(self) -> PoolPlace:

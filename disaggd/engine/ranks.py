@@ -24,6 +24,7 @@ import torch
 
 from disaggd.engine.batch import HostBatch
 from disaggd.engine.kv_repack import KVUnpacker, make_repacker, make_unpacker
+from disaggd.engine.patterns import PatternMemory, PatternOrder, obey
 from disaggd.engine.staging import upload
 from disaggd.errors import DisaggdError, RankLost, ResourceError
 from disaggd.ids import BlockId
@@ -35,6 +36,7 @@ from disaggd.model.spec import Dtype, Weights
 from disaggd.model.weights import load_weights
 from disaggd.transfer.layout import PoolPlace, kv_spec
 from disaggd.transfer.messages import IsReady
+from disaggd.transfer.pattern import Mismatch
 from disaggd.transfer.rank_kv import RankKV
 
 STEP_TIMEOUT_S = 30.0
@@ -57,6 +59,10 @@ class Unpack(msgspec.Struct, frozen=True):
 
     landed: tuple[BlockId, ...]
     blocks: tuple[BlockId, ...]
+
+
+ToRank = HostBatch | Unpack | PatternOrder
+"""What goes down a rank's pipe, and is done in that order."""
 
 
 class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +128,25 @@ class Followers:
         """Have every rank unpack its heads of what has landed, before any later step. Raises RankLost if one is gone."""
         self._tell(Unpack(tuple(landed), tuple(blocks)))
 
-    def _tell(self, what: HostBatch | Unpack) -> None:
+    def order(self, order: PatternOrder) -> None:
+        """Have every rank do that, in order with its steps; `answers` come next. Raises RankLost if one is gone."""
+        self._tell(order)
+
+    def answers(self) -> list[Mismatch | None]:
+        """Of every rank, to the last `order`. Raises RankLost if one is gone, or does not answer in a step's time."""
+        return [self._answer_of(order, pipe) for order, pipe in zip(self._orders, self._pipes, strict=True)]
+
+    def _answer_of(self, order: RankOrder, pipe: Connection) -> Mismatch | None:
+        try:
+            if not pipe.poll(order.step_timeout_s):
+                raise RankLost(f"rank {order.rank} of {order.num_ranks} has not answered, {GOES_NOT_ON}")
+            answer = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+        assert answer is None or isinstance(answer, Mismatch), answer
+        return answer
+
+    def _tell(self, what: ToRank) -> None:
         for order, pipe in zip(self._orders, self._pipes, strict=True):
             try:
                 pipe.send(what)
@@ -239,11 +263,15 @@ def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe:
         make_repacker=partial(make_repacker, kv),
         fp8_landing=None if unpacker is None else unpacker.place,
     )
+    memory = PatternMemory(kv, part.kv_heads)
     with nullcontext() if beside is None else beside(mine, side_pipe), torch.inference_mode():
         while (told := _next(pipe)) is not None:
             if isinstance(told, Unpack):
                 assert unpacker is not None
                 unpacker.copy_in(told.landed, told.blocks)
+                continue
+            if not isinstance(told, HostBatch):
+                pipe.send(obey(memory, told))
                 continue
             *fields, _ = upload(told.arrays(), where)
             try:
@@ -253,9 +281,9 @@ def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe:
                     pipe.send(str(error))  # and the pipe's end is next
 
 
-def _next(pipe: Connection) -> HostBatch | Unpack | None:
+def _next(pipe: Connection) -> ToRank | None:
     try:
-        told: HostBatch | Unpack = pipe.recv()
+        told: ToRank = pipe.recv()
     except (EOFError, OSError):
         return None
     return told

@@ -42,6 +42,7 @@ def create_app(
         ("GET", "/v1/requests", "key", request_response(status.receipts)),
         ("GET", "/v1/requests/{id:path}", "key", request_response(status.receipt)),
         ("GET", "/v1/cluster", "admin", request_response(status.cluster)),
+        ("POST", "/v1/cluster/check", "admin", request_response(status.check)),
         ("GET", "/v1/cluster/trace", "admin", request_response(status.trace)),
         ("GET", "/v1/debug/blocks", "admin", request_response(status.blocks)),
         ("GET", "/health", "nothing", request_response(status.health)),

@@ -88,6 +88,11 @@ class Backend(Protocol):
         Asks the nodes, and waits a second at most; who does not answer by then is named.
         """
 
+    async def check(self) -> dict[str, object]:
+        """What `POST /v1/cluster/check` answers (`observe/checkup.py`): a pattern goes over every way of KV, and is compared; plain JSON
+        values. Takes seconds; what nobody answers is waited for a quarter of a minute, and named.
+        """
+
     def cluster(self) -> dict[str, object]:
         """What `GET /v1/cluster` shows: nodes, roles, load, links; plain JSON values."""
 

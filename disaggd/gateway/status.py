@@ -1,4 +1,4 @@
-"""The endpoints that look and do not touch: models, receipts, the cluster, health, metrics."""
+"""The endpoints that look and change nothing: models, receipts, the cluster, health, metrics."""
 
 import asyncio
 import re
@@ -58,6 +58,10 @@ class StatusEndpoints:
     async def cluster(self, request: Request) -> Response:
         """Nodes, roles, load and links."""
         return _json(self._backend.cluster())
+
+    async def check(self, request: Request) -> Response:
+        """Every way of KV, checked now."""
+        return _json(await self._backend.check())
 
     async def blocks(self, request: Request) -> Response:
         """Each granted, held and quarantined block, and why; asked of the nodes now."""

@@ -3,25 +3,30 @@
 Imports no torch, and starts nothing: threads, links and processes are `node.py`'s and `router.py`'s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.moves import DispatchRules
 from disaggd.cluster.routing import RoutingWeights
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.engine import Engine
+from disaggd.ids import NodeName
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
-from disaggd.roles.landing import LandingMemory
+from disaggd.roles.landing import LandingMemory, Landings
+from disaggd.roles.pair_check import PairCheck
+from disaggd.roles.pattern_intake import PatternIntake, Patterns
+from disaggd.roles.pattern_pushes import PatternPushes, WayOut
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing, layer_groups
 from disaggd.transfer.layout import KVSpec, in_fp8
-from disaggd.transfer.messages import IsReady, TransferCommand
+from disaggd.transfer.messages import IsReady, PairOpened, TransferCommand, at_once
 
 Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]
+Mark = Callable[[], IsReady]
 
 
 def dispatch_rules(config: Config, vocab_size: int) -> DispatchRules:
@@ -33,6 +38,7 @@ def dispatch_rules(config: Config, vocab_size: int) -> DispatchRules:
         stall_s=config.router.stall_s,
         max_prefill_queue=rules.max_prefill_queue,
         max_prefill_queue_tokens=rules.max_prefill_queue_tokens,
+        check_pairs=config.transfer.check_pairs,
         prefix_push=rules.prefix_push,
         queue_aging_s=rules.queue_aging_s,
         ttft_target_s=rules.ttft_target_ms / 1e3,
@@ -61,8 +67,10 @@ def decode_role(
     submit: Submit,
     clock: Clock,
     staging: LandingMemory | None = None,
+    patterns: Patterns | None = None,
+    mark: Mark = lambda: at_once,
 ) -> DecodeRole:
-    """`staging` is what peers write where they cannot write the engine's pool."""
+    """`staging` is what peers write where they cannot write the engine's pool. Without `patterns` its pairs are not checked."""
     transfer = config.transfer
     granting = Granting(
         node.name,
@@ -75,11 +83,26 @@ def decode_role(
         staging=staging,
         verify=transfer.verify,
     )
+    pushing = _pushing(config, engine, outbox, submit, clock)
     return DecodeRole(
         engine,
         decision_rule(config),
         granting=granting,
-        pushing=_pushing(config, engine, outbox, submit, clock),
+        pushing=pushing,
+        checks=_pair_check(
+            config,
+            node,
+            engine,
+            kv,
+            patterns=patterns,
+            pushing=pushing,
+            landings=granting.landings,
+            agents=granting.agents,
+            outbox=outbox,
+            submit=submit,
+            mark=mark,
+            clock=clock,
+        ),
         layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
         vocab_size=vocab_size,
         outbox=outbox,
@@ -93,26 +116,45 @@ def prefill_role(
     node: NodeConfig,
     engine: Engine,
     *,
+    kv: KVSpec,
     vocab_size: int,
     outbox: Outbox,
     submit: Submit,
-    mark: Callable[[], IsReady],
+    mark: Mark,
     clock: Clock,
+    patterns: Patterns | None = None,
 ) -> PrefillRole:
+    """Without `patterns` its pairs are not checked."""
     pool, limits, transfer = engine.pool, engine.limits, config.transfer
+    pushing = _pushing(config, engine, outbox, submit, clock)
+    prefixes = PrefixIntake(
+        node.name,
+        engine,
+        lease_s=transfer.lease_s,
+        quiesce_s=transfer.quiesce_s,
+        outbox=outbox,
+        submit=submit,
+        clock=clock,
+        verify=transfer.verify,
+    )
     return PrefillRole(
         engine,
         credit_tokens=min(pool.num_blocks * pool.block_size, 2 * limits.max_model_len),
-        pushing=_pushing(config, engine, outbox, submit, clock),
-        prefixes=PrefixIntake(
-            node.name,
+        pushing=pushing,
+        prefixes=prefixes,
+        checks=_pair_check(
+            config,
+            node,
             engine,
-            lease_s=transfer.lease_s,
-            quiesce_s=transfer.quiesce_s,
+            kv,
+            patterns=patterns,
+            pushing=pushing,
+            landings=Landings(pool, None),
+            agents=prefixes.agents,
             outbox=outbox,
             submit=submit,
+            mark=mark,
             clock=clock,
-            verify=transfer.verify,
         ),
         vocab_size=vocab_size,
         outbox=outbox,
@@ -131,3 +173,41 @@ def _pushing(config: Config, engine: Engine, outbox: Outbox, submit: Submit, clo
         submit=submit,
         clock=clock,
     )
+
+
+def _pair_check(
+    config: Config,
+    node: NodeConfig,
+    engine: Engine,
+    kv: KVSpec,
+    *,
+    patterns: Patterns | None,
+    pushing: Pushing,
+    landings: Landings,
+    agents: Mapping[NodeName, PairOpened],
+    outbox: Outbox,
+    submit: Submit,
+    mark: Mark,
+    clock: Clock,
+) -> PairCheck:
+    transfer = config.transfer
+    intake = PatternIntake(
+        node.name,
+        engine,
+        patterns=patterns,
+        landings=landings,
+        agents=agents,
+        lease_s=transfer.lease_s,
+        quiesce_s=transfer.quiesce_s,
+        outbox=outbox,
+        submit=submit,
+        clock=clock,
+    )
+    way = WayOut(
+        transport=f"{transfer.transports} over {transfer.devices or 'lo'}",
+        path="staged" if node.is_gpu else "direct",
+        kv_heads=sum(group.kv_heads for group in kv.groups),
+        layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
+    )
+    pushes = PatternPushes(node.name, engine, patterns=patterns, pushing=pushing, way=way, outbox=outbox, mark=mark)
+    return PairCheck(intake, pushes, pushing)

@@ -31,6 +31,8 @@ def run(config: Config, node: NodeConfig) -> None:
             submit=submit,
             clock=lease_clock,
             staging=staging,
+            patterns=loaded.patterns,
+            mark=loaded.stream.mark,
         )
 
     uvloop.run(run_engine_node(config, node, make_role))

@@ -52,6 +52,7 @@ from disaggd.roles.deciding import Decider, measured
 from disaggd.roles.gauges import node_gauges
 from disaggd.roles.granting import Granting, Placed
 from disaggd.roles.local_prefills import LocalPrefills
+from disaggd.roles.pair_check import PairCheck
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
@@ -73,6 +74,7 @@ class DecodeRole:
         *,
         granting: Granting,
         pushing: Pushing,
+        checks: PairCheck,
         layer_groups: tuple[range, ...],
         vocab_size: int,
         outbox: Outbox,
@@ -85,6 +87,7 @@ class DecodeRole:
         self._granting = granting
         self._grants = granting.book
         self._pushing = pushing
+        self._checks = checks
         self._layer_groups = layer_groups
         """What one write takes, of a model's layers."""
         self._vocab_size = vocab_size
@@ -121,7 +124,8 @@ class DecodeRole:
     # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_frame(self, link: LinkId, frame: ToNode) -> None:
-        self._on_frame(frame, link)
+        if not self._checks.on_frame(link, frame):
+            self._on_frame(frame, link)
 
     @singledispatchmethod
     def _on_frame(self, frame: ToNode, link: LinkId) -> None:
@@ -237,7 +241,8 @@ class DecodeRole:
     # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_event(self, event: transfer.TransferEvent) -> None:
-        self._on_event(event)
+        if not self._checks.on_event(event):
+            self._on_event(event)
 
     @singledispatchmethod
     def _on_event(self, event: transfer.TransferEvent) -> None:
@@ -324,6 +329,7 @@ class DecodeRole:
             log.warning("%s did not quiesce: fencing its agent", peer)
             self._submit(transfer.Fence(peer, agent_id))
         self._pushing.tick()
+        self._checks.tick()
         for link in self._links_with_room():
             self._thought_full.discard(link)
             self._outbox.send(link, Room())
@@ -333,8 +339,8 @@ class DecodeRole:
     def next_deadline(self) -> float | None:
         if self._links_with_room():
             return self._clock()  # a step has freed it, and nothing else may come in
-        asked_again = self._clock() + COPY_POLL_S if self._granting.arrivals else None
-        deadlines = (self._grants.next_deadline(), self._pushing.next_deadline(), asked_again)
+        asked_again = self._clock() + COPY_POLL_S if self._granting.arrivals or self._checks.is_arriving else None
+        deadlines = (self._grants.next_deadline(), self._pushing.next_deadline(), self._checks.next_deadline(), asked_again)
         return min((at for at in deadlines if at is not None), default=None)
 
     @property
@@ -346,14 +352,14 @@ class DecodeRole:
         return node_gauges(
             self._engine,
             self._granting.verified,
-            granted=self._granting.blocks_granted,
-            quarantined=self._granting.blocks_quarantined,
-            promised=self._granting.blocks_promised,
+            granted=self._granting.blocks_granted + self._checks.blocks_granted,
+            quarantined=self._granting.blocks_quarantined + self._checks.blocks_quarantined,
+            promised=self._granting.blocks_promised + self._checks.blocks_promised,
             held=self._pushing.num_blocks_held,
         )
 
     def holdings(self) -> Iterable[Holding]:
-        return (*self._granting.holdings(), *self._pushing.holdings())
+        return (*self._granting.holdings(), *self._checks.holdings(), *self._pushing.holdings())
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -90,6 +90,11 @@ class Granting:
         self._landings = Landings(engine.pool, staging)
         self._is_staged = staging is not None
 
+    @property
+    def landings(self) -> Landings:
+        """Where grants land, for who gives some of another kind."""
+        return self._landings
+
     # ── promises ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property

@@ -46,6 +46,11 @@ class Landings:
         self._num_reserved = 0
 
     @property
+    def is_staged(self) -> bool:
+        """Whether peers write elsewhere than into the pool."""
+        return self._memory is not None
+
+    @property
     def max_tokens(self) -> int | None:
         """Tokens whose KV can land at once, however long one waits; None: as many as the pool holds."""
         return None if self._memory is None else self._landing.num_blocks * self._landing.block_size

@@ -26,11 +26,13 @@ def run(config: Config, node: NodeConfig) -> None:
             config,
             node,
             loaded.engine,
+            kv=loaded.kv_spec,
             vocab_size=loaded.spec.vocab_size,
             outbox=outbox,
             submit=submit,
             mark=loaded.stream.mark,
             clock=lease_clock,
+            patterns=loaded.patterns,
         )
 
     uvloop.run(run_engine_node(config, node, make_role))

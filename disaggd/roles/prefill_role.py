@@ -41,6 +41,7 @@ from disaggd.roles.arrival import read_sequence
 from disaggd.roles.compute import LinkId, Outbox
 from disaggd.roles.deciding import measured
 from disaggd.roles.gauges import node_gauges
+from disaggd.roles.pair_check import PairCheck
 from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing
 from disaggd.transfer import messages as transfer
@@ -83,6 +84,7 @@ class PrefillRole:
         credit_tokens: int,
         pushing: Pushing,
         prefixes: PrefixIntake,
+        checks: PairCheck,
         vocab_size: int,
         outbox: Outbox,
         mark: Callable[[], transfer.IsReady],
@@ -93,6 +95,7 @@ class PrefillRole:
         self._credit_tokens = credit_tokens
         self._pushing = pushing
         self._prefixes = prefixes
+        self._checks = checks
         self._vocab_size = vocab_size
         self._outbox = outbox
         self._mark = mark
@@ -114,6 +117,7 @@ class PrefillRole:
         """Nobody waits for this router's jobs; its grants are quiesced without it."""
         for job in [j for j in self._jobs.values() if j.link == link]:
             self._stop(job, "its router is lost")
+        self._checks.link_down(link)
         self._pushing.link_down(link)
         self._share_credit()
 
@@ -125,7 +129,8 @@ class PrefillRole:
     # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_frame(self, link: LinkId, frame: ToNode) -> None:
-        self._on_frame(frame, link)
+        if not self._checks.on_frame(link, frame):
+            self._on_frame(frame, link)
 
     @singledispatchmethod
     def _on_frame(self, frame: ToNode, link: LinkId) -> None:
@@ -187,7 +192,8 @@ class PrefillRole:
     # ── transfer events ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_event(self, event: transfer.TransferEvent) -> None:
-        self._on_event(event)
+        if not self._checks.on_event(event):
+            self._on_event(event)
 
     @singledispatchmethod
     def _on_event(self, event: transfer.TransferEvent) -> None:
@@ -290,9 +296,10 @@ class PrefillRole:
         self._turn_began = self._clock()
         self._pushing.tick()
         self._prefixes.tick()
+        self._checks.tick()
 
     def next_deadline(self) -> float | None:
-        deadlines = (self._pushing.next_deadline(), self._prefixes.next_deadline())
+        deadlines = (self._pushing.next_deadline(), self._prefixes.next_deadline(), self._checks.next_deadline())
         return min((at for at in deadlines if at is not None), default=None)
 
     @property
@@ -300,7 +307,8 @@ class PrefillRole:
         return not self._jobs and self._pushing.is_idle
 
     def gauges(self) -> Gauges:
-        granted, quarantined = self._prefixes.blocks_granted, self._prefixes.blocks_quarantined
+        granted = self._prefixes.blocks_granted + self._checks.blocks_granted
+        quarantined = self._prefixes.blocks_quarantined + self._checks.blocks_quarantined
         return node_gauges(
             self._engine,
             self._prefixes.verified,
@@ -311,7 +319,7 @@ class PrefillRole:
         )
 
     def holdings(self) -> Iterable[Holding]:
-        return (*self._prefixes.holdings(), *self._pushing.holdings())
+        return (*self._prefixes.holdings(), *self._checks.holdings(), *self._pushing.holdings())
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -78,7 +78,7 @@ class PrefixIntake:
         self._submit = submit
         self._clock = clock
         self._book = GrantBook(quiesce_s, clock)
-        self._agents: dict[NodeName, transfer.PairOpened] = {}
+        self.agents: dict[NodeName, transfer.PairOpened] = {}
         """Ours, for each node that may push here."""
         self._prefixes: dict[Key, Prefix] = {}
 
@@ -90,7 +90,7 @@ class PrefixIntake:
         self._prefixes[prefix.key] = prefix
         cached = self._engine.cache.find(sequence)
         num_wanted = min(source.num_tokens, len(sequence.tokens) - 1) // self._pool.block_size - len(cached)
-        agent = self._agents.get(source.node)
+        agent = self.agents.get(source.node)
         if num_wanted <= 0:
             self._go_on(prefix, "cached", "it is cached here by now")
         elif agent is None:
@@ -212,7 +212,7 @@ class PrefixIntake:
 
     def open(self, frame: OpenPair) -> None:
         """A node that was restarted writes no more: what it had under way is given up at once."""
-        agent = self._agents.get(frame.peer)
+        agent = self.agents.get(frame.peer)
         if agent is not None and agent.peer_incarnation != frame.peer_incarnation:
             for prefix in list(self._prefixes.values()):
                 if prefix.grant is not None and prefix.grant.agent_id == agent.agent_id:
@@ -220,7 +220,7 @@ class PrefixIntake:
         self._submit(transfer.OpenPair(frame.peer, frame.peer_incarnation, frame.num_ranks))
 
     def opened(self, event: transfer.PairOpened) -> None:
-        self._agents[event.peer] = event
+        self.agents[event.peer] = event
         self._outbox.broadcast(PairAgent(event.peer, event.peer_incarnation, event.endpoints))
 
     def probed(self, event: transfer.PairProbed) -> None:
@@ -228,9 +228,9 @@ class PrefixIntake:
 
     def fenced(self, event: transfer.Fenced) -> None:
         """The agent is destroyed: nobody writes the blocks of its grants any more, and they are free."""
-        agent = self._agents.get(event.peer)
+        agent = self.agents.get(event.peer)
         if agent is not None and agent.agent_id == event.agent_id:
-            del self._agents[event.peer]
+            del self.agents[event.peer]
         for record in self._book.fenced(event.peer, event.agent_id):
             self._free(record)
             if record.state is GrantState.GRANTED:

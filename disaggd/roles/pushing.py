@@ -145,13 +145,22 @@ class Pushing:
 
     def end_of(self, grant: Grant) -> int:
         """Where the grant ends, in tokens of its sequence. Raises InvalidRequest if it may not be written."""
-        if grant.token in self._tombstones or grant.token in self._pushes:
+        if self.is_known(grant.token):
             raise InvalidRequest("the grant was revoked before its job came")
         if self._ready.get(grant.target) != grant.agent_id:
             # The router believes in a pair that is gone, perhaps since another router told us to connect elsewhere.
             self._outbox.broadcast(PairLost(grant.target, grant.agent_id, "not connected"))
             raise InvalidRequest(f"no KV path to that agent of {grant.target}")
         return grant.first_token_index + len(grant.block_ids) * self._block_sizes[grant.target]
+
+    def blocks_of(self, target: NodeName, num_tokens: int) -> int | None:
+        """Blocks of the target's that so many tokens take; None if we were not told to connect to it."""
+        size = self._block_sizes.get(target)
+        return None if size is None else -(-num_tokens // size)
+
+    def is_known(self, token: GrantToken) -> bool:
+        """Whether the grant is being written, or was, or was revoked before."""
+        return token in self._tombstones or token in self._pushes
 
     def begin(self, grant: Grant, seq: SeqId, attempt: int, link: LinkId) -> None:
         """The grant was checked just now."""

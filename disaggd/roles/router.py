@@ -8,17 +8,13 @@ import asyncio
 import gc
 import logging
 import os
-import socket
-import ssl
 import time
 import uuid
-from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
 
-import uvicorn
+import msgspec
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
-from starlette.types import ASGIApp
 
 import disaggd
 from disaggd.api_keys import KeyFile
@@ -30,12 +26,11 @@ from disaggd.cluster.moves import DECODE_PATIENCE_S
 from disaggd.cluster.peers import DecodePeer, Duty, PairState, PrefillPeer
 from disaggd.cluster.protocol import BlockList, Gauges, RefusedLinks, SlowThread, ToRouter
 from disaggd.cluster.request import Request, RoutedSequence
-from disaggd.config import Config, NodeConfig, RouterConfig
-from disaggd.errors import ConfigError, HelloRefused, Overloaded, ResourceError, Unavailable
+from disaggd.config import Config, NodeConfig
+from disaggd.errors import ConfigError, HelloRefused, Overloaded, Unavailable
 from disaggd.gateway.access import Access
 from disaggd.gateway.app import create_app
 from disaggd.gateway.backend import Deltas, GenerationRequest
-from disaggd.gateway.client_connection import ConnectionLimits, bounded
 from disaggd.gateway.cuts import Cuts
 from disaggd.gateway.limits import GatewayLimits
 from disaggd.gateway.tokenizer import read_tokenizer
@@ -44,15 +39,14 @@ from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
 from disaggd.observe.metrics import Metrics
 from disaggd.observe.receipts import Receipt
-from disaggd.open_files import allow_files
 from disaggd.roles.assembly import dispatch_rules
 from disaggd.roles.block_survey import BlockSurvey, shown
+from disaggd.roles.checkups import Checkups
+from disaggd.roles.http_server import HttpServer, bind, http_server
 from disaggd.roles.observer import Observer, block_counts
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.unread import DeltaQueue, Unread, UnreadLimits
-from disaggd.tls import server_context
 from disaggd.transfer.layout import kv_spec
-from disaggd.units import Address
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +56,6 @@ GC_THRESHOLD = 50_000
 STARTING_S = 20.0
 """A router that has just started is not ready until every node of the file is linked and paired, or this has passed."""
 KEY_FILE_POLL_S = 1.0
-SPARE_FILES = 256
-"""Beside the clients' sockets: links, logs, what the libraries open."""
-SEND_BUFFER_BYTES = 128 * 2**10
-"""Of a client's socket (the kernel takes twice that, for its own books): by default it lets up to 4 MiB wait for who does not read."""
-STOP_TIMEOUT_S = 5
-"""Once drained: connections that take the last of their replies for longer are cut."""
 LAST_WORDS_S = 1
 """The same after a second signal, when each stream's last event is an error."""
 STOPPING = "the router is stopping"
@@ -88,6 +76,7 @@ class RouterBackend:
         )
         self._observer = Observer(self.model_name, node.name, config.router, metrics, time.monotonic, time.time)
         self._survey = BlockSurvey()
+        self.checkups = Checkups(config, node.name, self.dispatcher)
         self._cuts = Cuts(metrics)
         self._unread = Unread(UnreadLimits(stream=config.router.max_unread_tokens, together=config.router.max_unread_tokens_in_all))
         self._running: dict[tuple[str, str | None], SeqId] = {}
@@ -199,6 +188,10 @@ class RouterBackend:
             ],
         }
 
+    async def check(self) -> dict[str, object]:
+        """See `Backend.check`."""
+        return dict(msgspec.to_builtins(await self.checkups.run()))
+
     def _request_id(self, seq: SeqId) -> str | None:
         """As its client knows it; None for what was long ago, or is another router's."""
         record = self.dispatcher.sequences.get(seq)
@@ -251,6 +244,7 @@ class RouterBackend:
             self.dispatcher.prefill_up(PrefillPeer(link.name, link.peer, link.send))
         else:
             self.dispatcher.decode_up(DecodePeer(link.name, link.peer, link.send))
+        self.checkups.node_up(link.name)
         self._observer.node_up(link.name, link.peer)
 
     def on_frame(self, link: RouterLink, frame: ToRouter) -> None:
@@ -266,6 +260,7 @@ class RouterBackend:
         return None
 
     def on_down(self, link: RouterLink, reason: str) -> None:
+        self.checkups.node_down(link.name, reason)
         self._observer.node_down(link.name, link.peer, reason)
         self.dispatcher.node_down(link.name)
         if self._draining_since is not None:
@@ -294,6 +289,7 @@ class RouterBackend:
 
     def tick(self) -> None:
         self.dispatcher.tick()
+        self.checkups.tick()
         if self._draining_since is not None and time.monotonic() - self._draining_since > self._config.cluster.drain_s:
             if count := len(self.dispatcher.sequences):
                 log.warning("%d under way are cut: drain_s is over", count)
@@ -351,10 +347,9 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     open_metrics = config.router.metrics == "open"
     app = create_app(backend, read_tokenizer(directory.root, spec.vocab_size), metrics, limits, access, open_metrics=open_metrics)
     hello = RouterHello(PROTOCOL_VERSION, node.name, backend.incarnation, directory.served_id(config.model.weights))
-    links, tls = link_settings(config.cluster), _http_tls(config.router)
-    _allow_connections(config.router.max_connections)
-    listener = _bind(node.listen)
-    server = _HttpServer(_http_settings(app, tls, config.router, metrics))
+    links = link_settings(config.cluster)
+    server = http_server(app, config.router, metrics)
+    listener = bind(node.listen)
     ending = _Ending(backend, server, config.cluster.drain_s)
     ending.signals.catch(asyncio.get_running_loop())
     gc.collect()
@@ -374,7 +369,7 @@ async def _serve(config: Config, node: NodeConfig, directory: ModelDirectory, sp
     ending.signals.raise_interrupt()
 
 
-async def _tick(backend: RouterBackend, server: uvicorn.Server) -> None:
+async def _tick(backend: RouterBackend, server: HttpServer) -> None:
     while True:
         await asyncio.sleep(TICK_S)
         backend.tick()
@@ -385,7 +380,7 @@ async def _tick(backend: RouterBackend, server: uvicorn.Server) -> None:
 class _Ending:
     """What signals do to a router: it serves on, refusing new requests, until the streams under way have ended."""
 
-    def __init__(self, backend: RouterBackend, server: uvicorn.Server, drain_s: float) -> None:
+    def __init__(self, backend: RouterBackend, server: HttpServer, drain_s: float) -> None:
         self.signals = StopSignals(self._drain, self._end)
         self._backend = backend
         self._server = server
@@ -435,62 +430,7 @@ async def _keep_link(engine: NodeConfig, hello: RouterHello, backend: RouterBack
         on_frame=backend.on_frame,
         on_down=backend.on_down,
         on_refused=backend.on_refused,
+        on_trouble=lambda error, why: backend.checkups.no_link(engine, error, why),
         settings=settings,
         accept=lambda theirs: backend.accept(engine, theirs),
     )
-
-
-def _allow_connections(max_connections: int) -> None:
-    wanted = max_connections + SPARE_FILES
-    if (allowed := allow_files(wanted)) < wanted:
-        log.warning("this process may open %d files (ulimit -Hn), but router.max_connections wants %d", allowed, wanted)
-
-
-def _bind(address: Address) -> socket.socket:
-    """Raises ResourceError when the port is taken; uvicorn would exit in its own way."""
-    try:
-        listener = socket.create_server(
-            (address.host, address.port), backlog=2048, family=socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        )
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # of every connection that it accepts
-        return listener
-    except OSError as error:
-        raise ResourceError(f"cannot listen on {address}: {error.strerror or error}") from error
-
-
-class _HttpServer(uvicorn.Server):
-    """Leaves signals alone: uvicorn would stop listening at the first of them, and a new request would find nobody to refuse it."""
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def _http_tls(router: RouterConfig) -> ssl.SSLContext | None:
-    """None: plain HTTP. Raises ConfigError."""
-    return server_context("router", router.tls_cert, router.tls_key) if router.tls_cert is not None and router.tls_key is not None else None
-
-
-def _http_settings(app: ASGIApp, tls: ssl.SSLContext | None, config: RouterConfig, metrics: Metrics) -> uvicorn.Config:
-    limits = ConnectionLimits(
-        max_connections=config.max_connections,
-        max_body_bytes=config.max_body_bytes,
-        head_timeout_s=config.head_timeout_s,
-        body_timeout_s=config.body_timeout_s,
-        stall_s=config.client_stall_s,
-    )
-    settings = uvicorn.Config(
-        app,
-        http=bounded(limits, Cuts(metrics)),
-        timeout_keep_alive=config.keep_alive_s,
-        ws="none",
-        loop="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=STOP_TIMEOUT_S,
-    )
-    settings.load()
-    settings.ssl = tls
-    return settings

@@ -5,6 +5,7 @@ outcome, to the last digit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
@@ -99,7 +100,10 @@ class SimulatedCluster:
         self._num_open = 0
         self.fabric = Fabric(self.loop, lambda *_: self._make_wire())
         self.dispatcher = Dispatcher(
-            Incarnation("simulated"), dispatch_rules(self._config, VOCAB_SIZE), clock=lambda: self.loop.now, on_update=self._on_update
+            Incarnation("simulated"),
+            replace(dispatch_rules(self._config, VOCAB_SIZE), check_pairs=False),  # there are no bytes to compare
+            clock=lambda: self.loop.now,
+            on_update=self._on_update,
         )
         self.nodes = self._make_nodes()
         self._link_all()
@@ -202,6 +206,7 @@ class SimulatedCluster:
             self._config,
             node,
             engine,
+            kv=transfer.kv,
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
             submit=transfer.submit,

@@ -1,12 +1,16 @@
 """A prefill node's agent meets a decode node's: nothing is granted before that very agent has received its own id."""
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from msgspec.structs import replace
 
+from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.hello import ConnectPair, OpenPair, PairAgent, PairLost, PairReady
-from disaggd.cluster.pairing import RETRY_S, PairBook
-from disaggd.cluster.peers import DecodePeer, PairState, PrefillPeer
+from disaggd.cluster.pair_checks import CheckResult, Effort, PairChecks, RankCheck
+from disaggd.cluster.pairing import AT_FIRST, RECHECK_S, RETRY_S, PairBook
+from disaggd.cluster.peers import DecodePeer, Pair, PairState, PrefillPeer
 from disaggd.cluster.protocol import ToNode
 from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8
@@ -279,3 +283,155 @@ def test_the_target_hears_how_many_ranks_write_and_the_writer_of_each_rank_and_t
     pairing.book.on_agent(pairing.decodes[D0], PairAgent(P0, Incarnation("p0-first"), endpoints), pairing.now)
     assert pairing.sent[P0] == [ConnectPair(D0, Incarnation("d0-first"), endpoints, KV)]
     assert not pairing.ready(NEW) and pairing.ready(OLD), "the first rank's id is that of all"
+
+
+# ── checks ──
+
+OK = CheckResult("ok", "", (RankCheck(writer_rank=0, target_rank=0, transport="tcp", path="direct", kv_bytes=1, rounds_s=(0.1,)),))
+WRONG = CheckResult("wrong", "3 numbers differ")
+FAILED = CheckResult("failed", "the push failed")
+SKIPPED = CheckResult("skipped", "p0: no blocks are free")
+
+
+class CheckedPairing(Pairing):
+    """One whose checks are answered by the test, each by `ends`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks: list[tuple[Pair, Effort, Callable[[CheckResult], None]]] = []
+        checks = PairChecks(self.prefills, self.decodes, GrantRelay(self.prefills, self.decodes), lambda: self.now)
+        checks.start = lambda *check: self.checks.append(check)  # type: ignore[method-assign, assignment]
+        self.book = PairBook(self.prefills, self.decodes, checks)
+        self.decode_up()
+        self.prefill_up()
+        self.agent(OLD)
+
+    def ends(self, result: CheckResult) -> None:
+        _, _, done = self.checks.pop(0)
+        done(result)
+
+    @property
+    def pair(self) -> Pair:
+        (pair,) = self.book
+        return pair
+
+
+def test_a_pair_is_ready_once_a_pattern_has_arrived_as_it_was() -> None:
+    pairing = CheckedPairing()
+    assert not pairing.ready(OLD)
+    assert pairing.state() is PairState.CHECKING and not pairing.book.is_ready(P0, D0)
+    assert PairReady(D0, OLD) not in pairing.sent[P0]
+    assert not pairing.ready(OLD), "another router's probe is no reason to check it twice"
+    [(pair, effort, _)] = pairing.checks
+    assert (pair.writer, pair.target, effort) == (P0, D0, AT_FIRST)
+    pairing.ends(OK)
+    assert pairing.book.is_ready(P0, D0)
+    assert pairing.sent[P0][-1] == PairReady(D0, OLD)
+
+
+def test_an_agent_that_was_checked_is_not_checked_again_when_another_router_has_it_probed() -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(OK)
+    pairing.agent(OLD)
+    assert pairing.ready(OLD)
+    assert not pairing.checks
+
+
+def test_a_rebuilt_agent_is_checked_anew() -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(OK)
+    pairing.agent(NEW)
+    pairing.ready(NEW)
+    assert pairing.state() is PairState.CHECKING and len(pairing.checks) == 1
+
+
+@pytest.mark.parametrize(("result", "pause_s"), [(WRONG, RECHECK_S), (FAILED, 5 * RETRY_S)])
+def test_a_pair_that_fails_is_not_used_says_why_and_is_checked_again_after_a_pause(result: CheckResult, pause_s: float) -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(result)
+    assert (pairing.state(), pairing.pair.reason) == (PairState.FAILED, result.reason)
+    pairing.after(pause_s - 1)
+    assert not pairing.checks
+    pairing.after(1)
+    assert pairing.state() is PairState.CHECKING
+    pairing.after(1000)
+    assert len(pairing.checks) == 1
+    pairing.ends(OK)
+    assert pairing.book.is_ready(P0, D0) and not pairing.pair.reason
+
+
+def test_a_pair_whose_nodes_are_busy_is_used_unchecked_and_checked_when_they_have_room() -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(SKIPPED)
+    assert pairing.book.is_ready(P0, D0)
+    assert pairing.pair.reason == SKIPPED.reason
+    for _ in range(2):
+        pairing.after(RECHECK_S)
+        assert pairing.book.is_ready(P0, D0), "it is used meanwhile"
+        pairing.ends(SKIPPED)
+    pairing.after(RECHECK_S)
+    pairing.ends(OK)
+    assert pairing.book.is_ready(P0, D0) and not pairing.pair.reason
+    pairing.after(1000)
+    assert not pairing.checks
+
+
+@pytest.mark.parametrize(("result", "is_ready"), [(OK, True), (SKIPPED, True), (FAILED, True), (WRONG, False)])
+def test_of_one_in_use_only_wrong_bytes_make_an_end(result: CheckResult, is_ready: bool) -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(OK)
+    told: list[CheckResult] = []
+    assert pairing.book.check(pairing.pair, Effort(20, 1.0), told.append)
+    pairing.ends(result)
+    assert told == [result] and pairing.book.is_ready(P0, D0) is is_ready
+
+
+def test_one_that_failed_is_used_once_somebody_has_found_it_right() -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    pairing.ends(FAILED)
+    assert pairing.book.check(pairing.pair, Effort(20, 1.0), lambda _: None)
+    pairing.ends(OK)
+    assert pairing.book.is_ready(P0, D0)
+    assert pairing.sent[P0][-1] == PairReady(D0, OLD)
+
+
+def test_one_that_is_not_probed_cannot_be_checked() -> None:
+    pairing = CheckedPairing()
+    assert not pairing.book.check(pairing.pair, Effort(20, 1.0), lambda _: None)
+    assert not ready_pair().book.check(next(iter(ready_pair().book)), Effort(20, 1.0), lambda _: None), "nor where nothing is"
+
+
+def lost(pairing: CheckedPairing) -> None:
+    pairing.lost(OLD)
+
+
+def rebuilt(pairing: CheckedPairing) -> None:
+    pairing.agent(NEW)
+
+
+def gone(pairing: CheckedPairing) -> None:
+    pairing.down(P0)
+
+
+def restarted(pairing: CheckedPairing) -> None:
+    pairing.down(P0)
+    pairing.prefill_up(incarnation="second")
+
+
+@pytest.mark.parametrize("happens", [lost, rebuilt, gone, restarted])
+@pytest.mark.parametrize("result", [OK, WRONG])
+def test_what_a_check_finds_is_of_the_agent_that_was_checked(happens: Callable[[CheckedPairing], None], result: CheckResult) -> None:
+    pairing = CheckedPairing()
+    pairing.ready(OLD)
+    happens(pairing)
+    states = [pair.state for pair in pairing.book]
+    pairing.clear()
+    pairing.ends(result)
+    assert [pair.state for pair in pairing.book] == states
+    assert pairing.sent[P0] == []

@@ -10,6 +10,7 @@ import pytest
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
 from disaggd.errors import ModelError, RankLost, ResourceError
+from disaggd.ids import BlockId
 from disaggd.sampling import SamplingParams
 
 VALUES = {
@@ -50,6 +51,18 @@ def test_each_rank_holds_its_heads_of_every_block(two: LoadedEngine) -> None:
     assert 2 * two.kv.shape[2] == one.kv.shape[2]
 
 
+def test_patterns_are_filled_and_compared_on_every_rank_in_order_with_its_steps(two: LoadedEngine) -> None:
+    blocks = [BlockId(5), BlockId(2)]
+    for salt in range(3):
+        two.patterns.fill(blocks, salt)
+        assert two.patterns.compare(blocks, salt) == [None, None]
+        [mine, theirs] = two.patterns.compare(blocks, salt + 1)
+        assert mine is not None and theirs is not None
+        num_heads = two.kv.shape[2]
+        assert (mine.heads, theirs.heads) == (tuple(range(num_heads)), tuple(range(num_heads, 2 * num_heads)))
+        tokens_of(two, GREEDY)
+
+
 def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
     loaded = build_engine(**VALUES, tp=2)
     assert loaded.followers is not None
@@ -60,6 +73,8 @@ def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
     assert "rank 1 of 2 has ended" in str(deaths.get(timeout=10))
     with pytest.raises(RankLost, match=r"rank 1 of 2 has ended \(-9\)"):
         tokens_of(loaded, GREEDY)
+    with pytest.raises(RankLost, match="rank 1 of 2 is gone"):
+        loaded.patterns.fill([BlockId(0)], 1)
     loaded.followers.close()
 
 
@@ -72,6 +87,8 @@ def test_a_rank_that_stands_still_is_named_when_its_time_is_up(tp: int, monkeypa
     try:
         with pytest.raises(RankLost, match=f"rank 1 of {tp} has not done its part of a step"):
             tokens_of(loaded, GREEDY)
+        with pytest.raises(RankLost, match=f"rank 1 of {tp} has not answered"):
+            loaded.patterns.compare([BlockId(0)], 1)
     finally:
         loaded.followers.close()
 

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from disaggd.config import RouterConfig
 from disaggd.observe.metrics import Metrics
-from disaggd.roles.router import _http_settings, _HttpServer
+from disaggd.roles.http_server import HttpServer, http_settings
 from tests.fuzz.gateway_in_process import GOOD, HERE, Watched, make_app
 from tests.fuzz.http_cases import Case, cases
 from tests.fuzz.surface import Surface
@@ -109,7 +109,7 @@ class Server:
         self.backend = Watched()
         self._listener = socket.create_server(("127.0.0.1", 0))
         app, metrics = make_app(self.backend, has_keys=True), Metrics(CollectorRegistry())
-        self._server = _HttpServer(_http_settings(app, None, RouterConfig(), metrics))
+        self._server = HttpServer(http_settings(app, None, RouterConfig(), metrics))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._main, name="http", daemon=True).start()
         wait_until("the server has started", lambda: self._server.started, LIMIT_S)

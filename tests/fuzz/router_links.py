@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from prometheus_client import CollectorRegistry
 
+from disaggd.cluster.check_frames import CheckPair, PatternRead
 from disaggd.cluster.hello import NodeHello, PairAgent, PairReady
 from disaggd.cluster.link import decode_from_node
 from disaggd.cluster.protocol import Credit, Decided, Frame, Generate, Grant, NeedPrefill, Prefilled, TokenRun, Tokens, ToNode, ToRouter
@@ -88,6 +89,11 @@ class Front:
                 for writer, target in ((name, other), (other, name)):
                     self.say(target, PairAgent(writer, Incarnation("i"), endpoint(AgentId(f"{target}-{writer}"), b"", PoolPlace(0, 64))))
                     self.say(target, PairReady(writer, AgentId(f"{target}-{writer}")))
+                    for check in [frame.check for frame in self.sent_to(target) if isinstance(frame, CheckPair)]:
+                        self.say(target, PatternRead(check, "no_room", "", ()))
+
+    def sent_to(self, name: NodeName) -> list[ToNode]:
+        return list(self.links[name].sent) if name in self.links else []
 
     # ── what happens ──
 

@@ -64,6 +64,9 @@ class ScriptedBackend:
     async def blocks(self) -> dict[str, object]:
         return {"nodes": [{"name": "d0", "state": "answered"}], "blocks": []}
 
+    async def check(self) -> dict[str, object]:
+        return {"ok": True, "ways": []}
+
     def cluster(self) -> dict[str, object]:
         return {"nodes": [{"name": "d0", "role": "decode"}]}
 

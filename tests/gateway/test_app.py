@@ -40,6 +40,11 @@ def test_the_cluster_is_shown_as_it_is(call: Any, backend: Any) -> None:
     assert call("GET", "/v1/cluster").json() == backend.cluster()
 
 
+def test_a_checkup_is_asked_for_and_told_as_it_is(call: Any) -> None:
+    assert call("POST", "/v1/cluster/check").json() == {"ok": True, "ways": []}
+    assert call("GET", "/v1/cluster/check").status_code == 405
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/nope", 404), ("POST", "/v1/embeddings", 404)])
 def test_an_unknown_path_is_refused_in_openais_shape(call: Any, method: str, path: str, status: int) -> None:
     response = call(method, path)

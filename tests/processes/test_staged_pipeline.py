@@ -17,9 +17,13 @@ pytestmark = pytest.mark.process
 def staged(
     directory: Path, oracle: Oracle, num_blocks: int, *, prefill: int = 1, cluster: Block | None = None, **transfer: object
 ) -> Cluster:
-    """Each engine node has staging memory of so many blocks."""
-    transfer["staging"] = num_blocks * oracle.kv_spec.bytes_per_block
-    return Cluster(directory, prefill=prefill, module="tests.support.staged_node", transfer=transfer, cluster=cluster or {})
+    """Each engine node has staging memory of so many blocks, which takes KV in one direction: as on a GPU nobody pushes prefixes back."""
+    sections: dict[str, Block] = {
+        "transfer": {**transfer, "staging": num_blocks * oracle.kv_spec.bytes_per_block},
+        "disaggregation": {"prefix_push": "never"},
+        "cluster": cluster or {},
+    }
+    return Cluster(directory, prefill=prefill, module="tests.support.staged_node", **sections)
 
 
 def test_concurrent_requests_equal_the_oracle_though_few_of_them_can_land_at_once(directory: Path, oracle: Oracle) -> None:

@@ -4,10 +4,13 @@ Every request comes to its end with the tokens of any engine; no block is used t
 is held, granted or in quarantine on either side.
 """
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from disaggd.cluster.pair_checks import Effort
+from disaggd.cluster.peers import PairState
 from tests.support import decode_scripts, prefill_scripts
 from tests.support.role_nodes import LEASE_S, QUIESCE_S, expected, prompt
 from tests.support.role_pair import NODES, RolePair
@@ -21,10 +24,11 @@ class PrefixOrders(RuleBasedStateMachine):
         num_blocks=st.sampled_from([24, 40]),
         sizes=st.sampled_from([(4, 4), (4, 8), (8, 4), (6, 4)]),
         lengths=st.lists(st.integers(16, 50), min_size=1, max_size=3),
+        check_pairs=st.booleans(),
     )
-    def start(self, num_blocks: int, sizes: tuple[int, int], lengths: list[int]) -> None:
+    def start(self, num_blocks: int, sizes: tuple[int, int], lengths: list[int], check_pairs: bool) -> None:
         """Decode has something cached, and both ways are open."""
-        self.pair = RolePair(num_blocks, prefill_size=sizes[0], decode_size=sizes[1])
+        self.pair = RolePair(num_blocks, prefill_size=sizes[0], decode_size=sizes[1], check_pairs=check_pairs)
         for seed, length in enumerate(lengths):
             self.pair.submit(prompt(length, seed), 2, "local")
         self.pair.come_to_rest()
@@ -81,6 +85,13 @@ class PrefixOrders(RuleBasedStateMachine):
     def lose_a_pair(self, name: str) -> None:
         self.pair.lose_pair(name)
 
+    @rule(num_rounds=st.integers(1, 3))
+    def check(self, num_rounds: int) -> None:
+        """Somebody wants to know whether the pairs work."""
+        for pair in self.pair.dispatcher.pairs:
+            self.pair.dispatcher.pairs.check(pair, Effort(num_rounds, 1.0), lambda _: None)
+        self.pair.settle()
+
     @rule(seconds=st.sampled_from([0.0, 1.0, LEASE_S, QUIESCE_S]))
     def time_passes(self, seconds: float) -> None:
         self.pair.after(seconds)
@@ -101,6 +112,23 @@ class PrefixOrders(RuleBasedStateMachine):
 
 PrefixOrders.TestCase.settings = settings(max_examples=40, stateful_step_count=50)
 TestPrefixOrders = PrefixOrders.TestCase
+
+
+@pytest.mark.parametrize("lost_after", range(0, 24, 2))
+def test_a_pair_that_is_lost_in_the_middle_of_its_check_is_probed_and_checked_anew(lost_after: int) -> None:
+    pair = RolePair(24, check_pairs=True)
+    for _ in range(lost_after):
+        for name in NODES:
+            for hear in (pair.deliver, pair.answer, pair.hear):
+                hear(name)
+    for name in NODES:
+        pair.lose_pair(name)
+    pair.come_to_rest()
+    for way in pair.dispatcher.pairs:
+        assert (way.state, way.reason) == (PairState.READY, "")
+        assert way.agent is not None and way.checked == way.agent.agent_id
+    assert prefill_scripts.is_idle(pair.nodes[P0].node) and decode_scripts.is_empty(pair.nodes[D0].node)
+    assert not len(pair.dispatcher.grants)
 
 
 def test_prefixes_do_go_back_and_are_found() -> None:

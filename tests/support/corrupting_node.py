@@ -2,6 +2,8 @@
 
 `python -m tests.support.corrupting_node --name NODE --config FILE`
 
+Where pairs are checked, that is the first pattern.
+
 The pool of the writer is as before once the write has ended: it is the wire that is at fault. Prompts must be computed in one step, or
 the writer itself would read what is wrong for a moment.
 """

@@ -16,6 +16,7 @@ from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.notification import FirstToken
+from tests.support.checks import FakePatterns, make_pair_check
 from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BLOCK,
@@ -75,6 +76,7 @@ def make_decode_node(
     verify: bool = False,
     block_size: int = BLOCK,
     max_step_tokens: int = 16,
+    patterns: FakePatterns | None = None,
 ) -> Node:
     """A decode node `d0` whose agent `agent-1` for prefill node `p0` is open; prompts above 16 tokens are remote."""
 
@@ -97,6 +99,17 @@ def make_decode_node(
             rule,
             granting=granting,
             pushing=pushing,
+            checks=make_pair_check(
+                NodeName("d0"),
+                engine,
+                patterns=patterns or FakePatterns(),
+                pushing=pushing,
+                landings=granting.landings,
+                agents=granting.agents,
+                outbox=outbox,
+                submit=submit,
+                clock=clock,
+            ),
             layer_groups=LAYER_GROUPS,
             vocab_size=VOCAB_SIZE,
             outbox=outbox,
@@ -123,11 +136,13 @@ def check_decode_pool(node: Node) -> None:
     assert gauges.blocks_used == used
     in_pool = gauges.blocks_free + gauges.blocks_cached + used + gauges.blocks_granted + gauges.blocks_held
     if node.role._granting._is_staged:
-        landing, grants, arrivals = node.role._granting._landings._landing, node.role._grants, node.role._granting.arrivals
+        landing, intake = node.role._granting._landings._landing, node.role._checks._intake
+        books = (node.role._grants, intake._book)
         assert in_pool == node.pool.num_blocks
-        assert gauges.blocks_quarantined == grants.blocks_quarantined
-        arriving = sum(len(arrival.copy.landed) for arrival in arrivals)
-        assert landing.num_free + grants.blocks_granted + grants.blocks_quarantined + arriving == landing.num_blocks
+        assert gauges.blocks_quarantined == sum(book.blocks_quarantined for book in books)
+        copies = [arrival.copy for arrival in node.role._granting.arrivals] + [copy for _, copy in intake._arrivals]
+        promised = sum(book.blocks_granted + book.blocks_quarantined for book in books)
+        assert landing.num_free + promised + sum(len(copy.landed) for copy in copies) == landing.num_blocks
     else:
         assert in_pool + gauges.blocks_quarantined == node.pool.num_blocks
     check_holdings(node, "held", "quarantined", *(() if node.role._granting._is_staged else ("granted",)))

@@ -8,12 +8,14 @@ from disaggd.engine.engine import Engine
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName, SeqId
 from disaggd.prefix import PrefixHasher
 from disaggd.roles.compute import LinkId, Outbox
+from disaggd.roles.landing import Landings
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
 from disaggd.sampling import SamplingParams
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantState
 from disaggd.transfer.layout import KVSpec, PoolPlace
+from tests.support.checks import FakePatterns, make_pair_check
 from tests.support.endpoints import endpoint
 from tests.support.role_nodes import (
     BLOCK,
@@ -48,23 +50,38 @@ def make_prefill_node(
     *,
     verify: bool = False,
     block_size: int = BLOCK,
+    patterns: FakePatterns | None = None,
 ) -> Node:
     """A prefill node that knows no decode node yet."""
 
     def make_role(engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> PrefillRole:
+        pushing = make_pushing(engine, outbox, submit, clock)
+        prefixes = PrefixIntake(
+            P0,
+            engine,
+            lease_s=LEASE_S,
+            quiesce_s=QUIESCE_S,
+            outbox=outbox,
+            submit=submit,
+            clock=clock,
+            verify=verify,
+        )
         return PrefillRole(
             engine,
             credit_tokens=1000,
-            pushing=make_pushing(engine, outbox, submit, clock),
-            prefixes=PrefixIntake(
+            pushing=pushing,
+            prefixes=prefixes,
+            checks=make_pair_check(
                 P0,
                 engine,
-                lease_s=LEASE_S,
-                quiesce_s=QUIESCE_S,
+                patterns=patterns or FakePatterns(),
+                pushing=pushing,
+                landings=Landings(engine.pool, None),
+                agents=prefixes.agents,
                 outbox=outbox,
                 submit=submit,
                 clock=clock,
-                verify=verify,
+                mark=mark,
             ),
             vocab_size=VOCAB_SIZE,
             outbox=outbox,

@@ -73,13 +73,24 @@ class Node:
 
 
 class RolePair:
-    """Each node has a prefix cache, and `num_blocks` of its own size."""
+    """Each node has a prefix cache, and `num_blocks` of its own size.
 
-    def __init__(self, num_blocks: int, *, prefill_size: int = BLOCK, decode_size: int = BLOCK, max_step_tokens: int = 16) -> None:
+    `check_pairs`: a pattern goes over each way before anything else does; it always arrives as it was.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        prefill_size: int = BLOCK,
+        decode_size: int = BLOCK,
+        max_step_tokens: int = 16,
+        check_pairs: bool = False,
+    ) -> None:
         self.now = 1000.0
         self.dispatcher = Dispatcher(
             Incarnation("r"),
-            DispatchRules(prefix_push="always", request_timeout_s=1e6, max_retries=1, max_prefill_queue=1000),
+            DispatchRules(check_pairs=check_pairs, prefix_push="always", request_timeout_s=1e6, max_retries=1, max_prefill_queue=1000),
             lambda: self.now,
             lambda record: None,
         )
@@ -263,7 +274,7 @@ class RolePair:
         if push.is_finished and push.is_clean and token in peer.expected and push.agent == peer.agent:
             peer.expected.discard(token)
             peer.events.append(transfer.Landed(token, push.first, 10))
-        node.events.append(transfer.PushEnded(token, push.is_clean, push.is_finished, 10, None, None))
+        node.events.append(transfer.PushEnded(token, push.is_clean, push.is_finished, 10, self.now, self.now))
 
     def _take(self, queue: "deque[object]", use: object) -> bool:
         if not queue:

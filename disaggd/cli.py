@@ -16,13 +16,15 @@ import disaggd
 from disaggd.api_keys import key_table, new_key, read_key
 from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
 from disaggd.describe import describe
+from disaggd.doctor import examine, url_of
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
 from disaggd.log import configure_logging
+from disaggd.router_client import DEFAULT_URL
 from disaggd.sampling import SamplingParams
 from disaggd.supervisor import STOP_GRACE_S, Supervisor, banner, check_ports, local_nodes, node_command
 from disaggd.toml_file import naming
-from disaggd.trace import DEFAULT_URL, show
+from disaggd.trace import show
 
 _CONFIG_HELP = f"The cluster's TOML file.  [default: ${CONFIG_VARIABLE}, else ./{DEFAULT_PATH}]"
 
@@ -53,7 +55,7 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
     context.obj = config_path
     if context.invoked_subcommand is None:
         if role is None and name is None:
-            raise click.UsageError("give --role or --name to be one node, or a command: up, check, generate, trace, key")
+            raise click.UsageError("give --role or --name to be one node, or a command: up, check, doctor, generate, trace, key")
         _serve(role, name, config_path)
     elif role is not None or name is not None:
         raise click.UsageError(f"--role and --name mean one node; they do not go with {context.invoked_subcommand!r}")
@@ -117,6 +119,33 @@ def check(outer_path: Path | None, config_path: Path | None, tp: int | None) -> 
     describe(path, config)
     rank_check = importlib.import_module("disaggd.rank_check")
     return int(rank_check.run(config, node, tp))
+
+
+@cli.command()
+@_config_option
+@click.option(
+    "--url",
+    help=f"The router's.  [default: that of the file's first router, else {DEFAULT_URL}]",
+    callback=lambda _, __, url: None if url is None else _checked_url(url),
+)
+@click.option("--key-file", type=click.Path(path_type=Path), help="Holds an API key that has admin.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the router answers as JSON.")
+@click.pass_obj
+def doctor(outer_path: Path | None, config_path: Path | None, url: str | None, key_file: Path | None, as_json: bool) -> int:
+    """Have the router send a pattern over every way of KV, and show what arrives, how fast, and what is in the way.
+
+    Harmless while requests are served: it takes blocks that are free. Exit code 0: every node is there and every way works; 1: something
+    does not, and is named; 3: no router answers.
+    """
+    interrupts_raise()
+    url = url or _router_url(config_path or outer_path)
+    return 0 if examine(url, None if key_file is None else read_key(key_file), as_json=as_json) else 1
+
+
+def _router_url(option: Path | None) -> str:
+    """Only a file that nobody asked for may be missing."""
+    path = find_config(option)
+    return DEFAULT_URL if path == DEFAULT_PATH and option is None and not path.exists() else url_of(load_config(path))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ MAX_LINES = 500
 
 GROUND = {"clock", "least_squares", "ids", "errors", "sampling", "units", "config", "toml_file", "log", "prefix", "__init__"}
 GROUND |= {"pulse", "api_keys", "tls", "troubles", "wire", "open_files"}
-ROOF = {"cli", "launch", "supervisor", "describe", "solo", "rank_check", "trace", "waterfall", "__main__"}
+ROOF = {"cli", "launch", "supervisor", "describe", "solo", "rank_check", "trace", "waterfall", "doctor", "router_client", "__main__"}
 
 MAY_IMPORT = {
     "ground": set[str](),
@@ -48,7 +48,7 @@ HOMES = {
     "jinja2": ("gateway/",),
     "prometheus_client": ("observe/", "roles/"),
     "click": ("cli.py",),
-    "rich": ("log.py", "describe.py", "trace.py", "waterfall.py", "simulator/table.py"),
+    "rich": ("log.py", "describe.py", "trace.py", "waterfall.py", "doctor.py", "simulator/table.py"),
 }
 """Third-party names, and the only places that may know them."""
 

@@ -20,12 +20,10 @@ from msgspec import Meta
 from disaggd.cluster.grant import Grant
 from disaggd.cluster.hello import Frame
 from disaggd.ids import AgentId, NodeName
+from disaggd.transfer.layout import KVPath
 from disaggd.wire import Cost, Count, SmallCount
 
 NumTokens = Annotated[int, Meta(ge=1, lt=2**31)]
-
-KVPath = Literal["direct", "staged", "repacked"]
-"""How KV gets where NIXL reads it: it lies there; a GPU's is copied to host memory; it is brought into the target's own layout."""
 
 
 class CheckPair(Frame, frozen=True):

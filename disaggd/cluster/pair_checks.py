@@ -18,7 +18,6 @@ import msgspec
 from disaggd.cluster.check_frames import (
     CheckPair,
     CheckStep,
-    KVPath,
     PatternGrant,
     PatternPushed,
     PatternRead,
@@ -29,7 +28,7 @@ from disaggd.cluster.check_frames import (
 from disaggd.cluster.grant_relay import GrantRelay
 from disaggd.cluster.peers import DecodePeer, Pair, Peer, PrefillPeer
 from disaggd.ids import NodeName, SeqId
-from disaggd.transfer.layout import KVSpec
+from disaggd.transfer.layout import KVPath, KVSpec
 
 PATIENCE_S = 10.0
 """For one round. A node answers between two steps, and a prompt's step may take seconds."""

@@ -205,8 +205,6 @@ def _pair_check(
     )
     way = WayOut(
         transport=f"{transfer.transports} over {transfer.devices or 'lo'}",
-        path="staged" if node.is_gpu else "direct",
-        kv_heads=sum(group.kv_heads for group in kv.groups),
         layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
     )
     pushes = PatternPushes(node.name, engine, patterns=patterns, pushing=pushing, way=way, outbox=outbox, mark=mark)

@@ -100,6 +100,8 @@ class Checkups:
         first, second = sorted((pair.writer, pair.target))  # whoever waits for the second has the first: no circle
         async with busy[first], busy[second]:
             result = await self._check(pair)
+        if result is None and pair.state is PairState.REFUSED:
+            return WayCheck(writer=pair.writer, target=pair.target, verdict="refused", reason=pair.reason)
         if result is None:
             return WayCheck(writer=pair.writer, target=pair.target, verdict="unreachable", reason=self._why_unreachable(pair))
         ranks = tuple(_shown(rank) for rank in result.ranks)
@@ -121,15 +123,14 @@ class Checkups:
             return CheckResult("failed", f"not done within {WAY_PATIENCE_S:g} s")
 
     def _why_unreachable(self, pair: Pair) -> str:
-        first, last = self._config.transfer.port_range
-        ports = f"ports {first}-{last} on {self._config.transfer.devices or 'lo'}"
-        match pair.state:
-            case PairState.OPENING:
-                return f"{pair.target} has no agent for it: are there free {ports}? Its log says more"
-            case PairState.PROBING:
-                return f"{pair.writer} has sent its probe, and nothing arrives at {pair.target}: does a firewall close {ports}?"
-            case _:
-                return f"{pair.writer} cannot reach {pair.target}, {ports}: {pair.reason}"
+        (first, last), devices = self._config.transfer.port_range, self._config.transfer.devices or "lo"
+        if pair.agent is None:
+            return f"{pair.target} has no agent for it: are there free ports {first}-{last} on {devices}? Its log says more"
+        numbers = [str(endpoint.port) for endpoint in pair.agent.endpoints]
+        ports = f"port{'s' * (len(numbers) > 1)} {', '.join(numbers)} on {devices}"
+        if pair.state is PairState.PROBING:
+            return f"{pair.writer} has sent its probe, and nothing arrives at {pair.target}, {ports}: does a firewall close {first}-{last}?"
+        return f"{pair.writer} cannot reach {pair.target}, {ports}: {pair.reason}"
 
 
 def _shown(rank: RankCheck) -> RankWay:

@@ -7,7 +7,7 @@ write has read them.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disaggd.cluster.check_frames import CheckStep, KVPath, PatternPushed, PushPattern, RankPush
+from disaggd.cluster.check_frames import CheckStep, PatternPushed, PushPattern, RankPush
 from disaggd.cluster.protocol import Quiesced
 from disaggd.engine.engine import Engine
 from disaggd.ids import GrantToken, NodeName, SeqId
@@ -23,8 +23,6 @@ class WayOut:
 
     transport: str
     """What carries it, in words."""
-    path: KVPath
-    kv_heads: int
     layer_groups: tuple[range, ...]
     """What one write takes, of a model's layers."""
 
@@ -96,10 +94,7 @@ class PatternPushes:
         if not (event.clean and event.finished):
             self._outbox.send(pushed.link, Quiesced(event.token, push.grant.target, event.clean))
             return self._report(pushed.link, pushed.check, "failed", "the push was stopped" if event.clean else "the push failed")
-        assert event.first_post_at is not None and event.last_done_at is not None
-        took_s = event.last_done_at - event.first_post_at
-        sent = RankPush(0, 0, 0, self._way.kv_heads, self._way.path, event.kv_bytes, took_s)
-        return self._report(pushed.link, pushed.check, "done", "", (sent,))
+        return self._report(pushed.link, pushed.check, "done", "", tuple(map(_by_rank, event.sent)))
 
     def link_down(self, link: LinkId) -> None:
         """Its router is gone: nobody reads the pattern."""
@@ -108,3 +103,16 @@ class PatternPushes:
 
     def _report(self, link: LinkId, check: int, step: CheckStep, reason: str, pushes: tuple[RankPush, ...] = ()) -> None:
         self._outbox.send(link, PatternPushed(check, step, reason, self._way.transport, pushes))
+
+
+def _by_rank(sent: transfer.Sent) -> RankPush:
+    leg = sent.leg
+    return RankPush(
+        writer_rank=leg.rank,
+        target_rank=leg.target_rank,
+        first_head=leg.heads.start,
+        num_heads=len(leg.heads),
+        path=leg.path,
+        kv_bytes=sent.kv_bytes,
+        seconds=sent.last_done_at - sent.first_post_at,
+    )

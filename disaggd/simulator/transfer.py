@@ -22,6 +22,11 @@ Post = Callable[[m.TransferEvent], None]
 Charge = Callable[[int], None]
 """Called with bytes that have just gone out or come in: they cost the node's processor something."""
 
+_PORT = 1
+"""Nobody listens."""
+_LEG = m.Leg(0, 0, range(1), "direct")
+"""Nodes are of one rank, and heads make no difference."""
+
 
 @dataclass(slots=True)
 class _Inlet:
@@ -133,7 +138,7 @@ class SimulatedTransfer:
 
     def _announce(self, peer: NodeName) -> None:
         inlet = self._inlets[peer]
-        self.post(m.PairOpened(peer, inlet.incarnation, (Endpoint(inlet.agent_id, b"", PoolPlace(0, self.num_blocks)),)))
+        self.post(m.PairOpened(peer, inlet.incarnation, (Endpoint(inlet.agent_id, b"", PoolPlace(0, self.num_blocks), _PORT),)))
 
     def _close_inlet(self, peer: NodeName) -> None:
         """What is on its way to the agent lands nowhere, and its sender finds that out."""
@@ -223,7 +228,7 @@ class SimulatedTransfer:
         push, outlet = live
         kv_bytes = len(command.target) * outlet.peer.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
         piece = Piece(command.token, 0, push.number(0), kv_bytes)
-        push.posted(self._now)
+        push.posted(_LEG, self._now)
         left_at = outlet.wire.send(kv_bytes, self._now)
         self.fabric.loop.at(outlet.wire.arrival(left_at), lambda: self._written(push, outlet, piece, command.source.blocks))
         return None
@@ -234,7 +239,7 @@ class SimulatedTransfer:
         self.sent(piece.kv_bytes)
         if is_done:
             outlet.peer._land(push.agent_id, piece)
-        push.ended(piece.kv_bytes if is_done else None, self._now)
+        push.ended(_LEG, piece.kv_bytes if is_done else None, self._now)
         self.post(m.HandleDone(push.token, source, piece.kv_bytes if is_done else 0))
         self._settle(push)
 

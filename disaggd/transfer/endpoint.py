@@ -1,6 +1,9 @@
 """`Endpoint`: what a node that writes must know of one rank of the node that it writes to."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from disaggd.ids import AgentId
 from disaggd.transfer.layout import PoolPlace
@@ -16,3 +19,5 @@ class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     metadata: bytes
     """NIXL's own agent metadata."""
     place: PoolPlace
+    port: Annotated[int, Meta(ge=1, lt=2**16)]
+    """At which the agent listens; `metadata` says so too, to NIXL alone."""

@@ -198,7 +198,7 @@ class Incoming:
             port.release()
 
     def _announce(self, pair: _Pair) -> None:
-        endpoint = Endpoint(pair.agent.agent_id, pair.agent.metadata, self._pool.place)
+        endpoint = Endpoint(pair.agent.agent_id, pair.agent.metadata, self._pool.place, pair.agent.port.number)
         self._post(PairOpened(pair.peer, pair.opened.peer_incarnation, (endpoint,)))
 
     # ── notifications ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -325,5 +325,6 @@ class JointTransfers:
                 kv_bytes=sum(part.kv_bytes for part in parts),
                 first_post_at=min((part.first_post_at for part in parts if part.first_post_at is not None), default=None),
                 last_done_at=max((part.last_done_at for part in parts if part.last_done_at is not None), default=None),
+                sent=tuple(sent for _, part in sorted(ends.items()) for sent in part.sent),
             )
         )

@@ -15,6 +15,9 @@ from disaggd.model.spec import DTYPE_BYTES, ModelSpec
 KVDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 """A model's, or `fp8`: float8 e4m3 with scales, in which KV may go over the wire and land. No pool that a model computes with is in it."""
 
+KVPath = Literal["direct", "staged", "repacked"]
+"""How KV gets where NIXL reads it: it lies there; a GPU's is copied to host memory; it is brought into the target's own layout."""
+
 FP8_HEADER_BYTES = 16
 """Before one head's keys and values in a block: their scales, see `kernels/fp8.py`."""
 

@@ -13,7 +13,7 @@ import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
 from disaggd.transfer.endpoint import Endpoint
-from disaggd.transfer.layout import KVSpec, Span
+from disaggd.transfer.layout import KVPath, KVSpec, Span
 from disaggd.transfer.notification import FirstToken
 
 
@@ -245,6 +245,25 @@ class HandleDone(TransferEvent, frozen=True):
     kv_bytes: int
 
 
+class Leg(msgspec.Struct, frozen=True):
+    """From one of our ranks to one of the peer's."""
+
+    rank: int
+    target_rank: int
+    heads: range
+    """What goes there, of the KV heads of the whole cache."""
+    path: KVPath
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """What one push has brought over a leg. Times are of the thread's clock."""
+
+    leg: Leg
+    kv_bytes: int
+    first_post_at: float
+    last_done_at: float
+
+
 class PushEnded(TransferEvent, frozen=True):
     """Nothing more is or will be in flight for this grant. Times are of the thread's clock, None if nothing was posted."""
 
@@ -257,6 +276,8 @@ class PushEnded(TransferEvent, frozen=True):
     """Sum of the descriptor lengths of the handles that ended DONE."""
     first_post_at: float | None
     last_done_at: float | None
+    sent: tuple[Sent, ...] = ()
+    """Over each leg on which a handle ended DONE; in order of our ranks, and of the peer's."""
 
 
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

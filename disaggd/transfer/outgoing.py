@@ -316,7 +316,7 @@ class Outgoing:
         if not push.may_post:
             pair.agent.discard(handle)
             return
-        push.posted(now)
+        push.posted(lane.leg, now)
         push.loaded.popleft()
         self._flights.append(flight)
         try:
@@ -351,7 +351,7 @@ class Outgoing:
     def _end(self, flight: _Flight, kv_bytes: int | None) -> None:
         flight.lane.silent_s = 0.0
         flight.lane.source.unload(flight.load)
-        flight.push.ended(kv_bytes, self._clock())
+        flight.push.ended(flight.lane.leg, kv_bytes, self._clock())
         self.sent_bytes += kv_bytes or 0
         self._part_ended(flight.write, kv_bytes or 0)
         self._settle(flight.push)
@@ -381,6 +381,7 @@ class Outgoing:
                 kv_bytes=push.kv_bytes,
                 first_post_at=push.first_post_at,
                 last_done_at=push.last_done_at,
+                sent=push.sent,
             )
         )
 

@@ -9,7 +9,7 @@ from disaggd.errors import ConfigError
 from disaggd.ids import AgentId, BlockId, NodeName
 from disaggd.transfer.agent import Agent, PeerLost
 from disaggd.transfer.checksum import Memory
-from disaggd.transfer.messages import ConnectPair
+from disaggd.transfer.messages import ConnectPair, Leg
 from disaggd.transfer.pool import Descriptors, Pool
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import Source, Sources
@@ -19,7 +19,7 @@ from disaggd.transfer.source import Source, Sources
 class Lane:
     """To one rank of the peer."""
 
-    rank: int
+    leg: Leg
     agent_id: AgentId
     metadata: bytes
     remote: Pool
@@ -30,6 +30,11 @@ class Lane:
     """Of what the source has NIXL read."""
     silent_s: float = 0.0
     """For so long no write to that rank has ended, while some were in flight."""
+
+    @property
+    def rank(self) -> int:
+        """Of the peer's."""
+        return self.leg.target_rank
 
 
 @dataclass(slots=True)
@@ -66,5 +71,6 @@ def lanes_to(command: ConnectPair, sources: Sources) -> tuple[Lane, ...]:
         if not remote.can_be:
             raise PeerLost(f"no pool lies at {endpoint.place}")
         targets = remote.slices(theirs.local(cut))
-        lanes.append(Lane(cut.target_rank, endpoint.agent_id, endpoint.metadata, remote, targets, source, Memory(source.registered)))
+        leg = Leg(cut.source_rank, cut.target_rank, cut.heads, source.path)
+        lanes.append(Lane(leg, endpoint.agent_id, endpoint.metadata, remote, targets, source, Memory(source.registered)))
     return tuple(lanes)

@@ -10,7 +10,7 @@ from collections import deque
 import msgspec
 
 from disaggd.ids import AgentId, GrantToken, HandleId, NodeName
-from disaggd.transfer.messages import FinishPush, PushBlocks
+from disaggd.transfer.messages import FinishPush, Leg, PushBlocks, Sent
 from disaggd.transfer.source import Load, Source
 
 
@@ -62,6 +62,14 @@ class Loaded(msgspec.Struct, frozen=True):
         self.source.unload(self.load)
 
 
+class Tally(msgspec.Struct):
+    """Of a push's handles over one leg."""
+
+    first_post_at: float
+    last_done_at: float | None = None
+    kv_bytes: int = 0
+
+
 class Push(msgspec.Struct, kw_only=True):
     """Counts handles from post to end. Times are seconds of one clock, passed in by the caller."""
 
@@ -79,9 +87,8 @@ class Push(msgspec.Struct, kw_only=True):
     finished: bool = False
     clean: bool = True
     """No handle has ended otherwise than DONE."""
-    kv_bytes: int = 0
-    first_post_at: float | None = None
-    last_done_at: float | None = None
+    legs: dict[Leg, Tally] = msgspec.field(default_factory=dict)
+    """Over which something was posted."""
     waiting: deque[Part | FinishPush] = msgspec.field(default_factory=deque)
     """Commands in order, the first of which writes blocks that are not computed yet or have nowhere to be loaded to."""
     loaded: deque[Loaded] = msgspec.field(default_factory=deque)
@@ -111,22 +118,42 @@ class Push(msgspec.Struct, kw_only=True):
         self.num_pieces[rank] = seq + 1
         return seq
 
-    def posted(self, now: float) -> None:
+    @property
+    def kv_bytes(self) -> int:
+        return sum(tally.kv_bytes for tally in self.legs.values())
+
+    @property
+    def first_post_at(self) -> float | None:
+        return min((tally.first_post_at for tally in self.legs.values()), default=None)
+
+    @property
+    def last_done_at(self) -> float | None:
+        return max((tally.last_done_at for tally in self.legs.values() if tally.last_done_at is not None), default=None)
+
+    @property
+    def sent(self) -> tuple[Sent, ...]:
+        """Over each leg on which a handle ended DONE, in order of the peer's ranks."""
+        legs = sorted(self.legs.items(), key=lambda item: item[0].target_rank)
+        return tuple(
+            Sent(leg, tally.kv_bytes, tally.first_post_at, tally.last_done_at) for leg, tally in legs if tally.last_done_at is not None
+        )
+
+    def posted(self, leg: Leg, now: float) -> None:
         """A handle is about to be posted."""
         assert self.may_post and now < self.lease_until
         self.num_in_flight += 1
-        if self.first_post_at is None:
-            self.first_post_at = now
+        self.legs.setdefault(leg, Tally(now))
 
-    def ended(self, kv_bytes: int | None, now: float) -> None:
+    def ended(self, leg: Leg, kv_bytes: int | None, now: float) -> None:
         """A posted handle ended: DONE with that many bytes, or with an exception (None)."""
         assert self.num_in_flight > 0
         self.num_in_flight -= 1
         if kv_bytes is None:
             self.clean = False
             return
-        self.kv_bytes += kv_bytes
-        self.last_done_at = now
+        tally = self.legs[leg]
+        tally.kv_bytes += kv_bytes
+        tally.last_done_at = now
 
     def finish(self, behind: set[HandleId]) -> None:
         """The last pieces are about to be sent, behind those handles. Nothing is posted after them."""

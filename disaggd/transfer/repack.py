@@ -12,7 +12,7 @@ import numpy as np
 
 from disaggd.errors import ConfigError
 from disaggd.model.spec import DTYPE_BYTES
-from disaggd.transfer.layout import KVSpec, Span
+from disaggd.transfer.layout import KVPath, KVSpec, Span
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Region
 from disaggd.transfer.source import Load
@@ -65,6 +65,8 @@ class StagingRoom:
 
 class Repacked:
     """What one rank of a peer gets, `heads` of the pool's, in blocks of `target`. All of them share one memory, and its `room`."""
+
+    path: KVPath = "repacked"
 
     def __init__(self, repacker: Repacker, room: StagingRoom, heads: range, target: KVSpec) -> None:
         [group] = target.groups

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.layout import KVSpec, PoolPlace, Span, check_pair
+from disaggd.transfer.layout import KVPath, KVSpec, PoolPlace, Span, check_pair
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Indices, Pool, Region
 from disaggd.transfer.reshape import HeadCut
@@ -33,6 +33,7 @@ class Load(msgspec.Struct, frozen=True):
 class Source(Protocol):
     """What one rank of a peer is written from: a descriptor is what a block of its pool, in one layer, gets from this rank."""
 
+    path: KVPath
     registered: Descriptors
     """What NIXL reads, in one of the `regions`."""
 
@@ -81,6 +82,8 @@ class InPlace:
 
 class InPlaceCut:
     """Some heads of each block of the pool, read where they lie."""
+
+    path: KVPath = "direct"
 
     def __init__(self, pool: Pool, heads: range) -> None:
         self._pool = pool
@@ -141,6 +144,8 @@ class Staged:
 
 class StagedCut:
     """Some heads of each block of the staging memory, which each is brought to anew for every rank that it is written to."""
+
+    path: KVPath = "staged"
 
     def __init__(self, staged: Staged, heads: range) -> None:
         self.registered = staged.staged.slices(heads)

@@ -5,6 +5,7 @@ import torch
 
 from disaggd.engine.patterns import PatternMemory, RankPatterns
 from disaggd.ids import BlockId
+from disaggd.kernels import fp8
 from disaggd.transfer.pattern import PEAK, block_pattern
 
 BLOCKS = [BlockId(4), BlockId(1)]
@@ -70,3 +71,14 @@ def test_fp8_with_a_scale_holds_it_exactly() -> None:
     scale = exact.abs().amax(dim=(-1, -2), keepdim=True) / 448
     assert (scale == PEAK / 448).all()
     assert torch.equal((exact / scale).to(torch.float8_e4m3fn).float() * scale, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_comes_through_fp8_byte_by_byte(dtype: torch.dtype) -> None:
+    """What lands in fp8, and is unpacked into the pool, is compared as any other is."""
+    sent, found = pool(dtype), pool(dtype)
+    PatternMemory(sent, range(2)).fill(BLOCKS, 7)
+    found[:, BLOCKS] = fp8.dequantize(fp8.quantize(sent[:, BLOCKS]), 4, 8, dtype)
+    memory = PatternMemory(found, range(2))
+    assert memory.compare(BLOCKS, 7) is None
+    assert memory.compare(BLOCKS, 8) is not None

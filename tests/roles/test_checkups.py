@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from disaggd.cluster.hello import PairAgent
 from disaggd.cluster.pair_checks import CheckResult, Effort, RankCheck
 from disaggd.cluster.peers import Pair, PairState
 from disaggd.config import Config, NodeConfig, TransferConfig
 from disaggd.errors import HelloRefused
-from disaggd.ids import NodeName
+from disaggd.ids import AgentId, Incarnation, NodeName
 from disaggd.observe.checkup import Checkup
 from disaggd.roles import checkups as module
 from disaggd.roles.checkups import EFFORT, Checkups
+from disaggd.transfer.endpoint import Endpoint
 from disaggd.units import Address
+from tests.support.endpoints import SOMEWHERE
 
 P0, P1, D0, D1, R = (NodeName(name) for name in ("p0", "p1", "d0", "d1", "r"))
 WAYS = [(P0, D0), (P0, D1), (P1, D0), (P1, D1)]
@@ -116,17 +119,31 @@ def test_a_way_that_is_not_well_says_why(outcome: str, verdict: str) -> None:
     ("state", "words"),
     [
         (PairState.OPENING, "d0 has no agent for it: are there free ports 18500-18999 on eth0? Its log says more"),
-        (PairState.PROBING, "p0 has sent its probe, and nothing arrives at d0: does a firewall close ports 18500-18999 on eth0?"),
-        (PairState.LOST, "p0 cannot reach d0, ports 18500-18999 on eth0: connection refused"),
+        (
+            PairState.PROBING,
+            "p0 has sent its probe, and nothing arrives at d0, ports 18507, 18509 on eth0: does a firewall close 18500-18999?",
+        ),
+        (PairState.LOST, "p0 cannot reach d0, ports 18507, 18509 on eth0: connection refused"),
     ],
 )
 def test_a_way_that_cannot_be_reached_names_ports_and_device(state: PairState, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROBE_PATIENCE_S", 0.01)
     cluster = Cluster(state)
-    cluster.pairs.pairs[0].reason = "connection refused"
+    [pair] = cluster.pairs.pairs
+    pair.reason = "connection refused"
+    if state is not PairState.OPENING:
+        pair.agent = PairAgent(P0, Incarnation("i"), tuple(Endpoint(AgentId(f"{port}"), b"", SOMEWHERE, port) for port in (18507, 18509)))
     checkup = asyncio.run(cluster.run())
     assert not checkup.ok
     assert [(way.verdict, way.reason) for way in checkup.ways] == [("unreachable", words)]
+
+
+def test_a_way_between_nodes_whose_kv_cannot_be_each_others_is_refused_with_the_field() -> None:
+    cluster = Cluster(PairState.REFUSED)
+    cluster.pairs.pairs[0].reason = "head_dim differs: 64 and 128"
+    checkup = asyncio.run(cluster.run())
+    assert not checkup.ok
+    assert [(way.verdict, way.reason) for way in checkup.ways] == [("refused", "head_dim differs: 64 and 128")]
 
 
 def test_a_way_that_is_being_opened_is_waited_for() -> None:

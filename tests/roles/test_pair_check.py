@@ -20,9 +20,11 @@ from disaggd.transfer.messages import (
     HandleDone,
     Landed,
     LandingFailed,
+    Leg,
     PushBlocks,
     PushEnded,
     QuiesceByWire,
+    Sent,
 )
 from tests.support import decode_scripts, prefill_scripts
 from tests.support.checks import WRONG, FakePatterns
@@ -217,6 +219,12 @@ GRANT = Grant(T, D0, P0, AGENT, 0, TARGET, LEASE_S)
 PUSH = PushPattern(7, GRANT, 8, SALT)
 PUSH_BACK = PushPattern(8, Grant(T, P0, D0, AGENT, 0, TARGET, LEASE_S), 8, SALT)
 
+SENT = (
+    Sent(Leg(0, 0, range(1), "direct"), PATTERN_BYTES // 2, 10.0, 10.25),
+    Sent(Leg(1, 0, range(1, 3), "repacked"), PATTERN_BYTES // 2, 10.0, 10.125),
+)
+"""By each of the writer's ranks, as a rule."""
+
 Writer = prefill_scripts.Node | decode_scripts.Node
 
 
@@ -244,7 +252,7 @@ def written(node: Writer, *, clean: bool = True, finished: bool = True) -> None:
     blocks = source(node)
     for _ in LAYER_GROUPS:
         node.event(HandleDone(T, blocks, PATTERN_BYTES))
-    node.event(PushEnded(T, clean, finished, PATTERN_BYTES, 10.0, 10.25))
+    node.event(PushEnded(T, clean, finished, PATTERN_BYTES, 10.0, 10.25, SENT))
 
 
 def test_blocks_are_filled_and_pushed_by_layer_groups_as_all_kv_is() -> None:
@@ -259,8 +267,8 @@ def test_blocks_are_filled_and_pushed_by_layer_groups_as_all_kv_is() -> None:
     assert node.submitted(FinishPush) == [FinishPush(T, None)]
     assert node.role.gauges().blocks_held == 2
     written(node)
-    sent = RankPush(0, 0, 0, 2, "direct", PATTERN_BYTES, 0.25)
-    assert node.frames(PatternPushed) == [PatternPushed(7, "done", "", "tcp over lo", (sent,))]
+    pushes = RankPush(0, 0, 0, 1, "direct", PATTERN_BYTES // 2, 0.25), RankPush(1, 0, 1, 2, "repacked", PATTERN_BYTES // 2, 0.125)
+    assert node.frames(PatternPushed) == [PatternPushed(7, "done", "", "tcp over lo", pushes)]
     assert prefill_scripts.is_idle(node)
 
 

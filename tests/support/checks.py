@@ -60,6 +60,6 @@ def make_pair_check(
         submit=submit,
         clock=clock,
     )
-    way = WayOut(transport="tcp over lo", path="direct", kv_heads=2, layer_groups=LAYER_GROUPS)
+    way = WayOut(transport="tcp over lo", layer_groups=LAYER_GROUPS)
     pushes = PatternPushes(name, engine, patterns=patterns, pushing=pushing, way=way, outbox=outbox, mark=mark)
     return PairCheck(intake, pushes, pushing)

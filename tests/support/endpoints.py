@@ -5,6 +5,7 @@ from disaggd.transfer.endpoint import Endpoint
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace, Span, whole_blocks
 
 SOMEWHERE = PoolPlace(0, 64)
+PORT = 18500
 
 BLOCK = 4
 """Tokens: those of the scripted roles (`role_nodes.py`)."""
@@ -12,7 +13,7 @@ BLOCK = 4
 
 def endpoint(agent_id: AgentId, metadata: bytes = b"", place: PoolPlace = SOMEWHERE) -> tuple[Endpoint, ...]:
     """Of a node's only rank."""
-    return (Endpoint(agent_id, metadata, place),)
+    return (Endpoint(agent_id, metadata, place, PORT),)
 
 
 def span(blocks: tuple[BlockId, ...], block_size: int = BLOCK) -> Span:

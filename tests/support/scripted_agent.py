@@ -7,10 +7,12 @@ from disaggd.ids import AgentId, HandleId
 from disaggd.transfer.agent import PeerLost
 from disaggd.transfer.notification import AnyNotification, decode, encode
 from disaggd.transfer.pool import Descriptors, Indices
+from tests.support.endpoints import PORT
 
 
 @dataclass
 class ScriptedPort:
+    number: int = PORT
     is_released: bool = False
 
     def release(self) -> None:

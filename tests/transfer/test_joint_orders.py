@@ -268,11 +268,12 @@ def test_references_come_back_when_no_rank_reads_the_blocks_and_the_end_is_last(
 
 def test_a_push_is_what_the_worst_of_its_ranks_makes_of_it_and_lasts_from_the_first_to_the_last() -> None:
     writer = Bench()
-    writer.say(1, m.PushEnded(TOKEN, True, True, 8, 5.0, 6.0))
+    first, other = (m.Sent(m.Leg(rank, 0, range(rank, rank + 1), "direct"), 8, 4.0, 6.0) for rank in (1, 2))
+    writer.say(1, m.PushEnded(TOKEN, True, True, 8, 5.0, 6.0, (first,)))
     writer.say(0, m.PushEnded(TOKEN, True, True, 0, None, None))
     assert writer.told() == [[]] * NUM_RANKS
-    writer.say(2, m.PushEnded(TOKEN, False, False, 8, 4.0, 4.5))
-    assert writer.heard() == [m.PushEnded(TOKEN, False, False, 16, 4.0, 6.0)]
+    writer.say(2, m.PushEnded(TOKEN, False, False, 8, 4.0, 4.5, (other,)))
+    assert writer.heard() == [m.PushEnded(TOKEN, False, False, 16, 4.0, 6.0, (first, other))]
 
 
 def test_a_push_that_one_rank_gives_up_is_cancelled_on_the_others_once() -> None:

@@ -86,7 +86,9 @@ def bench() -> Bench:
 def ended(
     clean: bool, finished: bool, kv_bytes: int = 0, first_post_at: float | None = None, last_done_at: float | None = None
 ) -> m.PushEnded:
-    return m.PushEnded(TOKEN, clean, finished, kv_bytes, first_post_at, last_done_at)
+    leg = m.Leg(0, 0, range(POOL.kv.groups[0].kv_heads), "direct")
+    sent = () if first_post_at is None or last_done_at is None else (m.Sent(leg, kv_bytes, first_post_at, last_done_at),)
+    return m.PushEnded(TOKEN, clean, finished, kv_bytes, first_post_at, last_done_at, sent)
 
 
 def test_connecting_sends_the_remote_agent_its_own_id(bench: Bench) -> None:

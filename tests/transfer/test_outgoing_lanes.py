@@ -14,7 +14,7 @@ from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace, Sources, Staged
 from tests.support.copies import LateCopies
-from tests.support.endpoints import plain_kv, span
+from tests.support.endpoints import PORT, plain_kv, span
 from tests.support.scripted_agent import ScriptedAgent
 
 D0 = NodeName("d0")
@@ -27,7 +27,8 @@ BLOCKS = (BlockId(0), BlockId(3))
 WRITE = m.PushBlocks(TOKEN, range(LAYERS), span(BLOCKS), BLOCKS)
 PART_BYTES = LAYERS * len(BLOCKS) * BLOCK_BYTES // 2
 PLACE = PoolPlace(4096, NUM_BLOCKS)
-ENDPOINTS = (Endpoint(FAR, b"", PLACE), Endpoint(FARTHER, b"", PLACE))
+LEGS = (m.Leg(0, 0, range(2), "direct"), m.Leg(0, 1, range(2, 4), "direct"))
+ENDPOINTS = (Endpoint(FAR, b"", PLACE, PORT), Endpoint(FARTHER, b"", PLACE, PORT))
 
 
 @dataclass
@@ -94,7 +95,8 @@ def test_references_come_back_when_the_last_rank_has_its_part(bench: Bench) -> N
     bench.agents[0].done.add(HandleId(3))
     assert bench.turn() == []
     bench.agents[0].done.add(HandleId(2))
-    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 2 * PART_BYTES), m.PushEnded(TOKEN, True, True, 2 * PART_BYTES, 0.0, 0.0)]
+    sent = tuple(m.Sent(leg, PART_BYTES, 0.0, 0.0) for leg in LEGS)
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, 2 * PART_BYTES), m.PushEnded(TOKEN, True, True, 2 * PART_BYTES, 0.0, 0.0, sent)]
 
 
 def test_a_pair_that_is_lost_by_one_ranks_part_ends_them_all(bench: Bench) -> None:
@@ -105,7 +107,7 @@ def test_a_pair_that_is_lost_by_one_ranks_part_ends_them_all(bench: Bench) -> No
     bench.agents[0].is_lost = True
     assert bench.turn() == [
         m.HandleDone(TOKEN, BLOCKS, PART_BYTES),
-        m.PushEnded(TOKEN, False, False, PART_BYTES, 0.0, 0.0),
+        m.PushEnded(TOKEN, False, False, PART_BYTES, 0.0, 0.0, (m.Sent(LEGS[0], PART_BYTES, 0.0, 0.0),)),
         m.PairFailed(D0, FAR, "gone"),
     ]
 
@@ -128,7 +130,7 @@ def test_one_rank_that_takes_nothing_loses_the_pair_though_the_other_takes_all(b
 
 
 def test_a_block_that_one_rank_does_not_have_is_written_to_none(bench: Bench) -> None:
-    bench.connect((Endpoint(AgentId("new"), b"", PLACE), Endpoint(AgentId("smaller"), b"", PoolPlace(4096, NUM_BLOCKS - 1))))
+    bench.connect((Endpoint(AgentId("new"), b"", PLACE, PORT), Endpoint(AgentId("smaller"), b"", PoolPlace(4096, NUM_BLOCKS - 1), PORT)))
     bench.outgoing.begin(m.BeginPush(TOKEN, D0, AgentId("new"), lease_s=5.0))
     bench.turn()
     bench.outgoing.push_blocks(WRITE)
@@ -141,7 +143,7 @@ def test_one_rank_hears_for_all_that_nothing_more_is_written(bench: Bench) -> No
 
 
 def test_ranks_with_one_agent_between_them_are_out_of_reach(bench: Bench) -> None:
-    bench.connect((Endpoint(AgentId("new"), b"", PLACE),) * 2)
+    bench.connect((Endpoint(AgentId("new"), b"", PLACE, PORT),) * 2)
     assert bench.turn() == [m.PairFailed(D0, AgentId("new"), "two of its ranks have one agent")]
 
 
@@ -154,7 +156,7 @@ def test_ranks_with_one_agent_between_them_are_out_of_reach(bench: Bench) -> Non
     ],
 )
 def test_a_peer_whose_kv_can_never_be_ours_is_out_of_reach_and_the_field_is_named(bench: Bench, kv: KVSpec, what: str) -> None:
-    bench.connect((Endpoint(AgentId("new"), b"", PLACE), ENDPOINTS[1]), kv)
+    bench.connect((Endpoint(AgentId("new"), b"", PLACE, PORT), ENDPOINTS[1]), kv)
     (failed,) = bench.turn()
     assert isinstance(failed, m.PairFailed) and what in failed.reason
 

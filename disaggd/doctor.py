@@ -81,7 +81,7 @@ def _cells(way: WayCheck, rank: RankWay) -> tuple[str | Text, ...]:
     """Of a way between ranks that is wrong, those are ok between which nothing was."""
     verdict: Verdict = "ok" if way.verdict == "wrong" and not rank.wrong else way.verdict
     ranks = f"{rank.writer_rank} → {rank.target_rank}"
-    return way.writer, way.target, ranks, rank.transport, rank.path, f"{rank.gb_per_s:.2f}", f"{rank.p99_ms:.2f}", _verdict(verdict)
+    return way.writer, way.target, ranks, rank.transport, rank.path, f"{rank.gb_per_s:.3f}", f"{rank.p99_ms:.2f}", _verdict(verdict)
 
 
 def _verdict(verdict: Verdict) -> Text:

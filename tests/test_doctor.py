@@ -61,7 +61,7 @@ def test_a_healthy_cluster_has_a_row_for_each_pair_of_ranks(router: FakeRouter, 
     examined = Examined(router, capsys, checkup(msgspec.structs.replace(GOOD, ranks=ranks)))
     assert router.asked == ["POST /v1/cluster/check"]
     assert examined.code == 0
-    cells = ["tcp", "over", "eth0", "direct", "1.23", "5.68", "ok"]
+    cells = ["tcp", "over", "eth0", "direct", "1.234", "5.68", "ok"]
     assert examined.rows == [["p0", "d0", str(one.writer_rank), "→", str(one.target_rank), *cells] for one in ranks]
     assert examined.out.splitlines()[-1] == "2 nodes and 1 way of KV, checked in 1.3 s: all is well"
     assert "\x1b" not in examined.out

@@ -141,7 +141,7 @@ def _shown(rank: RankCheck) -> RankWay:
         path=rank.path,
         kv_bytes=rank.kv_bytes,
         rounds=len(rank.rounds_s),
-        gb_per_s=round(rank.bytes_per_s / 1e9, 3),
+        gb_per_s=round(rank.bytes_per_s / 1e9, 6),
         p99_ms=round(rank.p99_s * 1e3, 3),
         wrong=rank.wrong,
     )

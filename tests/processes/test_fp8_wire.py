@@ -1,5 +1,6 @@
 """KV that goes to a decode node in 8 bits: a quarter of float32's bytes, and the tokens that one engine has behind KV so rounded."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_a_prompt_comes_in_a_quarter_of_its_bytes_and_its_tokens_are_those_of_ro
     cluster.nodes["p0"].options["tp"], cluster.nodes["d0"].options["tp"] = prefill_ranks, decode_ranks
     prompt = prompt_of(300, oracle, salt=3)
     with running(cluster):
+        assert re.search("p0 → d0: KV path is ready: checked .*, repacked,", cluster.log("router").read_text()), "a pattern comes as it was"
         reply = cluster.complete(prompt, max_tokens=24, ignore_eos=True, logprobs=0)
         receipt = cluster.receipt(reply["id"])
         assert receipt["decision"] == "remote"

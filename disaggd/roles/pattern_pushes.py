@@ -66,8 +66,8 @@ class PatternPushes:
             return self._refuse(link, frame, "no_room", f"{self._name}: {NO_ROOM}")
         if self._pushing.is_known(grant.token):
             return self._refuse(link, frame, "failed", "the grant was revoked")
-        if self._pushing.blocks_of(grant.target, frame.num_tokens) != len(grant.block_ids):
-            return self._refuse(link, frame, "failed", f"no KV path to {grant.target}, or one to blocks of another size")
+        if grant.first_token_index or self._pushing.blocks_of(grant.target, frame.num_tokens) != len(grant.block_ids):
+            return self._refuse(link, frame, "failed", f"no KV path to {grant.target}, or the grant is of another size")
         blocks = pool.allocate(num_blocks)
         assert blocks is not None, "room was checked"
         self._patterns.fill(blocks, frame.salt)

@@ -294,10 +294,10 @@ def test_a_busy_writer_has_no_room_and_says_so_to_both() -> None:
     assert not node.commands
 
 
-@pytest.mark.parametrize("blocks", [(BlockId(1),), (BlockId(1), BlockId(2), BlockId(3))])
-def test_a_grant_of_another_size_is_refused(blocks: tuple[BlockId, ...]) -> None:
+@pytest.mark.parametrize(("first", "blocks"), [(0, TARGET[:1]), (0, (*TARGET, BlockId(3))), (4, TARGET)])
+def test_a_grant_of_another_size_is_refused(first: int, blocks: tuple[BlockId, ...]) -> None:
     node = writer()
-    node.say(PushPattern(7, Grant(T, D0, P0, AGENT, 0, blocks, LEASE_S), 8, SALT))
+    node.say(PushPattern(7, Grant(T, D0, P0, AGENT, first, blocks, LEASE_S), 8, SALT))
     assert node.last(PatternPushed).step == "failed"
     assert not node.submitted(BeginPush)
 

@@ -274,7 +274,8 @@ class RolePair:
         if push.is_finished and push.is_clean and token in peer.expected and push.agent == peer.agent:
             peer.expected.discard(token)
             peer.events.append(transfer.Landed(token, push.first, 10))
-        node.events.append(transfer.PushEnded(token, push.is_clean, push.is_finished, 10, self.now, self.now))
+        sent = transfer.Sent(transfer.Leg(0, 0, range(1), "direct"), 10, self.now, self.now)
+        node.events.append(transfer.PushEnded(token, push.is_clean, push.is_finished, 10, self.now, self.now, (sent,)))
 
     def _take(self, queue: "deque[object]", use: object) -> bool:
         if not queue:

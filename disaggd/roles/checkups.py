@@ -128,9 +128,10 @@ class Checkups:
             return f"{pair.target} has no agent for it: are there free ports {first}-{last} on {devices}? Its log says more"
         numbers = [str(endpoint.port) for endpoint in pair.agent.endpoints]
         ports = f"port{'s' * (len(numbers) > 1)} {', '.join(numbers)} on {devices}"
+        firewall = f"does a firewall close {first}-{last}?"
         if pair.state is PairState.PROBING:
-            return f"{pair.writer} has sent its probe, and nothing arrives at {pair.target}, {ports}: does a firewall close {first}-{last}?"
-        return f"{pair.writer} cannot reach {pair.target}, {ports}: {pair.reason}"
+            return f"{pair.writer} has sent its probe, and nothing arrives at {pair.target}, {ports}: {firewall}"
+        return f"{pair.writer} cannot reach {pair.target}, {ports}: {pair.reason}. If it never could, {firewall}"
 
 
 def _shown(rank: RankCheck) -> RankWay:

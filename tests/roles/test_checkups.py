@@ -123,7 +123,10 @@ def test_a_way_that_is_not_well_says_why(outcome: str, verdict: str) -> None:
             PairState.PROBING,
             "p0 has sent its probe, and nothing arrives at d0, ports 18507, 18509 on eth0: does a firewall close 18500-18999?",
         ),
-        (PairState.LOST, "p0 cannot reach d0, ports 18507, 18509 on eth0: connection refused"),
+        (
+            PairState.LOST,
+            "p0 cannot reach d0, ports 18507, 18509 on eth0: connection refused. If it never could, does a firewall close 18500-18999?",
+        ),
     ],
 )
 def test_a_way_that_cannot_be_reached_names_ports_and_device(state: PairState, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

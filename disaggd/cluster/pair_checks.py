@@ -113,11 +113,6 @@ class _Round:
     read: PatternRead | None = None
 
     @property
-    def job(self) -> tuple[SeqId, int]:
-        """By which the grant is known."""
-        return SeqId(f"check-{self.number}"), 0
-
-    @property
     def is_over(self) -> bool:
         return self.read is not None and (self.pushed is not None or not self.is_granted)
 
@@ -155,17 +150,18 @@ class PairChecks:
             self._begin(checks[0])
 
     def on_frame(self, peer: Peer, frame: Frames) -> None:
-        """An answer; one that nobody waits for any more changes nothing."""
+        """An answer; one that nobody waits for any more changes nothing of a check."""
         match frame:
             case PatternGrant():
                 self._on_grant(peer, frame)
             case PatternPushed(check) if (at := self._of(check, writer=peer)) is not None and at.is_granted:
                 at.pushed = frame
                 self._end_if_over(at)
-            case PatternRead(check) if (at := self._of(check, target=peer)) is not None:
-                at.read = frame
-                self._grants.over(at.job, peer.name)  # unless a `Cancel` ended it already
-                self._end_if_over(at)
+            case PatternRead(check):
+                self._grants.over(_job(check), peer.name)  # unless a `Cancel` ended it already; also when nobody waits for it any more
+                if (at := self._of(check, target=peer)) is not None:
+                    at.read = frame
+                    self._end_if_over(at)
 
     def node_down(self, name: NodeName) -> None:
         """Its link is lost: it answers nothing more."""
@@ -202,7 +198,7 @@ class PairChecks:
         if at is None or writer is None or at.is_granted or (grant.writer, grant.target) != (writer.name, target.name):
             return  # the target hears nothing: its grant's lease runs out, and its `Cancel` is answered
         at.is_granted = True
-        self._grants.forwarded(at.job, grant, writer)
+        self._grants.forwarded(_job(at.number), grant, writer)
         writer.send(PushPattern(at.number, grant, at.order.num_tokens, at.order.salt))
 
     def _of(self, number: int, *, writer: Peer | None = None, target: Peer | None = None) -> _Round | None:
@@ -246,6 +242,11 @@ class PairChecks:
 
     def _peer(self, name: NodeName) -> Peer | None:
         return self._prefills.get(name) or self._decodes.get(name)
+
+
+def _job(number: int) -> tuple[SeqId, int]:
+    """By which a round's grant is known."""
+    return SeqId(f"check-{number}"), 0
 
 
 def _pattern_tokens(one: KVSpec, other: KVSpec) -> int:

@@ -210,6 +210,22 @@ def test_nobody_is_waited_for_for_ever(checks: Checks, steps: tuple[str, ...]) -
     assert len(checks.results) == 1, "late answers are nobody's"
 
 
+@pytest.mark.parametrize("is_lost", [False, True], ids=["too late", "the writer is gone"])
+def test_a_pattern_that_is_compared_after_its_check_has_ended_is_no_grant_any_more(checks: Checks, is_lost: bool) -> None:
+    checks.start()
+    checks.grant()
+    assert checks.grants.concerns(P0)
+    if is_lost:
+        del checks.prefills[P0]
+        checks.checks.node_down(P0)
+    else:
+        checks.now += PATIENCE_S
+        checks.checks.tick()
+    assert len(checks.results) == 1 and checks.grants.concerns(P0), "what was pushed may not have been taken in yet"
+    checks.read(READ)
+    assert not len(checks.grants), "else the writer, when it is told to stop, would be waited for"
+
+
 @pytest.mark.parametrize("name", [P0, D0])
 def test_a_lost_link_ends_the_check_and_those_that_wait_behind_it(checks: Checks, name: NodeName) -> None:
     checks.start()

@@ -240,8 +240,11 @@ class JointTransfers:
             if rank in inlet.opened and inlet.opened[rank].agent_id == event.agent_id:
                 del inlet.opened[rank]  # it never was part of one
             return
-        agent.is_whole = False
         agent.unfenced.discard(rank)
+        if agent.is_whole:  # nobody asked for it: this part was of an earlier agent, and the others would wait for ever for one like theirs
+            agent.is_whole = False
+            for number in agent.unfenced:
+                self._ranks[number].submit(m.Fence(event.peer, agent.of(number)))
         self._landings = {token: landing for token, landing in self._landings.items() if landing.agent_id != agent.opened.agent_id}
         if not agent.unfenced:
             del self._agents[agent.opened.agent_id]

@@ -21,6 +21,9 @@ KVPath = Literal["direct", "staged", "repacked"]
 FP8_HEADER_BYTES = 16
 """Before one head's keys and values in a block: their scales, see `kernels/fp8.py`."""
 
+MAX_BLOCK_SIZE = 1024
+"""Of every node: the last block of a write is made whole, and what two sizes go into are tokens that can be counted."""
+
 Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 """Of what there is one at least. A spec may have come from another node."""
 
@@ -86,20 +89,30 @@ def whole_blocks(blocks: tuple[BlockId, ...], block_size: int) -> Span:
     return Span(blocks, 0, len(blocks) * block_size)
 
 
+def head_bytes(dtype: KVDtype, block_size: int, head_dim: int) -> int:
+    """Of one head's keys and values in a block of one layer."""
+    numbers = 2 * block_size * head_dim
+    return FP8_HEADER_BYTES + numbers if dtype == "fp8" else numbers * DTYPE_BYTES[dtype]
+
+
 def kv_spec(model: ModelSpec, block_size: int, kv_heads: int | None = None) -> KVSpec:
     """The pool geometry of `model` with blocks of `block_size` tokens, KV in the model's own dtype.
 
     `kv_heads`: of a rank that holds only so many.
     """
-    head_bytes = 2 * block_size * model.head_dim * DTYPE_BYTES[model.dtype]
-    group = KVGroup(layers=model.num_layers, kv_heads=kv_heads or model.num_kv_heads, head_bytes=head_bytes, window=model.sliding_window)
+    group = KVGroup(
+        layers=model.num_layers,
+        kv_heads=kv_heads or model.num_kv_heads,
+        head_bytes=head_bytes(model.dtype, block_size, model.head_dim),
+        window=model.sliding_window,
+    )
     return KVSpec(dtype=model.dtype, block_size=block_size, head_dim=model.head_dim, groups=(group,))
 
 
 def in_fp8(kv: KVSpec) -> KVSpec:
     """The same blocks as they are in fp8: some half of bfloat16's bytes."""
-    head_bytes = FP8_HEADER_BYTES + 2 * kv.block_size * kv.head_dim
-    groups = tuple(msgspec.structs.replace(group, head_bytes=head_bytes) for group in kv.groups)
+    in_head = head_bytes("fp8", kv.block_size, kv.head_dim)
+    groups = tuple(msgspec.structs.replace(group, head_bytes=in_head) for group in kv.groups)
     return msgspec.structs.replace(kv, dtype="fp8", groups=groups)
 
 
@@ -112,6 +125,9 @@ def check_pair(source: KVSpec, target: KVSpec) -> None:
     ours, theirs = ([(group.layers, group.kv_heads) for group in kv.groups] for kv in (source, target))
     if ours != theirs:
         raise ConfigError(f"kv_heads differ: {_heads(ours)} and {_heads(theirs)}")
+    for size in (source.block_size, target.block_size):
+        if size > MAX_BLOCK_SIZE:
+            raise ConfigError(f"block_size is {size}, and may be {MAX_BLOCK_SIZE} at most")
 
 
 def _heads(groups: list[tuple[int, int]]) -> str:

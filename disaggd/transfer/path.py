@@ -7,7 +7,7 @@ import msgspec
 
 from disaggd.transfer.layout import KVSpec, check_pair
 from disaggd.transfer.pool import Pool, Region
-from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_room, room_bytes
+from disaggd.transfer.repack import Repacked, Repacker, StagingRoom, check_made, check_room, room_bytes
 from disaggd.transfer.reshape import HeadCut
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import Source, Sources
@@ -74,6 +74,7 @@ class Paths:
         repacking = self._repacking
         if path_of(self.share, target, cut, repacking.direct_slice_bytes) == "direct":
             return self._direct.of(cut, target)
+        check_made(target.kv)
         heads, repacker = self.share.local(cut), repacking.repacker
         check_room(repacker.region.num_bytes, heads, target.kv, repacking.max_layers, repacking.max_tokens)
         return Repacked(repacker, self._room, heads, target.kv)

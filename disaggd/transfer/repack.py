@@ -12,15 +12,13 @@ import numpy as np
 
 from disaggd.errors import ConfigError
 from disaggd.model.spec import DTYPE_BYTES
-from disaggd.transfer.layout import KVPath, KVSpec, Span
+from disaggd.transfer.layout import MAX_BLOCK_SIZE, KVPath, KVSpec, Span, head_bytes
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Region
 from disaggd.transfer.source import Load
 
 WRITES_AT_ONCE = 8
 """Each is a layer or so: while one is on the wire the next are made."""
-MAX_BLOCK_SIZE = 1024
-"""Of a target: the last block of a write is made whole."""
 
 
 class Repacker(Protocol):
@@ -91,6 +89,14 @@ class Repacked:
         """What was not made yet is made before anything that takes its place."""
         length = self.registered.length
         self._room.give_back(int(load.indices[0]) * length, len(load.indices) * length)
+
+
+def check_made(target: KVSpec) -> None:
+    """Raises ConfigError where `target`, which came over the wire, does not say of itself what its blocks are made as."""
+    made = head_bytes(target.dtype, target.block_size, target.head_dim)
+    for group in target.groups:
+        if group.head_bytes != made:
+            raise ConfigError(f"head_bytes are {group.head_bytes}, and {made} in {target.dtype} blocks of {target.block_size} tokens")
 
 
 def check_room(num_bytes: int, heads: range, target: KVSpec, num_layers: int, num_tokens: int) -> None:

@@ -214,6 +214,64 @@ def test_a_fence_of_an_agent_that_is_gone_only_confirms(bench: Bench) -> None:
     assert bench.told() == [[]] * NUM_RANKS
 
 
+@dataclass
+class RankAgents:
+    """A rank that has agents as `Incoming` does: it gets to its commands in order, and is heard in order, both some time."""
+
+    number: int
+    rank: ScriptedRank
+    asked: m.OpenPair | None = None
+    num_made: int = 0
+    said: list[m.TransferEvent] = field(default_factory=list)
+
+    @property
+    def agent_id(self) -> AgentId:
+        return own(self.number, f"agent {self.num_made}")
+
+    def obey(self) -> None:
+        match command := self.rank.commands.pop(0):
+            case m.OpenPair():
+                if command != self.asked:
+                    self._make(command)
+                self._announce()
+            case m.Fence(agent_id=agent_id) if agent_id == self.agent_id:
+                assert self.asked is not None
+                self._make(self.asked)
+                self._announce()
+            case m.Fence(peer, agent_id):
+                self.said.append(m.Fenced(peer, agent_id))
+
+    def _make(self, command: m.OpenPair) -> None:
+        if self.asked is not None:
+            self.said.append(m.Fenced(P0, self.agent_id))
+        self.asked, self.num_made = command, self.num_made + 1
+
+    def _announce(self) -> None:
+        assert self.asked is not None
+        self.said.append(m.PairOpened(P0, self.asked.peer_incarnation, endpoint(self.agent_id)))
+
+
+@given(st.data(), st.lists(st.sampled_from((ONE, TWO)), min_size=1, max_size=4))
+def test_whoever_asks_for_what_agents_and_however_late_ranks_are_one_is_whole_in_the_end(
+    data: st.DataObject, asked: list[Incarnation]
+) -> None:
+    """Two routers need not agree about which start of the peer is its last: one has yet to hear of it."""
+    bench = Bench()
+    ranks = [RankAgents(number, rank) for number, rank in enumerate(bench.ranks)]
+    left = [m.OpenPair(P0, incarnation, 1) for incarnation in asked]
+    while steps := [*(["ask"] if left else []), *(r.obey for r in ranks if r.rank.commands), *(r for r in ranks if r.said)]:
+        step = data.draw(st.sampled_from(steps))
+        if isinstance(step, RankAgents):
+            bench.say(step.number, step.said.pop(0))
+        elif step == "ask":
+            bench.joint.submit(left.pop(0))
+        else:
+            step()  # type: ignore[operator]
+    *_, last = [event for event in bench.heard() if isinstance(event, m.PairOpened)]
+    assert [one.agent_id for one in last.endpoints] == [rank.agent_id for rank in ranks]
+    assert last.peer_incarnation == asked[-1]
+
+
 # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

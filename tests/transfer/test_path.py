@@ -4,10 +4,13 @@ import msgspec
 import pytest
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.layout import KVDtype, KVGroup, KVSpec, in_fp8
-from disaggd.transfer.path import Path, path_of
+from disaggd.transfer.layout import MAX_BLOCK_SIZE, KVDtype, KVGroup, KVSpec, PoolPlace, Span, in_fp8
+from disaggd.transfer.messages import IsReady
+from disaggd.transfer.path import Path, Paths, Repacking, path_of
+from disaggd.transfer.pool import Region
 from disaggd.transfer.reshape import head_cuts
 from disaggd.transfer.share import Share
+from disaggd.transfer.source import InPlace
 
 HEAD_BYTES = 2 * 16 * 64 * 2
 
@@ -39,13 +42,36 @@ def test_repacking_saves_no_writes_where_the_target_has_other_heads_too_or_the_s
     assert paths(spec(), spec(), 2, 2, direct_slice_bytes=2**30) == {"direct"}
 
 
-@pytest.mark.parametrize("field", ["head_dim", "kv_heads", "num_layers"])
+@pytest.mark.parametrize("field", ["head_dim", "kv_heads", "num_layers", "block_size"])
 def test_what_cannot_be_is_named(field: str) -> None:
     theirs = {
         "head_dim": msgspec.structs.replace(spec(), head_dim=32),
         "kv_heads": spec(kv_heads=4),
+        "block_size": spec(block_size=MAX_BLOCK_SIZE + 1),
         "num_layers": msgspec.structs.replace(spec(), groups=(KVGroup(layers=3, kv_heads=8, head_bytes=HEAD_BYTES),)),
     }[field]
     cut = head_cuts(8, 1, 1)[0]
     with pytest.raises(ConfigError, match=field):
         path_of(Share(spec()), Share(theirs), cut, 0)
+
+
+class NoRepacker:
+    """Has room for many blocks of any size, and is not asked to make one."""
+
+    region = Region(0, 2**30)
+
+    def repack(self, offset: int, target: KVSpec, layers: range, heads: range, span: Span) -> IsReady:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("theirs", [spec(block_size=64), spec(dtype="float16"), in_fp8(spec())], ids=["block size", "dtype", "fp8"])
+def test_a_target_whose_blocks_are_not_what_its_geometry_says_is_not_written_to(theirs: KVSpec) -> None:
+    """A frame may say so: what is made of blocks of a kind that cannot be would end the node."""
+    repacking = Repacking(repacker=NoRepacker(), direct_slice_bytes=0, max_layers=2, max_tokens=64)
+    paths = Paths(InPlace(Share(spec()), PoolPlace(0, 8)), repacking)
+    [cut] = head_cuts(8, 1, 1)
+    assert paths.of(cut, Share(theirs)).path == "repacked"
+    for head_bytes in (1, theirs.groups[0].head_bytes - 1, 2 * theirs.groups[0].head_bytes):
+        groups = (msgspec.structs.replace(theirs.groups[0], head_bytes=head_bytes),)
+        with pytest.raises(ConfigError, match=f"head_bytes are {head_bytes}, "):
+            paths.of(cut, Share(msgspec.structs.replace(theirs, groups=groups)))

@@ -59,7 +59,7 @@ def test_a_first_token_that_stops_the_sequence_gives_its_grant_back(cluster: Clu
 
 
 def test_the_whole_reply_names_the_way_it_took(cluster: Cluster, oracle: Oracle) -> None:
-    body = {"model": "tiny", "prompt": prompt_of(500, oracle), "max_tokens": 4}
+    body = {"model": "tiny", "prompt": prompt_of(500, oracle), "max_tokens": 64, "ignore_eos": True}  # the push is reported meanwhile
     reply = httpx.post(cluster.url + "/v1/completions", json=body, timeout=60)
     assert re.fullmatch(r"remote p0->d0 cached=0 kv=[0-9.]+MB", reply.headers["x-disaggd"])
     assert reply.headers["x-request-id"] == reply.json()["id"]

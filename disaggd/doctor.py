@@ -20,6 +20,8 @@ PATIENCE_S = 60.0
 
 _COLUMNS = ("writes", "to", "ranks", "transport", "path", "GB/s", "p99 ms", "verdict")
 _NUMBERS = ("GB/s", "p99 ms")
+_LONG = ("writes", "to", "transport")
+"""May be of any length, and give way to the figures and the verdict on a narrow terminal."""
 _VERDICTS: dict[Verdict, tuple[str, str]] = {
     "ok": ("ok", "green"),
     "wrong": ("wrong bytes", "bold red"),
@@ -68,7 +70,7 @@ def _show(checkup: Checkup) -> None:
 def _table(checkup: Checkup) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=column not in _LONG, overflow="fold")
     for way in checkup.ways:
         for rank in way.ranks:
             table.add_row(*_cells(way, rank))
@@ -105,7 +107,9 @@ def _summary(checkup: Checkup) -> Text:
     bad = sum(way.verdict != "ok" for way in checkup.ways)
     counts = [f"{down} of {nodes} without a link"] if down else []
     counts += [f"{bad} of {ways} of KV not as it should be"] if bad else []
-    return Text(f"{' and '.join(counts)}, {took}; the cluster serves with the rest", "yellow")
+    serves = any(node.role == "decode" and node.link == "up" for node in checkup.nodes)
+    rest = Text("the cluster serves with the rest") if serves else Text("no decode node is left, and the cluster serves nothing", "red")
+    return Text.assemble((f"{' and '.join(counts)}, {took}; ", "yellow"), rest)
 
 
 def _count(things: tuple[object, ...], noun: str) -> str:

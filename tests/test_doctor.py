@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from disaggd import cli
+from disaggd import cli, doctor
 from disaggd.observe.checkup import Checkup, NodeCheck, RankWay, WayCheck
 from tests.support.fake_router import FakeRouter, fake_router
 
@@ -97,6 +97,29 @@ def test_a_node_without_a_link_is_named_with_the_cause(router: FakeRouter, capsy
     assert examined.out.splitlines()[-1].startswith("1 of 3 nodes without a link, checked")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("p0", "the cluster serves with the rest"), ("d0", "no decode node is left, and the cluster serves nothing")]
+)
+def test_without_a_decode_node_it_does_not_say_that_the_cluster_serves(
+    router: FakeRouter, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    nodes = tuple(msgspec.structs.replace(node, link="down", reason="gone") if node.name == name else node for node in NODES)
+    examined = Examined(router, capsys, checkup(nodes=nodes))
+    assert examined.out.splitlines()[-1] == f"1 of 2 nodes without a link, checked in 1.3 s; {words}"
+
+
+def test_on_a_narrow_terminal_names_give_way_and_neither_figures_nor_verdicts(
+    router: FakeRouter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_PIPED_WIDTH", 100)
+    devices = ",".join(f"mlx5_{number}:1" for number in range(8))
+    one = msgspec.structs.replace(rank(10, 11), transport=f"rc,cuda_copy over {devices}", path="repacked", p99_ms=1234.5)
+    way = WayCheck(writer="prefill-host-01", target="decode-host-07", verdict="unreachable", reason="no answer", ranks=(one,))
+    examined = Examined(router, capsys, checkup(way))
+    assert max(map(len, examined.out.splitlines()[:-2])) <= 100
+    assert all(cell in examined.out for cell in ("10 → 11", "repacked", "1.234", "1234.50", " unreachable "))
+
+
 def test_as_json_it_is_what_the_router_answered(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:
     answer = checkup(GOOD)
     examined = Examined(router, capsys, answer, "--json")
@@ -114,7 +137,7 @@ def test_where_no_router_runs_it_says_so(capsys: pytest.CaptureFixture[str]) -> 
     with fake_router() as router:
         url = router.url
     assert cli._run(["doctor", "--url", url]) == 3
-    assert capsys.readouterr().err == f"disaggd: no router at {url}: [Errno 111] Connection refused\n"
+    assert capsys.readouterr().err == f"disaggd: no router at {url}: Connection refused\n"
 
 
 def test_an_older_router_is_told_from_none(router: FakeRouter, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ class Checkups:
 
     async def _run(self) -> Checkup:
         begun = time.monotonic()
+        self.tick()  # a pair may have begun to open since the last one
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), PROBE_PATIENCE_S)
         busy = defaultdict[NodeName, asyncio.Lock](asyncio.Lock)

@@ -162,6 +162,20 @@ def test_a_way_that_is_being_opened_is_waited_for() -> None:
     assert asyncio.run(opened_meanwhile(Cluster(PairState.PROBING))).ok
 
 
+def test_a_way_that_began_to_open_since_the_last_tick_is_waited_for() -> None:
+    async def opened_meanwhile(cluster: Cluster) -> Checkup:
+        cluster.pairs.pairs[0].state = PairState.OPENING
+        task = asyncio.create_task(cluster.run())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not task.done()
+        cluster.pairs.pairs[0].state = PairState.READY
+        cluster.checkups.tick()
+        return await task
+
+    assert asyncio.run(opened_meanwhile(Cluster(PairState.READY))).ok
+
+
 def test_a_check_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAY_PATIENCE_S", 0.01)
     cluster = Cluster(PairState.READY)

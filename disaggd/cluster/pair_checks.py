@@ -81,7 +81,7 @@ class CheckResult(msgspec.Struct, frozen=True):
         slowest = min(self.ranks, key=lambda rank: rank.bytes_per_s)
         speed, p99_ms = slowest.bytes_per_s / 1e9, slowest.p99_s * 1e3
         times = "once" if len(slowest.rounds_s) == 1 else f"{len(slowest.rounds_s)} times"
-        return f"checked {times}, {slowest.transport}, {slowest.path}, {speed:.2g} GB/s, p99 {p99_ms:.2g} ms"
+        return f"checked {times}, {slowest.transport}, {slowest.path}, {speed:.2g} GB/s, p99 {p99_ms:.{0 if p99_ms >= 10 else 1}f} ms"
 
 
 class Effort(msgspec.Struct, frozen=True):

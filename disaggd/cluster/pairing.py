@@ -112,7 +112,8 @@ class PairBook:
         pair = self._pairs.get((writer.name, frame.peer))
         if pair is None or not pair.is_current(frame.agent_id):
             return
-        log.warning("%s → %s: KV path is lost: %s", pair.writer, pair.target, frame.reason)
+        if frame.reason != pair.reason:  # once, not with every probe that fails
+            log.warning("%s → %s: KV path is lost, trying again: %s", pair.writer, pair.target, frame.reason)
         pair.state, pair.reason = PairState.LOST, frame.reason
         pair.retry_at = now + RETRY_S
 

@@ -56,7 +56,7 @@ class Pair:
     retry_at: float = 0.0
     """When LOST: the time of the next probe; FAILED, or READY without a check: of the next check."""
     reason: str = ""
-    """Why it is LOST, FAILED or REFUSED, or READY without a check."""
+    """Why it is LOST, FAILED or REFUSED, or READY without a check; while it is probed again, why it was lost."""
     checked: AgentId | None = None
     """The agent at which the pattern arrived."""
     transfers: TransferFit = field(default_factory=TransferFit)

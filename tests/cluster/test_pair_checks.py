@@ -102,7 +102,13 @@ def test_rounds_follow_each_other_with_a_fresh_salt_each(checks: Checks) -> None
     assert result.ranks[0].rounds_s == (0.1, 0.7, 0.2)
     assert result.ranks[0].p99_s == 0.7
     assert result.ranks[0].bytes_per_s == pytest.approx(3000)
-    assert str(result) == "checked 3 times, tcp over lo, direct, 3e-06 GB/s, p99 7e+02 ms"
+    assert str(result) == "checked 3 times, tcp over lo, direct, 3e-06 GB/s, p99 700 ms"
+
+
+@pytest.mark.parametrize(("p99_s", "shown"), [(0.00123, "1.2 ms"), (0.0477, "48 ms"), (1.234, "1234 ms")])
+def test_a_time_is_shown_as_a_person_writes_it(p99_s: float, shown: str) -> None:
+    rank = RankCheck(writer_rank=0, target_rank=0, transport="tcp over lo", path="direct", kv_bytes=1, rounds_s=(p99_s,))
+    assert str(CheckResult("ok", "", (rank,))).endswith(f", p99 {shown}")
 
 
 @pytest.mark.parametrize(

@@ -435,3 +435,18 @@ def test_what_a_check_finds_is_of_the_agent_that_was_checked(happens: Callable[[
     pairing.ends(result)
     assert [pair.state for pair in pairing.book] == states
     assert pairing.sent[P0] == []
+
+
+def test_what_fails_at_every_probe_is_logged_once_until_the_pair_has_come_up(caplog: pytest.LogCaptureFixture) -> None:
+    pairing = Pairing()
+    pairing.prefill_up()
+    pairing.decode_up()
+    pairing.agent(OLD)
+    for _ in range(3):
+        pairing.lost(OLD)
+        pairing.now += RETRY_S
+        pairing.book.tick(pairing.now)
+    assert [record.getMessage() for record in caplog.records] == ["p0 → d0: KV path is lost, trying again: connection reset"]
+    assert pairing.ready(OLD)
+    pairing.lost(OLD)
+    assert sum("is lost" in record.getMessage() for record in caplog.records) == 2

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from disaggd.api_keys import KeyFile
 from disaggd.config import Config, NodeConfig
-from disaggd.errors import ConfigError
+from disaggd.errors import ConfigError, ModelError
 from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.launch import node_environment
 from disaggd.model.directory import ModelDirectory, open_directory
@@ -43,7 +43,7 @@ def describe(path: Path, config: Config) -> None:
         _check_tls(config)
         for node in config.nodes:
             node_environment(config, node)
-            spec.check_ranks(node.tp)
+            _check_ranks(node, spec)
             _staging_blocks(config, node, spec)
         facts = _facts(path, config, directory, spec)
         table = _nodes(config, spec)
@@ -60,6 +60,13 @@ def _check_model_len(config: Config, spec: ModelSpec) -> None:
     wanted, limit = config.model.max_model_len, spec.max_position_embeddings
     if wanted is not None and wanted > limit:
         raise ConfigError(f"model.max_model_len: {wanted:,} is more than the model's own limit of {limit:,} tokens")
+
+
+def _check_ranks(node: NodeConfig, spec: ModelSpec) -> None:
+    try:
+        spec.check_ranks(node.tp)
+    except ModelError as error:
+        raise ConfigError(f"node {node.name!r}: {error}") from error
 
 
 def _check_tls(config: Config) -> None:

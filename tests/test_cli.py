@@ -134,7 +134,7 @@ def test_check_shows_the_resolved_cluster(config: Path, capsys: pytest.CaptureFi
         ('[model]\npath = "builtin:huge"', "builtin:huge: no such built-in model"),
         ('[transfer]\ntransports = "pigeon"', "cluster.toml: [transfer] transports = 'pigeon'"),
         ('device = "cuda"\n[transfer]\nstaging = "100KiB"', "transfer.staging: 102,400 bytes are less than one write takes; it must have"),
-        ("tp = 9", "disaggd: tp = 9: the model has 4 heads, too few for so many ranks"),
+        ("tp = 9", "cluster.toml: node 'd0': tp = 9: the model has 4 heads, too few for so many ranks; at most 4"),
         ("[model]\nmax_model_len = 5000", "cluster.toml: model.max_model_len: 5,000 is more than the model's own limit of 4,096 tokens"),
     ],
 )

@@ -54,4 +54,4 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def check_ranks(self, num_ranks: int) -> None:
         """Raises ModelError where a rank would have nothing to do."""
         if num_ranks > self.num_heads:
-            raise ModelError(f"tp = {num_ranks}: the model has {self.num_heads} heads, too few for so many ranks")
+            raise ModelError(f"tp = {num_ranks}: the model has {self.num_heads} heads, too few for so many ranks; at most {self.num_heads}")

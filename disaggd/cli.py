@@ -48,9 +48,9 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
       disaggd up                          every node of the file that lives on this host
       disaggd --role decode --name d0     one node: what a service manager starts
 
-    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, a request that trace cannot find or show, or ranks that
-    check --tp finds to compute something else than one does; 2 bad usage, configuration or model; 3 a port, a peer or memory that
-    could not be had; 130 interrupted. up ends with the code of the node that ended it.
+    Exit codes: 0 done; 1 a fault of disaggd's own, with its traceback, a request that trace cannot find or show, something that
+    doctor has found, or ranks that check --tp finds to compute something else than one does; 2 bad usage, configuration or model; 3 a
+    port, a peer or memory that could not be had; 130 interrupted. up ends with the code of the node that ended it.
     """
     context.obj = config_path
     if context.invoked_subcommand is None:

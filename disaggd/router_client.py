@@ -45,9 +45,15 @@ class RouterClient:
         except (OSError, HTTPException) as error:
             cut = isinstance(error, ConnectionResetError) and self.url.startswith("http:")
             hint = f" (does it serve HTTPS? --url {self.url.replace('http', 'https', 1)})" if cut else ""
-            raise ResourceError(f"no router at {self.url}: {getattr(error, 'reason', error)}{hint}") from error
+            raise ResourceError(f"no router at {self.url}: {_cause(error)}{hint}") from error
         except msgspec.MsgspecError as error:
             raise DisaggdError(f"{self.url} does not answer as a router of this version does: {error}") from error
+
+
+def _cause(error: OSError | HTTPException) -> str:
+    """In words, without the number."""
+    reason = getattr(error, "reason", error)
+    return str(getattr(reason, "strerror", None) or reason)
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -117,10 +117,12 @@ class _Round:
         return self.read is not None and (self.pushed is not None or not self.is_granted)
 
     @property
-    def silent(self) -> NodeName:
-        """Who has yet to answer, the one first that the other may wait for."""
+    def silence(self) -> str:
+        """Who has yet to answer. Either of the two may be it that the other waits for: a write ends only when its target takes it."""
         pair = self.check.pair
-        return pair.writer if self.is_granted and self.pushed is None else pair.target
+        if not self.is_granted or self.pushed is not None:
+            return f"{pair.target} has not answered"
+        return f"{pair.writer} has not answered" if self.read is not None else f"neither {pair.writer} nor {pair.target} has answered"
 
 
 class PairChecks:
@@ -172,7 +174,7 @@ class PairChecks:
         """Call a few times a second."""
         now = self.clock()
         for at in [at for at in self._rounds.values() if now >= at.deadline]:
-            self._end(at, CheckResult("failed", f"{at.silent} has not answered within {PATIENCE_S:g} s"))
+            self._end(at, CheckResult("failed", f"{at.silence} within {PATIENCE_S:g} s"))
 
     # ── a round ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -270,6 +270,8 @@ class DecodeRole:
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
         """The prefill node stopped, and no router had asked it to yet: what has not landed by now never will."""
+        if not self._grants.is_written_by(event.token, event.peer):
+            return
         self._give_up(event.token, "its prefill node stopped")
         self._granting.free(self._grants.quiesced(event.token, event.clean))
 

@@ -49,8 +49,8 @@ class PairCheck:
                 self._intake.landed(token)
             case transfer.LandingFailed(token, reason) if self._intake.knows(token):
                 self._intake.failed(token, reason)
-            case transfer.QuiescedByWire(token, clean) if self._intake.knows(token):
-                self._intake.quiesced(token, clean)
+            case transfer.QuiescedByWire(token, clean, peer) if self._intake.knows(token):
+                self._intake.quiesced_by_wire(token, clean, peer)
             case transfer.PushEnded(token) if self._pushes.knows(token):
                 self._pushes.ended(event)
             case transfer.Fenced():

@@ -146,6 +146,11 @@ class PatternIntake:
         self.failed(token, "the writer does not push it, or stopped")
         self._free(self._book.quiesced(token, clean))
 
+    def quiesced_by_wire(self, token: GrantToken, clean: bool, peer: NodeName) -> None:
+        """The writer says so itself, without a router."""
+        if self._book.is_written_by(token, peer):
+            self.quiesced(token, clean)
+
     def fenced(self, event: transfer.Fenced) -> None:
         """The agent is destroyed: nobody writes the blocks of its grants any more, and they are free."""
         for record in self._book.fenced(event.peer, event.agent_id):

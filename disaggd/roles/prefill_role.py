@@ -219,7 +219,7 @@ class PrefillRole:
 
     @_on_event.register
     def _(self, event: transfer.QuiescedByWire) -> None:
-        self._prefixes.quiesced(event.token, event.clean)
+        self._prefixes.quiesced_by_wire(event)
 
     @_on_event.register
     def _(self, event: transfer.PairOpened) -> None:

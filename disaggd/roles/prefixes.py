@@ -175,6 +175,11 @@ class PrefixIntake:
         self.failed(token, "decode does not push it, or stopped")
         self._free(self._book.quiesced(token, clean))
 
+    def quiesced_by_wire(self, event: transfer.QuiescedByWire) -> None:
+        """Decode says so itself, without a router."""
+        if self._book.is_written_by(event.token, event.peer):
+            self.quiesced(event.token, event.clean)
+
     def renew(self, tokens: tuple[GrantToken, ...]) -> None:
         self._book.renew(tokens)
 

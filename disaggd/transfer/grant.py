@@ -99,6 +99,11 @@ class GrantBook:
         """The grant, while it is GRANTED or QUARANTINED."""
         return self._records.get(token)
 
+    def is_written_by(self, token: GrantToken, peer: NodeName) -> bool:
+        """Whether that peer may write the grant: only then is it the peer's to say that nothing more will be written."""
+        record = self._records.get(token)
+        return record is not None and record.peer == peer
+
     def landed(self, token: GrantToken) -> GrantRecord | None:
         """The grant is in and leaves the book: its blocks are the sequence's. None if it was given up before."""
         return self._leave(token, GrantState.LANDED) if self._is(token, GrantState.GRANTED) else None

@@ -164,6 +164,15 @@ def test_a_clean_quiesce_in_either_form_frees_the_blocks(wire: bool) -> None:
     assert is_empty(node) and quarantined(node) == 0
 
 
+def test_a_peer_cannot_say_of_anothers_grant_that_it_is_quiet() -> None:
+    node = make_decode_node()
+    token = given_up(node)
+    node.event(transfer.QuiescedByWire(token, True, NodeName("p1")))
+    assert quarantined(node) == 6
+    node.event(transfer.QuiescedByWire(token, True, P0))
+    assert is_empty(node)
+
+
 @pytest.mark.parametrize("wire", [False, True])
 def test_an_unclean_quiesce_frees_nothing_and_fences_at_once(wire: bool) -> None:
     node = make_decode_node()

@@ -6,7 +6,7 @@ import pytest
 
 from disaggd.cluster.hello import OpenPair, PairAgent, PairReady
 from disaggd.cluster.protocol import Abort, Cancel, JobEnded, Prefilled, PrefixEnded, PrefixGrant, PrefixSource, Progress, Quiesced
-from disaggd.ids import AgentId, Incarnation, SeqId
+from disaggd.ids import AgentId, Incarnation, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.layout import PoolPlace
@@ -242,6 +242,16 @@ def test_a_lost_router_quarantines_and_decode_ends_it_by_wire() -> None:
     node = taking_node()
     frame = asked(node)
     node.link_down()
+    assert node.role.gauges().blocks_quarantined == 3
+    node.event(transfer.QuiescedByWire(frame.grant.token, True, D0))
+    assert is_idle(node)
+
+
+def test_a_peer_cannot_say_of_anothers_prefix_that_it_is_quiet() -> None:
+    node = taking_node()
+    frame = asked(node)
+    node.link_down()
+    node.event(transfer.QuiescedByWire(frame.grant.token, True, NodeName("d1")))
     assert node.role.gauges().blocks_quarantined == 3
     node.event(transfer.QuiescedByWire(frame.grant.token, True, D0))
     assert is_idle(node)

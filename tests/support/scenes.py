@@ -55,14 +55,19 @@ class Tempo(msgspec.Struct, frozen=True, kw_only=True):
         return self.heartbeat_s * (self.missed_heartbeats + 1)
 
     @property
+    def may_lose_who_blinks(self) -> bool:
+        """Heartbeats are counted from the last one, which may be one old when the blink begins."""
+        return self.blink_s + self.heartbeat_s > self.heartbeat_s * self.missed_heartbeats
+
+    @property
     def recovery_s(self) -> float:
         """Everything is well again within this after the last repair: links, pairs, quarantines; on a host that has much else to do."""
         return self.lost_s + self.lease_s + self.quiesce_s + self.user_timeout_s + 40.0
 
 
 QUICK = Tempo(heartbeat_s=0.5, missed_heartbeats=7, lease_s=4.0, quiesce_s=2.0, user_timeout_s=2.0, blink_s=0.6, hang_s=0.0)
-DEFAULT = Tempo(heartbeat_s=1.0, missed_heartbeats=3, lease_s=5.0, quiesce_s=10.0, user_timeout_s=5.0, blink_s=2.5, hang_s=60.0)
-"""What a cluster has whose file says nothing. A stop of 3 s may cost a link: heartbeats are counted from the last one."""
+DEFAULT = Tempo(heartbeat_s=1.0, missed_heartbeats=3, lease_s=5.0, quiesce_s=10.0, user_timeout_s=5.0, blink_s=3.0, hang_s=60.0)
+"""What a cluster has whose file says nothing."""
 
 
 class SceneCluster(ProxiedCluster):

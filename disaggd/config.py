@@ -16,7 +16,7 @@ import msgspec
 from disaggd.errors import ConfigError
 from disaggd.ids import NodeName
 from disaggd.toml_file import convert, naming, parse_toml, place, read_text
-from disaggd.units import Address, PortRange, Size
+from disaggd.units import MAX_BLOCK_SIZE, Address, PortRange, Size
 
 Role = Literal["router", "prefill", "decode"]
 WireDtype = Literal["auto", "fp8"]
@@ -33,8 +33,6 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Secret = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$", description="16 or more ASCII letters, digits and signs, no blanks")]
 
 CPU_KV_CACHE = Size(256 * 2**20)
-MAX_BLOCK_SIZE = 1024
-"""Tokens: the kernels are tested up to here. A larger block would hold little more than what it wastes at the end of a prompt."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

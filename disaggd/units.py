@@ -21,6 +21,9 @@ _UNITS = {
     "TB": 10**12,
 }
 
+MAX_BLOCK_SIZE = 1024
+"""Tokens of a block of KV, on every node: the kernels are tested up to here, and the last block of a write is made whole."""
+
 
 class Size(int):
     """Bytes: an integer, or a string such as "256MiB"."""

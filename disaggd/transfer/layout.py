@@ -11,6 +11,7 @@ import msgspec
 from disaggd.errors import ConfigError
 from disaggd.ids import BlockId
 from disaggd.model.spec import DTYPE_BYTES, ModelSpec
+from disaggd.units import MAX_BLOCK_SIZE
 
 KVDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 """A model's, or `fp8`: float8 e4m3 with scales, in which KV may go over the wire and land. No pool that a model computes with is in it."""
@@ -20,9 +21,6 @@ KVPath = Literal["direct", "staged", "repacked"]
 
 FP8_HEADER_BYTES = 16
 """Before one head's keys and values in a block: their scales, see `kernels/fp8.py`."""
-
-MAX_BLOCK_SIZE = 1024
-"""Of every node: the last block of a write is made whole, and what two sizes go into are tokens that can be counted."""
 
 Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 """Of what there is one at least. A spec may have come from another node."""

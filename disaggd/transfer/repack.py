@@ -12,10 +12,11 @@ import numpy as np
 
 from disaggd.errors import ConfigError
 from disaggd.model.spec import DTYPE_BYTES
-from disaggd.transfer.layout import MAX_BLOCK_SIZE, KVPath, KVSpec, Span, head_bytes
+from disaggd.transfer.layout import KVPath, KVSpec, Span, head_bytes
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Region
 from disaggd.transfer.source import Load
+from disaggd.units import MAX_BLOCK_SIZE
 
 WRITES_AT_ONCE = 8
 """Each is a layer or so: while one is on the wire the next are made."""

@@ -4,13 +4,14 @@ import msgspec
 import pytest
 
 from disaggd.errors import ConfigError
-from disaggd.transfer.layout import MAX_BLOCK_SIZE, KVDtype, KVGroup, KVSpec, PoolPlace, Span, in_fp8
+from disaggd.transfer.layout import KVDtype, KVGroup, KVSpec, PoolPlace, Span, in_fp8
 from disaggd.transfer.messages import IsReady
 from disaggd.transfer.path import Path, Paths, Repacking, path_of
 from disaggd.transfer.pool import Region
 from disaggd.transfer.reshape import head_cuts
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace
+from disaggd.units import MAX_BLOCK_SIZE
 
 HEAD_BYTES = 2 * 16 * 64 * 2
 

@@ -13,7 +13,7 @@ from statistics import median
 import click
 import msgspec
 from client import Target, fetch
-from cluster import Running, apart, one_each
+from cluster import Running, apart
 from machine import Load, LoadMeter, Machine, describe_machine
 from models import SHAPES, resolve
 from namespaces import linked, reachable
@@ -120,7 +120,7 @@ def _cell(source: KVSpec, target: KVSpec, num_tokens: int) -> Cell:
 
 
 def measure_answers(model: str, num_tokens: int, rate: str, turns: int, requests: int) -> Iterator[Answer]:
-    """Clusters by turns; of each the first request is left out."""
+    """Clusters by turns; of each the first request is left out. All nodes have all cores: one request has one of them busy at a time."""
     for turn in range(turns):
         for wire in WIRES:
             with ExitStack() as stack:
@@ -132,7 +132,8 @@ def measure_answers(model: str, num_tokens: int, rate: str, turns: int, requests
                     "disaggregation": {"policy": "always", "self_measurement": False, "prefix_push": "never"},
                     "transfer": {"wire_dtype": wire},
                 }
-                nodes = one_each(cpus, kv_cache="1GiB", block_size=BLOCK_SIZE)
+                engine = {"cpus": cpus, "threads": len(cpus), "kv_cache": "1GiB", "block_size": BLOCK_SIZE}
+                nodes = ({"role": "router", "cpus": cpus}, *({"role": role, **engine} for role in ("prefill", "decode")))
                 cluster = stack.enter_context(apart(nodes, tables, {"prefill": prefill, "decode": decode}, directory))
                 answers = [_answer(cluster, wire, num_tokens, seed=100 * turn + number) for number in range(requests + 1)]
                 yield from answers[1:]
@@ -240,7 +241,7 @@ def main(
     wires = measure_wire(model, num_tokens, wire_rate, repeats)
     answers = list(measure_answers(model, num_tokens, answer_rate, turns, requests))
     report = Report(machine=describe_machine(), load=load.read(), wires=wires, answers=answers)
-    notes = [f"{model}, {num_tokens:,} tokens, bfloat16, blocks of {BLOCK_SIZE}; random weights and prompts"]
+    notes = [f"{model}, {num_tokens:,} tokens, bfloat16, blocks of {BLOCK_SIZE}; random weights and prompts; every node has all cores"]
     title = "KV in 8 bits on slow links"
     show(section(title, report.machine, report.load, tables(wires, answers, wire_rate, answer_rate), notes), markdown)
     write_json(json_path, report)

@@ -49,6 +49,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """One request to a cluster whose prefill and decode node are on either side of a link."""
 
     wire: WireDtype
+    is_cached: bool
+    """The prefill node had the prompt's KV, from the request before, so that it was all wire; the decode node keeps none."""
     kv_bytes: int
     first_s: float
     second_s: float
@@ -120,7 +122,10 @@ def _cell(source: KVSpec, target: KVSpec, num_tokens: int) -> Cell:
 
 
 def measure_answers(model: str, num_tokens: int, rate: str, turns: int, requests: int) -> Iterator[Answer]:
-    """Clusters by turns; of each the first request is left out. All nodes have all cores: one request has one of them busy at a time."""
+    """Clusters by turns; each prompt is sent twice, and the first one left out.
+
+    All nodes have all cores: one request has one of them busy at a time.
+    """
     for turn in range(turns):
         for wire in WIRES:
             with ExitStack() as stack:
@@ -133,13 +138,19 @@ def measure_answers(model: str, num_tokens: int, rate: str, turns: int, requests
                     "transfer": {"wire_dtype": wire},
                 }
                 engine = {"cpus": cpus, "threads": len(cpus), "kv_cache": "1GiB", "block_size": BLOCK_SIZE}
-                nodes = ({"role": "router", "cpus": cpus}, *({"role": role, **engine} for role in ("prefill", "decode")))
+                nodes = (
+                    {"role": "router", "cpus": cpus},
+                    {"role": "prefill", **engine},
+                    {"role": "decode", "prefix_cache": False, **engine},
+                )
                 cluster = stack.enter_context(apart(nodes, tables, {"prefill": prefill, "decode": decode}, directory))
-                answers = [_answer(cluster, wire, num_tokens, seed=100 * turn + number) for number in range(requests + 1)]
-                yield from answers[1:]
+                for number in range(requests + 1):
+                    answers = [_answer(cluster, wire, num_tokens, 100 * turn + number, is_cached) for is_cached in (False, True)]
+                    if number:
+                        yield from answers
 
 
-def _answer(cluster: Running, wire: WireDtype, num_tokens: int, seed: int) -> Answer:
+def _answer(cluster: Running, wire: WireDtype, num_tokens: int, seed: int, is_cached: bool) -> Answer:
     draw = random.Random(seed)
     body = {
         "model": cluster.model,
@@ -156,8 +167,11 @@ def _answer(cluster: Running, wire: WireDtype, num_tokens: int, seed: int) -> An
     receipt = cluster.receipt(outcome.request_id)
     if receipt.decision != "remote" or receipt.spans_ms.prefill is None:
         raise RuntimeError(f"the prompt was not prefilled elsewhere: {receipt.reason}")
+    if is_cached != (receipt.cached_tokens.prefill > 0) or receipt.cached_tokens.decode:
+        raise RuntimeError(f"cached tokens: {receipt.cached_tokens}")
     return Answer(
         wire=wire,
+        is_cached=is_cached,
         kv_bytes=receipt.kv_bytes,
         first_s=outcome.event_s[0] - outcome.sent_s,
         second_s=outcome.event_s[1] - outcome.sent_s,
@@ -186,21 +200,26 @@ def tables(wires: list[Wire], answers: list[Answer], wire_rate: str, answer_rate
         header = ("KV", "MB", "of bfloat16's", "on the wire, ms", "faster", "sender's CPU, ms")
         found.append(Table(f"The wire alone, {wire_rate}", header, tuple(rows)))
     if answers:
-        of = {wire: [one for one in answers if one.wire == wire] for wire in WIRES}
-        plain_s = median(one.second_s for one in of["auto"])
+        of = {
+            (is_cached, wire): [one for one in answers if (one.is_cached, one.wire) == (is_cached, wire)]
+            for is_cached in (False, True)
+            for wire in WIRES
+        }
+        plain_s = {is_cached: median(one.second_s for one in of[is_cached, "auto"]) for is_cached in (False, True)}
         rows = [
             (
+                "cached at the prefill node" if is_cached else "computed",
                 _name(wire),
                 f"{median(one.kv_bytes for one in taken) / 1e6:,.1f}",
                 f"{median(one.prefill_s for one in taken):.2f}",
                 f"{median(one.first_s for one in taken):.2f}",
                 f"{median(one.second_s for one in taken):.2f}",
                 f"{min(one.second_s for one in taken):.2f} to {max(one.second_s for one in taken):.2f}",
-                f"{plain_s / median(one.second_s for one in taken):.2f}×",
+                f"{plain_s[is_cached] / median(one.second_s for one in taken):.2f}×",
             )
-            for wire, taken in of.items()
+            for (is_cached, wire), taken in of.items()
         ]
-        header = ("KV", "MB", "prefill, s", "first token, s", "second token, s", "of the requests", "sooner")
+        header = ("prompt", "KV", "MB", "prefill, s", "first token, s", "second token, s", "of the requests", "sooner")
         found.append(Table(f"Answers, prefill and decode nodes on either side of {answer_rate}", header, tuple(rows)))
     return found
 
@@ -216,7 +235,7 @@ def _name(wire: WireDtype) -> str:
 @click.option("--answer-rate", default="100mbit", show_default=True, help="Of the link of the cluster that answers.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns on the wire; figures are their medians.")
 @click.option("--turns", type=click.IntRange(min=0), default=2, show_default=True, help="Clusters of each kind; 0: the wire alone.")
-@click.option("--requests", type=click.IntRange(min=1), default=3, show_default=True, help="To each cluster, one after another.")
+@click.option("--requests", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts to each cluster, one after another.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Append the section to this file.")
 def main(
@@ -233,7 +252,8 @@ def main(
     """Measure what `[transfer] wire_dtype = "fp8"` saves between two network namespaces; wants root.
 
     A prompt's KV over a link by itself, in bytes and in time; then whole clusters whose prefill and decode nodes have a slow link
-    between them, and when their clients have the second token, which needs the KV.
+    between them, and when their clients have the second token, which needs the KV: of prompts that are computed, behind which the wire
+    hides as far as computing takes, and of the same once more, which the prefill node has cached.
     """
     if os.geteuid() != 0:
         raise click.UsageError("namespaces want root")

@@ -33,8 +33,7 @@ from disaggd.transfer.layout import KVPath, KVSpec
 PATIENCE_S = 10.0
 """For one round. A node answers between two steps, and a prompt's step may take seconds."""
 MANY_TOKENS, MANY_BYTES = 256, 8 * 2**20
-"""A pattern of two of the larger blocks tells one block from the next; where these are more, of one: it keeps nodes from computing. It
-ends where a block of both nodes does."""
+"""More than these no pattern has, but for one block: it keeps nodes from computing."""
 
 CheckOutcome = Literal["ok", "wrong", "failed", "skipped"]
 """`wrong`: something landed that is not the pattern. `skipped`: a node had no blocks free for it, and nothing is known."""
@@ -252,10 +251,15 @@ def _job(number: int) -> tuple[SeqId, int]:
 
 
 def _pattern_tokens(one: KVSpec, other: KVSpec) -> int:
+    """Whole blocks of the larger size: two, to tell one from the next, or as many as it takes until both nodes' blocks end together.
+
+    From there on they lie to each other as they did from the start. Of sizes that meet only after many tokens (63 and 64: 4,032) it is as
+    many as may be, and the last of the smaller blocks is filled in part.
+    """
     coarse = max(one, other, key=lambda kv: kv.block_size)
-    whole = lcm(one.block_size, other.block_size)  # what is written beyond a sequence's end may be anything
-    is_much = 2 * coarse.block_size > MANY_TOKENS or 2 * coarse.bytes_per_block > MANY_BYTES
-    return whole if is_much or whole > coarse.block_size else 2 * whole
+    may_be = min(MANY_TOKENS // coarse.block_size, MANY_BYTES // coarse.bytes_per_block)
+    until_they_meet = lcm(one.block_size, other.block_size) // coarse.block_size
+    return coarse.block_size * max(1, min(may_be, max(2, until_they_meet)))
 
 
 def _bad_end(at: _Round) -> CheckResult | None:

@@ -27,15 +27,19 @@ class PatternMemory:
         """Write the pattern into `blocks`, in their order; a GPU is asked to. Nobody else may hold them."""
         self._kv[:, list(blocks)] = self._as_held(self._pattern(len(blocks), salt))
 
-    def compare(self, blocks: Sequence[BlockId], salt: int) -> Mismatch | None:
-        """Whether `blocks` hold the pattern, byte by byte; None if they do. Waits for a GPU."""
+    def compare(self, blocks: Sequence[BlockId], num_tokens: int, salt: int) -> Mismatch | None:
+        """Whether `blocks` hold the pattern's first `num_tokens`, byte by byte; None if they do. Waits for a GPU.
+
+        What is behind those in the last block may be anything.
+        """
         pattern = self._pattern(len(blocks), salt)
         found = self._kv[:, list(blocks)]
-        word = _WORDS[found.itemsize]
-        ours, theirs = found.view(word), self._as_held(pattern).view(word)
-        if torch.equal(ours, theirs):
+        word, block_size = _WORDS[found.itemsize], found.shape[4]
+        is_wrong = found.view(word) != self._as_held(pattern).view(word)
+        is_wrong[:, -1, :, :, num_tokens - (len(blocks) - 1) * block_size :] = False
+        if not is_wrong.any():
             return None
-        return first_mismatch(found.double().cpu().numpy(), pattern, (ours != theirs).cpu().numpy(), self._heads)
+        return first_mismatch(found.double().cpu().numpy(), pattern, is_wrong.cpu().numpy(), self._heads, num_tokens)
 
     def _pattern(self, num_blocks: int, salt: int) -> Pattern:
         layers, _, _, _, block_size, head_dim = self._kv.shape
@@ -62,6 +66,7 @@ class CompareBlocks:
     """Rank 0 → another: look whether they hold your heads of it. Answered with what does not, or None."""
 
     blocks: tuple[BlockId, ...]
+    num_tokens: int
     salt: int
 
 
@@ -71,7 +76,7 @@ PatternOrder = FillBlocks | CompareBlocks
 def obey(memory: PatternMemory, order: PatternOrder) -> Mismatch | None:
     """A rank's answer to `order`."""
     if isinstance(order, CompareBlocks):
-        return memory.compare(order.blocks, order.salt)
+        return memory.compare(order.blocks, order.num_tokens, order.salt)
     memory.fill(order.blocks, order.salt)
     return None
 
@@ -97,9 +102,9 @@ class RankPatterns:
         """Write the pattern into `blocks`, in their order, each rank its heads."""
         self._on_all(FillBlocks(tuple(blocks), salt))
 
-    def compare(self, blocks: Sequence[BlockId], salt: int) -> list[Mismatch | None]:
-        """By rank what is not the pattern in `blocks`; None where all is."""
-        return self._on_all(CompareBlocks(tuple(blocks), salt))
+    def compare(self, blocks: Sequence[BlockId], num_tokens: int, salt: int) -> list[Mismatch | None]:
+        """By rank what is not the pattern's first `num_tokens` in `blocks`; None where all is."""
+        return self._on_all(CompareBlocks(tuple(blocks), num_tokens, salt))
 
     def _on_all(self, order: PatternOrder) -> list[Mismatch | None]:
         if self._others is None:

@@ -36,8 +36,8 @@ class Patterns(Protocol):
     def fill(self, blocks: Sequence[BlockId], salt: int) -> None:
         """Write the pattern into `blocks`, in their order."""
 
-    def compare(self, blocks: Sequence[BlockId], salt: int) -> Sequence[Mismatch | None]:
-        """By rank what is not the pattern in `blocks`; None where all is."""
+    def compare(self, blocks: Sequence[BlockId], num_tokens: int, salt: int) -> Sequence[Mismatch | None]:
+        """By rank what is not the pattern's first `num_tokens` in `blocks`; None where all is."""
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class Expected:
 
     link: LinkId
     check: int
+    num_tokens: int
     salt: int
     reserved: list[BlockId]
     """Blocks of the pool that wait for it, where it lands elsewhere first."""
@@ -113,7 +114,7 @@ class PatternIntake:
             blocks=blocks,
             lease_s=self._lease_s,
         )
-        self._expected[token] = Expected(link, frame.check, frame.salt, reserved)
+        self._expected[token] = Expected(link, frame.check, frame.num_tokens, frame.salt, reserved)
         self._submit(transfer.Expect(token, frame.peer, frame.agent_id, num_blocks, brings_token=False))
         grant = Grant(token, self._name, frame.peer, frame.agent_id, 0, tuple(blocks), self._lease_s)
         self._outbox.send(link, PatternGrant(frame.check, grant))
@@ -163,7 +164,7 @@ class PatternIntake:
 
     def _compare(self, expected: Expected, blocks: list[BlockId]) -> None:
         assert self._patterns is not None
-        found = self._patterns.compare(blocks, expected.salt)
+        found = self._patterns.compare(blocks, expected.num_tokens, expected.salt)
         self._engine.pool.release(blocks)
         reads = (
             RankRead(rank, wrong.heads, str(wrong)) if wrong is not None else RankRead(rank, (), "") for rank, wrong in enumerate(found)

@@ -66,10 +66,12 @@ def block_pattern(num_layers: int, num_blocks: int, heads: range, block_size: in
     return rows
 
 
-def first_mismatch(found: NDArray[np.float64], expected: Pattern, is_wrong: NDArray[np.bool_], heads: range) -> Mismatch | None:
+def first_mismatch(
+    found: NDArray[np.float64], expected: Pattern, is_wrong: NDArray[np.bool_], heads: range, num_tokens: int
+) -> Mismatch | None:
     """What is wrong of `found`, compared with `expected`; both, and `is_wrong`: [layers, blocks, heads, 2, block_size, head_dim].
 
-    None if nothing is.
+    Of the blocks the first `num_tokens` were compared. None if nothing is wrong.
     """
     num_wrong = int(is_wrong.sum())
     if not num_wrong:
@@ -78,7 +80,7 @@ def first_mismatch(found: NDArray[np.float64], expected: Pattern, is_wrong: NDAr
     layer, block, head, values, slot, dim = (int(i) for i in place)
     return Mismatch(
         num_wrong=num_wrong,
-        num_compared=is_wrong.size,
+        num_compared=is_wrong.size // (is_wrong.shape[1] * is_wrong.shape[4]) * num_tokens,
         heads=tuple(heads.start + int(i) for i in np.flatnonzero(is_wrong.any(axis=(0, 1, 3, 4, 5)))),
         layer=layer,
         head=heads.start + head,

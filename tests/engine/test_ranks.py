@@ -52,11 +52,11 @@ def test_each_rank_holds_its_heads_of_every_block(two: LoadedEngine) -> None:
 
 
 def test_patterns_are_filled_and_compared_on_every_rank_in_order_with_its_steps(two: LoadedEngine) -> None:
-    blocks = [BlockId(5), BlockId(2)]
+    blocks, num_tokens = [BlockId(5), BlockId(2)], 2 * two.kv.shape[4]
     for salt in range(3):
         two.patterns.fill(blocks, salt)
-        assert two.patterns.compare(blocks, salt) == [None, None]
-        [mine, theirs] = two.patterns.compare(blocks, salt + 1)
+        assert two.patterns.compare(blocks, num_tokens, salt) == [None, None]
+        [mine, theirs] = two.patterns.compare(blocks, num_tokens, salt + 1)
         assert mine is not None and theirs is not None
         num_heads = two.kv.shape[2]
         assert (mine.heads, theirs.heads) == (tuple(range(num_heads)), tuple(range(num_heads, 2 * num_heads)))
@@ -88,7 +88,7 @@ def test_a_rank_that_stands_still_is_named_when_its_time_is_up(tp: int, monkeypa
         with pytest.raises(RankLost, match=f"rank 1 of {tp} has not done its part of a step"):
             tokens_of(loaded, GREEDY)
         with pytest.raises(RankLost, match=f"rank 1 of {tp} has not answered"):
-            loaded.patterns.compare([BlockId(0)], 1)
+            loaded.patterns.compare([BlockId(0)], 1, 1)
     finally:
         loaded.followers.close()
 

@@ -62,7 +62,7 @@ def test_a_pattern_is_granted_expected_and_compared_where_it_landed() -> None:
     assert node.submitted(Expect) == [Expect(grant.token, P0, AGENT, 2, brings_token=False)]
     assert node.role.gauges().blocks_granted == 2
     landed(node, grant)
-    assert patterns.compared == [(grant.block_ids, SALT)]
+    assert patterns.compared == [(grant.block_ids, 8, SALT)]
     assert node.frames(PatternRead) == [PatternRead(5, "done", "", (RankRead(0, (), ""),))]
     assert decode_scripts.is_empty(node)
 
@@ -88,7 +88,7 @@ def test_on_a_gpu_it_is_compared_in_the_pool_once_it_is_copied_there() -> None:
     assert patterns.compared == []
     staging.finish()
     node.after(0.0)
-    assert patterns.compared == [(to_blocks, SALT)]
+    assert patterns.compared == [(to_blocks, 8, SALT)]
     assert node.last(PatternRead).step == "done"
     assert decode_scripts.is_empty(node)
 
@@ -206,7 +206,7 @@ def test_a_prefill_node_is_a_target_too() -> None:
     grant = node.last(PatternGrant).grant
     assert (grant.target, grant.writer) == (P0, D0)
     landed(node, grant)
-    assert patterns.compared == [(grant.block_ids, SALT)]
+    assert patterns.compared == [(grant.block_ids, 8, SALT)]
     assert node.last(PatternRead).step == "done"
     assert prefill_scripts.is_idle(node)
 

@@ -23,15 +23,16 @@ class FakePatterns:
     def __init__(self) -> None:
         self.filled: list[tuple[tuple[BlockId, ...], int]] = []
         """Blocks and salts, in order."""
-        self.compared: list[tuple[tuple[BlockId, ...], int]] = []
+        self.compared: list[tuple[tuple[BlockId, ...], int, int]] = []
+        """Blocks, tokens and salts, in order."""
         self.finds: list[Mismatch | None] = [None]
         """By rank."""
 
     def fill(self, blocks: Sequence[BlockId], salt: int) -> None:
         self.filled.append((tuple(blocks), salt))
 
-    def compare(self, blocks: Sequence[BlockId], salt: int) -> list[Mismatch | None]:
-        self.compared.append((tuple(blocks), salt))
+    def compare(self, blocks: Sequence[BlockId], num_tokens: int, salt: int) -> list[Mismatch | None]:
+        self.compared.append((tuple(blocks), num_tokens, salt))
         return self.finds
 
 

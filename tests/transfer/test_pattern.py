@@ -65,7 +65,7 @@ def test_numbers_are_small_and_each_row_has_the_greatest(salt: int) -> None:
 
 def test_what_is_right_is_no_mismatch() -> None:
     blocks = pattern()
-    assert first_mismatch(blocks.astype(np.float64), blocks, np.zeros(blocks.shape, dtype=bool), range(HEADS)) is None
+    assert first_mismatch(blocks.astype(np.float64), blocks, np.zeros(blocks.shape, dtype=bool), range(HEADS), 16) is None
 
 
 def test_a_mismatch_names_the_first_place_and_all_heads() -> None:
@@ -73,7 +73,7 @@ def test_a_mismatch_names_the_first_place_and_all_heads() -> None:
     found = blocks.astype(np.float64)
     found[1, 1, 3, 1, 5, 7] = 99.0
     found[2, 0, 0] += 1
-    mismatch = first_mismatch(found, blocks, found != blocks, range(2, 6))
+    mismatch = first_mismatch(found, blocks, found != blocks, range(2, 6), 16)
     assert mismatch is not None
     assert (mismatch.num_wrong, mismatch.num_compared) == (1 + 2 * 8 * HEAD_DIM, blocks.size)
     assert mismatch.heads == (2, 5)

@@ -21,6 +21,7 @@ from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.launch import node_environment
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.spec import ModelSpec
+from disaggd.roles.repacking import check_repacking
 from disaggd.supervisor import is_local
 from disaggd.tls import mutual_contexts, server_context
 from disaggd.toml_file import naming
@@ -45,6 +46,7 @@ def describe(path: Path, config: Config) -> None:
             node_environment(config, node)
             _check_ranks(node, spec)
             _staging_blocks(config, node, spec)
+            check_repacking(config, node, spec)
         facts = _facts(path, config, directory, spec)
         table = _nodes(config, spec)
     console = Console()

@@ -144,6 +144,27 @@ def test_check_refuses_what_no_node_could_start_with(config: Path, capsys: pytes
     assert message in capsys.readouterr().err
 
 
+UNLIKE = ROUTER + PREFILL + "block_size = 32\n" + DECODE + '[transfer]\nstaging = "1KiB"\n'
+NO_WAY = "node 'p0', which writes to 'd0': transfer.staging: 1,024 bytes are less than one write takes in other blocks; it must have"
+
+
+def test_staging_memory_that_holds_no_write_to_other_blocks_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(UNLIKE)
+    assert run("check", "--config", str(config)) == 2
+    assert NO_WAY in capsys.readouterr().err
+    config.write_text(UNLIKE.replace("block_size = 32", ""))
+    assert run("check", "--config", str(config)) == 0, "blocks alike are not repacked"
+    config.write_text(UNLIKE.replace("1KiB", "1MiB"))
+    assert run("check", "--config", str(config)) == 0
+
+
+def test_a_node_that_could_never_hand_over_does_not_start(config: Path) -> None:
+    config.write_text(UNLIKE)
+    process = disaggd_process("--name", "p0", "--config", str(config))
+    assert process.returncode == 2
+    assert NO_WAY in process.stderr
+
+
 def test_check_opens_the_tls_files_of_this_hosts_nodes_as_they_would(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,3 +149,5 @@ class PairLost(Frame, frozen=True):
     peer: NodeName
     agent_id: AgentId
     reason: str
+    for_good: bool = False
+    """The writer has no way from its blocks to the peer's: nothing but another geometry, or more memory, of one of them will help."""

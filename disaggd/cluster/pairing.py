@@ -108,14 +108,17 @@ class PairBook:
         log.info("%s → %s: %s", pair.writer, pair.target, message)
 
     def on_lost(self, writer: Peer, frame: PairLost, now: float) -> None:
-        """The writer cannot reach the agent any more: probe it again after a pause."""
+        """The writer cannot reach the agent any more: probe it again after a pause, unless that is of no use."""
         pair = self._pairs.get((writer.name, frame.peer))
         if pair is None or not pair.is_current(frame.agent_id):
-            return
+            return None
+        if frame.for_good:
+            return self._refuse(pair, frame.reason)
         if frame.reason != pair.reason:  # once, not with every probe that fails
             log.warning("%s → %s: KV path is lost, trying again: %s", pair.writer, pair.target, frame.reason)
         pair.state, pair.reason = PairState.LOST, frame.reason
         pair.retry_at = now + RETRY_S
+        return None
 
     # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -186,10 +189,13 @@ class PairBook:
         try:
             check_pair(writer.hello.kv, target.hello.kv)
         except ConfigError as error:
-            pair.state, pair.reason = PairState.REFUSED, str(error)
-            log.error("%s → %s: there can be no KV path: %s", writer.name, target.name, error)
+            self._refuse(pair, str(error))
         else:
             self._ask(pair, writer, target, now)
+
+    def _refuse(self, pair: Pair, reason: str) -> None:
+        pair.state, pair.reason = PairState.REFUSED, reason
+        log.error("%s → %s: there can be no KV path: %s", pair.writer, pair.target, reason)
 
     def _ask(self, pair: Pair, writer: Peer, target: Peer, now: float) -> None:
         pair.retry_at = now + 5 * RETRY_S

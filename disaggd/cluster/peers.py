@@ -41,7 +41,8 @@ class PairState(enum.Enum):
     FAILED = "failed"
     """The pattern did not arrive as it was: checked again after a long pause."""
     REFUSED = "refused"
-    """No bytes of the one can become bytes of the other: nothing is tried until one of them comes back with another geometry."""
+    """No bytes of the one can become bytes of the other, or the writer's staging memory is too small for them: nothing is tried until one
+    of them comes back."""
 
 
 @dataclass(slots=True)

@@ -6,7 +6,8 @@ import msgspec
 
 Verdict = Literal["ok", "wrong", "failed", "unchecked", "unreachable", "refused"]
 """Of a way: `ok`: what was written arrived as it was; `wrong`: it did not; `failed`: nobody can tell, for something broke under way;
-`unchecked`: a node had no blocks free for it; `unreachable`: no connection; `refused`: the two nodes' KV cannot be each other's."""
+`unchecked`: a node had no blocks free for it; `unreachable`: no connection; `refused`: the two nodes' KV cannot be each other's,
+or the writer's `[transfer] staging` is too small."""
 
 
 class NodeCheck(msgspec.Struct, frozen=True, kw_only=True):

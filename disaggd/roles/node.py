@@ -29,14 +29,15 @@ from disaggd.engine.kv_staging import KVStaging, make_staging
 from disaggd.engine.self_measurement import measure_steps
 from disaggd.errors import EXIT_RESOURCE, DisaggdError
 from disaggd.ids import Incarnation
+from disaggd.model.directory import open_directory
 from disaggd.open_files import allow_files
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
 from disaggd.roles.landing import LandingMemory
+from disaggd.roles.repacking import check_repacking, repack_settings
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.watchdog import SLOW_S, Watchdog
 from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
-from disaggd.transfer.path import RepackSettings
 from disaggd.transfer.remote import RankSettings, RemoteTransfers, rank_transfers
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import staging_blocks
@@ -278,18 +279,9 @@ def transfers_of(
     return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post)
 
 
-def repack_settings(config: Config, node: NodeConfig) -> RepackSettings:
-    """No write has more blocks than a step can fill."""
-    return RepackSettings(
-        staging_bytes=config.transfer.staging,
-        direct_slice_bytes=config.transfer.direct_slice_bytes,
-        max_layers=config.transfer.layer_group,
-        max_tokens=-(-node.max_step_tokens // node.block_size) * node.block_size,
-    )
-
-
 def _load(config: Config, node: NodeConfig) -> LoadedEngine:
     """The node's engine, which knows what its steps take if the file says so."""
+    check_repacking(config, node, open_directory(config.model.path).spec(config.model.dtype))
     settings = RankSettings(
         port_range=config.transfer.port_range,
         push_timeout_s=config.transfer.push_timeout_s,

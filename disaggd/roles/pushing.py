@@ -133,7 +133,7 @@ class Pushing:
     def _pair_failed(self, event: transfer.PairFailed) -> None:
         if self._ready.get(event.peer) == event.agent_id:
             del self._ready[event.peer]
-        self._outbox.broadcast(PairLost(event.peer, event.agent_id, event.reason))
+        self._outbox.broadcast(PairLost(event.peer, event.agent_id, event.reason, event.for_good))
 
     # ── a push ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

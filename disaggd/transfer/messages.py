@@ -235,6 +235,8 @@ class PairFailed(TransferEvent, frozen=True):
     peer: NodeName
     agent_id: AgentId
     reason: str
+    for_good: bool = False
+    """There is no way from our blocks to the peer's: a new `ConnectPair` will not help."""
 
 
 class HandleDone(TransferEvent, frozen=True):

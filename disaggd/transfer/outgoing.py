@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from disaggd.errors import ConfigError
 from disaggd.ids import GrantToken, HandleId, NodeName
 from disaggd.transfer.agent import Agent, NoAgent, PeerLost
 from disaggd.transfer.messages import (
@@ -136,8 +137,8 @@ class Outgoing:
         try:
             lanes = lanes_to(command, self._sources)
             pair = Outlet(command.peer, command.agent_id, self._open_agent(), lanes)
-        except (PeerLost, NoAgent) as error:
-            self._post(PairFailed(command.peer, command.agent_id, str(error)))
+        except (PeerLost, NoAgent, ConfigError) as error:
+            self._post(PairFailed(command.peer, command.agent_id, str(error), for_good=isinstance(error, ConfigError)))
             return None
         self._pairs[command.peer] = pair
         try:

@@ -5,7 +5,6 @@ Runs on the transfer thread.
 
 from dataclasses import dataclass
 
-from disaggd.errors import ConfigError
 from disaggd.ids import AgentId, BlockId, NodeName
 from disaggd.transfer.agent import Agent, PeerLost
 from disaggd.transfer.checksum import Memory
@@ -56,17 +55,15 @@ class Outlet:
 
 
 def lanes_to(command: ConnectPair, sources: Sources) -> tuple[Lane, ...]:
-    """All that it says of the peer came over the wire. Raises `PeerLost` where that is not to be written to."""
+    """All that it says of the peer came over the wire. Raises `PeerLost` where that is not to be written to, ConfigError where
+    nothing of ours ever can be."""
     agents = {endpoint.agent_id for endpoint in command.endpoints}
     if len(agents) < len(command.endpoints):
         raise PeerLost("two of its ranks have one agent")
     lanes = []
     for cut in sources.share.cuts_to(len(command.endpoints)):
         theirs, endpoint = Share(command.kv, cut.target_rank, len(command.endpoints)), command.endpoints[cut.target_rank]
-        try:
-            source = sources.of(cut, theirs)
-        except ConfigError as error:
-            raise PeerLost(str(error)) from error
+        source = sources.of(cut, theirs)
         remote = Pool(endpoint.place, theirs.held)
         if not remote.can_be:
             raise PeerLost(f"no pool lies at {endpoint.place}")

@@ -49,13 +49,23 @@ class RepackSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def made(self, held: KVSpec, make_repacker: Callable[[int], Repacker]) -> Repacking:
         """For a rank that holds so much of every block; `make_repacker` is given the bytes of its memory."""
-        num_bytes = min(self.staging_bytes, room_bytes(held, self.max_layers, self.max_tokens))
         return Repacking(
-            repacker=make_repacker(num_bytes),
+            repacker=make_repacker(self._room_bytes(held)),
             direct_slice_bytes=self.direct_slice_bytes,
             max_layers=self.max_layers,
             max_tokens=self.max_tokens,
         )
+
+    def check(self, source: KVSpec, num_sources: int, target: KVSpec, num_targets: int) -> None:
+        """Raises ConfigError naming the field over which some rank of a node could not write to a rank of another."""
+        for rank in range(num_sources):
+            ours = Share(source, rank, num_sources)
+            for cut in ours.cuts_to(num_targets):
+                if path_of(ours, Share(target, cut.target_rank, num_targets), cut, self.direct_slice_bytes) == "repacked":
+                    check_room(self._room_bytes(ours.held), cut.heads, target, self.max_layers, self.max_tokens)
+
+    def _room_bytes(self, held: KVSpec) -> int:
+        return min(self.staging_bytes, room_bytes(held, self.max_layers, self.max_tokens))
 
 
 class Paths:

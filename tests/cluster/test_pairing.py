@@ -78,6 +78,20 @@ def ready_pair() -> Pairing:
     return pairing
 
 
+def test_a_pair_of_which_its_writer_says_that_there_is_no_way_is_refused_and_not_tried_again() -> None:
+    pairing = ready_pair()
+    why = "transfer.staging: 1,024 bytes are less than one write takes in other blocks; it must have 2,048"
+    pairing.book.on_lost(pairing.prefills[P0], PairLost(D0, OLD, why, for_good=True), pairing.now)
+    pairing.after(100 * RETRY_S)
+    pairing.agent(NEW)
+    (pair,) = pairing.book
+    assert (pair.state, pair.reason) == (PairState.REFUSED, why)
+    assert pairing.sent == {P0: [], D0: []}
+    pairing.down(P0)
+    pairing.prefill_up(incarnation="second")
+    assert pairing.state() is PairState.OPENING, "with another file, perhaps"
+
+
 def test_a_writer_is_told_the_geometry_that_shall_land() -> None:
     pairing = Pairing()
     pairing.decode_up()

@@ -158,7 +158,7 @@ def test_ranks_with_one_agent_between_them_are_out_of_reach(bench: Bench) -> Non
 def test_a_peer_whose_kv_can_never_be_ours_is_out_of_reach_and_the_field_is_named(bench: Bench, kv: KVSpec, what: str) -> None:
     bench.connect((Endpoint(AgentId("new"), b"", PLACE, PORT), ENDPOINTS[1]), kv)
     (failed,) = bench.turn()
-    assert isinstance(failed, m.PairFailed) and what in failed.reason
+    assert isinstance(failed, m.PairFailed) and what in failed.reason and failed.for_good
 
 
 def test_a_rank_whose_heads_others_write_writes_nothing_and_says_so() -> None:

@@ -98,4 +98,4 @@ def test_without_room_the_rest_is_made_when_writes_have_ended() -> None:
 def test_a_staging_memory_that_holds_no_write_fails_the_pair_and_says_why() -> None:
     bench = Bench(MADE_BYTES - 1)
     (failed,) = bench.events
-    assert isinstance(failed, m.PairFailed) and "transfer.staging" in failed.reason
+    assert isinstance(failed, m.PairFailed) and failed.for_good and "transfer.staging: 63 bytes" in failed.reason

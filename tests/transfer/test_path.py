@@ -6,7 +6,7 @@ import pytest
 from disaggd.errors import ConfigError
 from disaggd.transfer.layout import KVDtype, KVGroup, KVSpec, PoolPlace, Span, in_fp8
 from disaggd.transfer.messages import IsReady
-from disaggd.transfer.path import Path, Paths, Repacking, path_of
+from disaggd.transfer.path import Path, Paths, Repacking, RepackSettings, path_of
 from disaggd.transfer.pool import Region
 from disaggd.transfer.reshape import head_cuts
 from disaggd.transfer.share import Share
@@ -76,3 +76,24 @@ def test_a_target_whose_blocks_are_not_what_its_geometry_says_is_not_written_to(
         groups = (msgspec.structs.replace(theirs.groups[0], head_bytes=head_bytes),)
         with pytest.raises(ConfigError, match=f"head_bytes are {head_bytes}, "):
             paths.of(cut, Share(msgspec.structs.replace(theirs, groups=groups)))
+
+
+def settings(staging_bytes: int, direct_slice_bytes: int = 0) -> RepackSettings:
+    return RepackSettings(staging_bytes=staging_bytes, direct_slice_bytes=direct_slice_bytes, max_layers=1, max_tokens=100)
+
+
+@pytest.mark.parametrize(("num_sources", "num_targets", "heads"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (4, 8, 1)])
+def test_memory_that_holds_no_write_to_some_rank_is_named_with_the_least_that_does(num_sources: int, num_targets: int, heads: int) -> None:
+    """A hundred tokens take two blocks of 64."""
+    theirs = spec(block_size=64)
+    theirs = msgspec.structs.replace(theirs, groups=(msgspec.structs.replace(theirs.groups[0], head_bytes=4 * HEAD_BYTES),))
+    least = 2 * heads * 4 * HEAD_BYTES
+    settings(least).check(spec(), num_sources, theirs, num_targets)
+    with pytest.raises(ConfigError, match=rf"transfer.staging: {least - 1:,} bytes .* must have {least:,}$"):
+        settings(least - 1).check(spec(), num_sources, theirs, num_targets)
+
+
+def test_what_is_read_where_it_lies_needs_no_memory() -> None:
+    settings(1).check(spec(), 4, spec(), 2)
+    with pytest.raises(ConfigError, match=r"transfer\.staging"):
+        settings(1, direct_slice_bytes=2**30).check(spec(), 2, spec(), 4)

@@ -42,6 +42,10 @@ ANSWER_TIMEOUT_S = 2.0
 LAST_LINES_TIMEOUT_S = 1.0
 """For what a child wrote last; a grandchild may hold the pipe open for ever."""
 READY_POLL_S = 0.1
+LOADING_PATIENCE_S = 120.0
+"""For nodes that still load when the routers are ready, which wait for none of them longer than STARTING_S."""
+LINKING_PATIENCE_S = 5.0
+"""For routers' links to nodes that have loaded, and for the ways of KV between these."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,6 +72,7 @@ def check_ports(nodes: Iterable[NodeConfig]) -> None:
 
 
 def _can_bind(host: str, port: int) -> bool:
+    """Whether nobody listens there. Whoever is about to is not kept from it, where both set SO_REUSEADDR as servers do."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -83,7 +88,8 @@ class LinkedNode(msgspec.Struct, frozen=True):
     name: str
     role: Role
     listen: str
-    link: Literal["up", "down"]
+    link: Literal["up", "down", "loading"]
+    """`loading` is what `up` itself knows of its children."""
 
 
 class LinkedPair(msgspec.Struct, frozen=True):
@@ -103,8 +109,21 @@ class ClusterView(msgspec.Struct, frozen=True):
     @property
     def missing(self) -> list[str]:
         """What the file names and the router does not have, each with the reason."""
-        nodes = [f"{node.name} (no link to {node.listen})" for node in self.nodes if node.link == "down"]
+        why = {"down": "no link to {}", "loading": "still loading"}
+        nodes = [f"{node.name} ({why[node.link].format(node.listen)})" for node in self.nodes if node.link != "up"]
         return nodes + [f"{pair.prefill} → {pair.decode} (KV path {pair.state})" for pair in self.pairs if pair.state != "ready"]
+
+    def with_loading(self, loading: set[NodeName]) -> "ClusterView":
+        """With those that still load shown as such."""
+        nodes = tuple(
+            msgspec.structs.replace(node, link="loading") if node.link == "down" and node.name in loading else node for node in self.nodes
+        )
+        return msgspec.structs.replace(self, nodes=nodes)
+
+    def is_settled(self, ours: set[NodeName]) -> bool:
+        """Whether nothing is about to come up: the links of `ours`, and the ways of KV."""
+        is_linked = not any(node.link == "down" and node.name in ours for node in self.nodes)
+        return is_linked and not any(pair.state in ("opening", "probing", "checking") for pair in self.pairs)
 
     def count(self, role: Role) -> str:
         """`2 decode`, or `1 of 2 decode`."""
@@ -246,9 +265,30 @@ class Supervisor:
             while await _get(router.listen, "/ready", self._tls) is None:
                 if await self._stops_within(READY_POLL_S):
                     return
+        loading = await self._still_loading() if routers else set()
         self._is_ready = True
         for router in routers:
-            self._on_ready(router, None if self._has_keys else await _view(router.listen, self._tls))
+            view = None if self._has_keys else await self._settled_view(router, loading)
+            if not self._stop.is_set():
+                self._on_ready(router, view)
+
+    async def _still_loading(self) -> set[NodeName]:
+        """Returns when every engine node listens, which it does once it has loaded; or who does not in LOADING_PATIENCE_S."""
+        deadline = time.monotonic() + LOADING_PATIENCE_S
+        loading = [node for node in self._nodes if node.role != "router"]
+        while loading := [node for node in loading if _can_bind(node.listen.host, node.listen.port)]:
+            if time.monotonic() >= deadline or await self._stops_within(READY_POLL_S):
+                break
+        return {node.name for node in loading}
+
+    async def _settled_view(self, router: NodeConfig, loading: set[NodeName]) -> ClusterView | None:
+        """What `router` shows once it has linked those of ours that have loaded, or has not in LINKING_PATIENCE_S."""
+        deadline = time.monotonic() + LINKING_PATIENCE_S
+        ours = {node.name for node in self._nodes} - loading
+        while (view := await _view(router.listen, self._tls)) is not None and not view.is_settled(ours):
+            if time.monotonic() >= deadline or await self._stops_within(READY_POLL_S):
+                break
+        return None if view is None else view.with_loading(loading)
 
     async def _end_children(self) -> None:
         """Routers first: they take nothing new and end when their requests have, for which they need the engine nodes. What outlives

@@ -43,8 +43,10 @@ WHOLE = ClusterView(
     nodes=(LinkedNode("p0", "prefill", "10.0.0.1:8101", "up"), LinkedNode("d0", "decode", "10.0.0.2:8101", "up")),
     pairs=(LinkedPair("p0", "d0", "ready"),),
 )
-ENGINE = BLOCKED + WAIT
-STUBBORN = BLOCKED + "import signal; print('up', flush=True); signal.pause()"
+LISTEN = "import socket, sys\nserver = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+"""What a node does once it has loaded."""
+ENGINE = BLOCKED + LISTEN + WAIT
+STUBBORN = BLOCKED + LISTEN + "import signal; print('up', flush=True); signal.pause()"
 
 
 class Screen(io.StringIO):
@@ -84,14 +86,15 @@ def supervise(
     on_ready: OnReady = lambda router, view: None,
     grace_s: float = 10.0,
     last_grace_s: float = 10.0,
+    view: ClusterView = WHOLE,
     **options: bool,
 ) -> int:
-    view = msgspec.json.encode(WHOLE).decode()
+    shown = msgspec.json.encode(view).decode()
 
     async def limited() -> int:
         supervisor = Supervisor(
             tuple(programs),
-            lambda node: [sys.executable, "-I", "-S", "-c", programs[node], str(node.listen.port), view],
+            lambda node: [sys.executable, "-I", "-S", "-c", programs[node], str(node.listen.port), shown],
             on_ready,
             out=screen,
             grace_s=grace_s,
@@ -136,7 +139,7 @@ def test_a_node_that_dies_later_is_restarted(free_port: Callable[[], int], tmp_p
     os.mkfifo(gate)
     programs = {
         node("router", "router", free_port()): ROUTER,
-        node("d0", "decode", free_port()): f"open({str(gate)!r}).close()\n" + BLOCKED + dies_once + WAIT,
+        node("d0", "decode", free_port()): LISTEN + f"open({str(gate)!r}).close()\n" + BLOCKED + dies_once + WAIT,
     }
     writers: list[int] = []
     screen = Screen("second life", terminate)
@@ -230,6 +233,62 @@ def test_who_is_ready_is_asked_of_the_router(free_port: Callable[[], int]) -> No
 
     assert supervise({router: ROUTER}, Screen(), on_ready) == 0
     assert told == [(router, WHOLE)]
+
+
+def test_nodes_that_still_load_are_waited_for(free_port: Callable[[], int], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    engine = node("d0", "decode", free_port())
+    programs = {
+        node("router", "router", free_port()): ROUTER.replace("client.recv(4096)", "client.recv(4096), print('asked', flush=True)"),
+        engine: f"open({str(gate)!r}).close()\n" + ENGINE,
+    }
+    opened: list[int] = []
+
+    def load_soon() -> None:
+        asyncio.get_running_loop().call_later(0.3, lambda: opened.append(os.open(gate, os.O_RDWR)))
+
+    def on_ready(router: NodeConfig, view: ClusterView | None) -> None:
+        socket.create_connection((engine.listen.host, engine.listen.port)).close()
+        assert view == WHOLE
+        terminate()
+
+    assert supervise(programs, Screen("asked", load_soon), on_ready) == 0
+    os.close(opened[0])
+
+
+def test_a_node_that_loads_for_long_is_shown_as_loading(free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disaggd.supervisor.LOADING_PATIENCE_S", 0.0)
+    told: list[ClusterView | None] = []
+
+    def on_ready(router: NodeConfig, view: ClusterView | None) -> None:
+        told.append(view)
+        terminate()
+
+    programs = {node("router", "router", free_port()): ROUTER, node("p0", "prefill", free_port()): BLOCKED + WAIT}
+    no_p0 = ClusterView((msgspec.structs.replace(WHOLE.nodes[0], link="down"), WHOLE.nodes[1]))
+    assert supervise(programs, Screen(), on_ready, view=no_p0) == 0
+    [view] = told
+    assert view is not None and view.missing == ["p0 (still loading)"]
+
+
+def test_a_node_that_has_loaded_and_is_not_linked_is_waited_for_and_then_missed(
+    free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disaggd.supervisor.LINKING_PATIENCE_S", 0.3)
+    told: list[ClusterView | None] = []
+    screen = Screen()
+
+    def on_ready(router: NodeConfig, view: ClusterView | None) -> None:
+        told.append(view)
+        terminate()
+
+    router = ROUTER.replace("client.recv(4096)", "print(client.recv(4096).split()[1].decode(), flush=True)")
+    programs = {node("router", "router", free_port()): router, node("p0", "prefill", free_port()): ENGINE}
+    no_p0 = ClusterView((msgspec.structs.replace(WHOLE.nodes[0], link="down"), WHOLE.nodes[1]))
+    assert supervise(programs, screen, on_ready, view=no_p0) == 0
+    assert told == [no_p0]
+    assert screen.lines.count("[router] /v1/cluster") > 1
 
 
 def test_a_router_with_tls_and_keys_is_asked_over_tls_whether_it_is_ready_and_nothing_else(

@@ -66,6 +66,7 @@ class RouterBackend:
 
     def __init__(self, config: Config, node: NodeConfig, spec: ModelSpec, metrics: Metrics) -> None:
         self._config = config
+        self._name = node.name
         self._spec = spec
         self.incarnation = Incarnation(uuid.uuid4().hex[:16])
         self.dispatcher = Dispatcher(
@@ -203,7 +204,8 @@ class RouterBackend:
         peers: dict[NodeName, PrefillPeer | DecodePeer] = {**dispatcher.prefills, **dispatcher.decodes}
         return {
             "model": self.model_name,
-            "router": self.incarnation,
+            "router": self._name,
+            "incarnation": self.incarnation,
             "state": "serving" if self._draining_since is None else "draining",
             "nodes": [
                 {

@@ -72,7 +72,7 @@ def missing(view: dict[str, Any], hurt: frozenset[str]) -> list[str]:
 
 def incarnations(view: dict[str, Any]) -> dict[str, str]:
     """Of each process that the router knows, and its own."""
-    return {"router": view["router"], **{node["name"]: node["incarnation"] for node in view["nodes"] if "incarnation" in node}}
+    return {"router": view["incarnation"], **{node["name"]: node["incarnation"] for node in view["nodes"] if "incarnation" in node}}
 
 
 def held(view: dict[str, Any]) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ def view(**changes: Any) -> dict[str, Any]:
     nodes = [{"name": name, "link": "up", "incarnation": f"{name}-1", "blocks": dict(blocks)} for name in NAMES]
     pairs = [{"prefill": p, "decode": d, "state": "ready"} for p in NAMES[:2] for d in NAMES[2:]]
     return {
-        "router": "r-1",
+        "router": "router",
+        "incarnation": "r-1",
         "nodes": nodes,
         "pairs": pairs,
         "prefix_pairs": [dict(pair) for pair in pairs],

@@ -146,6 +146,17 @@ def test_a_pair_that_cannot_be_is_shown_with_the_field_that_differs() -> None:
     assert backend.cluster()["pairs"] == [{"prefill": "p0", "decode": "d0", "state": "refused", "reason": reason}]
 
 
+def test_a_router_is_called_alike_wherever_it_says_who_it_is() -> None:
+    front = Front()
+
+    async def scenario() -> None:
+        shown = front.backend.cluster()
+        assert (shown["router"], shown["incarnation"]) == ("front", front.backend.incarnation)
+        assert (await front.backend.check())["router"] == "front"
+
+    asyncio.run(scenario())
+
+
 def test_a_node_is_shown_with_its_ranks_and_the_size_of_its_blocks() -> None:
     backend = Front().backend
     backend.dispatcher.decode_up(DecodePeer(NodeName("d0"), msgspec.structs.replace(hello(), num_ranks=2), [].append))

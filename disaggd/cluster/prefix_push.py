@@ -19,6 +19,7 @@ from disaggd.cluster.protocol import PrefixEnded, PrefixSource
 from disaggd.cluster.request import PrefixPush, RoutedSequence
 from disaggd.ids import NodeName, SeqId
 from disaggd.least_squares import LeastSquares
+from disaggd.transfer.share import block_bytes
 
 log = logging.getLogger(__name__)
 
@@ -166,4 +167,4 @@ class PrefixPushes:
 
 
 def _bytes_per_token(peer: PrefillPeer) -> float:
-    return peer.hello.kv.bytes_per_block / peer.hello.kv.block_size
+    return block_bytes(peer.hello.landing_kv, peer.hello.num_ranks) / peer.hello.kv.block_size

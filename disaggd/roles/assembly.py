@@ -23,6 +23,7 @@ from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing, layer_groups
 from disaggd.transfer.layout import KVSpec, in_fp8
 from disaggd.transfer.messages import IsReady, PairOpened, TransferCommand, at_once
+from disaggd.transfer.share import block_bytes
 
 Submit = Callable[[TransferCommand], None]
 Clock = Callable[[], float]
@@ -77,7 +78,7 @@ def decode_role(
         engine,
         lease_s=transfer.lease_s,
         quiesce_s=transfer.quiesce_s,
-        bytes_per_block=(in_fp8(kv) if config.lands_in_fp8(node) else kv).bytes_per_block,
+        bytes_per_block=block_bytes(in_fp8(kv) if config.lands_in_fp8(node) else kv, node.tp),
         submit=submit,
         clock=clock,
         staging=staging,

@@ -37,6 +37,7 @@ from disaggd.simulator.transfer import Fabric, SimulatedTransfer
 from disaggd.simulator.wire import Rate, Wire
 from disaggd.transfer.layout import KVSpec, kv_spec
 from disaggd.transfer.messages import at_once
+from disaggd.transfer.share import block_bytes
 
 TICK_S = 0.1
 """The router's."""
@@ -170,6 +171,7 @@ class SimulatedCluster:
             fabric=self.fabric,
             kv=kv,
             num_blocks=engine.pool.num_blocks,
+            block_bytes=block_bytes(kv, node.tp),
             post=lambda event: self.nodes[node.name].receive(event),
             clock=clock,
             sent=lambda num_bytes: clock.owe(num_bytes * costs.per_sent_mb_ms * 1e-9),

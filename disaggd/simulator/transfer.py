@@ -68,6 +68,8 @@ class SimulatedTransfer:
     fabric: Fabric
     kv: KVSpec
     num_blocks: int
+    block_bytes: int
+    """What is written to it of a block."""
     post: Post
     clock: Callable[[], float]
     sent: Charge
@@ -93,7 +95,7 @@ class SimulatedTransfer:
                 if push := self._pushes.get(token):
                     push.renew(self._now)
             case m.Expect(token, _, agent_id, num_blocks, brings_token):
-                self._landings[token] = (agent_id, LandingSet({0: num_blocks * self.kv.bytes_per_block}, brings_token))
+                self._landings[token] = (agent_id, LandingSet({0: num_blocks * self.block_bytes}, brings_token))
             case m.Forget(token):
                 self._landings.pop(token, None)
             case m.BeginPush():
@@ -226,7 +228,7 @@ class SimulatedTransfer:
         if live is None:
             return self.post(m.HandleDone(command.token, command.source.blocks, 0))
         push, outlet = live
-        kv_bytes = len(command.target) * outlet.peer.kv.bytes_per_block * len(command.layers) // self.kv.num_layers
+        kv_bytes = len(command.target) * outlet.peer.block_bytes * len(command.layers) // self.kv.num_layers
         piece = Piece(command.token, 0, push.number(0), kv_bytes)
         push.posted(_LEG, self._now)
         left_at = outlet.wire.send(kv_bytes, self._now)

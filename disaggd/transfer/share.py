@@ -41,3 +41,8 @@ class Share(msgspec.Struct, frozen=True):
     @property
     def _kv_heads(self) -> int:
         return self.kv.groups[0].kv_heads
+
+
+def block_bytes(kv: KVSpec, num_ranks: int) -> int:
+    """Of a block over all layers and ranks: what is written for it to a node of so many. A head that several ranks hold counts for each."""
+    return sum(Share(kv, rank, num_ranks).held.bytes_per_block for rank in range(num_ranks))

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from disaggd.cluster.offer import PrefillCost, TransferCost
-from disaggd.cluster.prefix_push import FORGOTTEN, Missing, PrefixPolicy, is_worth_pushing
+from disaggd.cluster.peers import PrefillPeer
+from disaggd.cluster.prefix_push import FORGOTTEN, Missing, PrefixPolicy, _bytes_per_token, is_worth_pushing
 from disaggd.cluster.protocol import (
     Abort,
     CacheEvents,
@@ -21,7 +22,7 @@ from disaggd.cluster.protocol import (
 )
 from disaggd.ids import GrantToken, NodeName
 from disaggd.prefix import PrefixHasher
-from tests.support.routing import D0, D1, KV, P0, Client, Routing, grant_of
+from tests.support.routing import D0, D1, KV, P0, Client, Routing, grant_of, hello
 
 # A millisecond a token; a second a gigabyte, a megabyte a token.
 COMPUTING = PrefillCost(0.01, 1e-3, 0.0)
@@ -115,6 +116,15 @@ def test_a_prefix_goes_to_the_prefill_node_that_lacks_it() -> None:
     assert (push.source, push.outcome, push.num_tokens, push.kv_bytes, push.took_ms) == (D0, "landed", HELD, 2400, 3.0)
     assert router.dispatcher.prefixes.outcomes == {(D0, P0, "landed"): 1}
     assert len(router.dispatcher.grants) == 1, "its own grant is out still"
+
+
+@pytest.mark.parametrize(("num_ranks", "copies"), [(1, 1), (2, 1), (3, 1.5), (4, 2)])
+def test_what_a_push_takes_is_predicted_from_the_bytes_that_are_written_copies_too(num_ranks: int, copies: float) -> None:
+    """Two KV heads: of more ranks several hold the same one."""
+    two_heads = msgspec.structs.replace(KV, groups=(msgspec.structs.replace(KV.groups[0], kv_heads=2),))
+    greeting = msgspec.structs.replace(hello(P0, "first"), kv=two_heads, num_ranks=num_ranks)
+    peer = PrefillPeer(P0, greeting, lambda _: None)
+    assert _bytes_per_token(peer) == copies * two_heads.bytes_per_block / KV.block_size
 
 
 def test_nothing_is_pushed_that_the_prefill_node_has() -> None:

@@ -20,7 +20,7 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace, head_bytes
 from disaggd.transfer.notification import FirstToken
 from disaggd.transfer.outgoing import Outgoing
 from disaggd.transfer.path import Paths, RepackSettings
-from disaggd.transfer.share import Share
+from disaggd.transfer.share import Share, block_bytes
 from disaggd.transfer.source import InPlace
 from tests.support.copying_agent import CopyingAgent
 from tests.support.endpoints import PORT
@@ -142,6 +142,7 @@ def test_what_lands_is_a_single_ranks_cache(
     for share, agent, pool in zip(shares(theirs, num_targets), agents, pools, strict=True):
         assert np.array_equal(pool, share_of(reference, share))
         assert sum(writer.agent.kv_bytes[agent] for writer in writers) == num_granted * share.held.bytes_per_block
+    assert sum(end.kv_bytes for end in ends) == num_granted * block_bytes(theirs, num_targets), "as costs are predicted by"
     if direct_slice_bytes == 0:
         way = "direct" if ours == theirs else "repacked"
         assert {sent.leg.path for end in ends for sent in end.sent} == {way}

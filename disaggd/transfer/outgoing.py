@@ -15,6 +15,7 @@ import msgspec
 from disaggd.errors import ConfigError
 from disaggd.ids import GrantToken, HandleId, NodeName
 from disaggd.transfer.agent import Agent, NoAgent, PeerLost
+from disaggd.transfer.connecting import Connecting
 from disaggd.transfer.messages import (
     BeginPush,
     ConnectPair,
@@ -76,6 +77,9 @@ class Outgoing:
         self._clock = clock
         self._push_timeout_s = push_timeout_s
         self._looked_at = clock()
+        self._connecting: dict[NodeName, Connecting] = {}
+        self._abandoned: list[Connecting] = []
+        """Whose agents nobody wants any more: to be destroyed as soon as they can be."""
         self._pairs: dict[NodeName, Outlet] = {}
         self._pushes: dict[GrantToken, Push] = {}
         self._flights: list[_Flight] = []
@@ -87,7 +91,7 @@ class Outgoing:
 
     @property
     def num_agents(self) -> int:
-        return len(self._pairs)
+        return len(self._pairs) + len(self._connecting) + len(self._abandoned)
 
     @property
     def is_in_flight(self) -> bool:
@@ -101,12 +105,13 @@ class Outgoing:
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def connect(self, command: ConnectPair) -> None:
-        pair = self._pairs.get(command.peer)
-        if pair is None or pair.remote_id != command.agent_id:
-            self.close(command.peer)
-            pair = self._build(command)
-        if pair is not None and all(self._notify(pair, lane, Connect(lane.agent_id, self._rank)) for lane in pair.lanes):
-            self._post(PairConnected(command.peer, command.agent_id))
+        connecting, pair = self._connecting.get(command.peer), self._pairs.get(command.peer)
+        if connecting is not None and connecting.pair.remote_id == command.agent_id:
+            return None  # its end answers this one too
+        if pair is not None and pair.remote_id == command.agent_id:
+            return self._probe(pair)
+        self.close(command.peer)
+        return self._build(command)
 
     def quiesce_by_wire(self, command: QuiesceByWire) -> None:
         """One rank of the peer is told, for all of them."""
@@ -115,6 +120,8 @@ class Outgoing:
 
     def close(self, peer: NodeName) -> None:
         """Destroy the pair's agent; its handles end here, unclean, and its pushes with them."""
+        if (connecting := self._connecting.pop(peer, None)) is not None:
+            self._abandoned.append(connecting)
         pair = self._pairs.pop(peer, None)
         if pair is None:
             return
@@ -130,25 +137,44 @@ class Outgoing:
             self._settle(push)
 
     def close_all(self) -> None:
-        for peer in list(self._pairs):
+        for peer in [*self._pairs, *self._connecting]:
             self.close(peer)
+        for connecting in self._abandoned:
+            connecting.wait()
+        self._destroy_abandoned()
 
-    def _build(self, command: ConnectPair) -> Outlet | None:
+    def _build(self, command: ConnectPair) -> None:
         try:
             lanes = lanes_to(command, self._sources)
             pair = Outlet(command.peer, command.agent_id, self._open_agent(), lanes)
         except (PeerLost, NoAgent, ConfigError) as error:
             self._post(PairFailed(command.peer, command.agent_id, str(error), for_good=isinstance(error, ConfigError)))
-            return None
-        self._pairs[command.peer] = pair
-        try:
-            pair.connect()
-        except PeerLost as error:
-            reason = str(error)
-        else:
-            return pair
-        self._lose(pair, reason)
-        return None
+            return
+        self._connecting[command.peer] = Connecting(pair)
+        self._take_connected()
+
+    def _take_connected(self) -> None:
+        """Pairs that are connected by now, or could not be."""
+        for connecting in [each for each in self._connecting.values() if each.is_over]:
+            pair = connecting.pair
+            del self._connecting[pair.peer]
+            self._pairs[pair.peer] = pair
+            if (reason := connecting.why_not()) is None:
+                self._probe(pair)
+            else:
+                self._lose(pair, reason)
+        self._destroy_abandoned()
+
+    def _destroy_abandoned(self) -> None:
+        over = [connecting for connecting in self._abandoned if connecting.is_over]
+        self._abandoned = [connecting for connecting in self._abandoned if connecting not in over]
+        for connecting in over:
+            connecting.pair.agent.destroy()
+            connecting.pair.agent.port.release()
+
+    def _probe(self, pair: Outlet) -> None:
+        if all(self._notify(pair, lane, Connect(lane.agent_id, self._rank)) for lane in pair.lanes):
+            self._post(PairConnected(pair.peer, pair.remote_id))
 
     def _notify(self, pair: Outlet, lane: Lane, notification: AnyNotification) -> bool:
         """Whether it went out; else the pair is lost."""
@@ -221,6 +247,7 @@ class Outgoing:
 
     def poll(self) -> None:
         """Move bytes, end what has ended, and let pushes whose lease has run out drain."""
+        self._take_connected()
         for pair in list(self._pairs.values()):
             pair.agent.notifications()  # nobody writes to these agents; the call lets their own messages out
         for flight in list(self._flights):

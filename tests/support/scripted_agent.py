@@ -29,6 +29,7 @@ class ScriptedAgent:
     """Whom each of those."""
     done: set[HandleId] = field(default_factory=set)
     is_lost: bool = False
+    on_connect: Callable[[], object] = lambda: None
     is_destroyed: bool = False
     on_prepare: Callable[[], None] = lambda: None
     """What happens to the writer between the preparation of a write and its post."""
@@ -46,6 +47,7 @@ class ScriptedAgent:
         return arrived
 
     def connect(self, agent_id: AgentId, metadata: bytes, sources: Descriptors, targets: Descriptors) -> None:
+        self.on_connect()
         self._reach()
 
     def notify(self, agent_id: AgentId, message: bytes) -> None:

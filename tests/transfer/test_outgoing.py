@@ -1,5 +1,7 @@
 """The sending side over scripted message orders: pairs, handles, cancels, leases."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -51,6 +53,7 @@ class Bench:
     now: float = 0.0
     next_is_lost: bool = False
     is_network_down: bool = False
+    on_connect: Callable[[], object] = lambda: None
 
     def __post_init__(self) -> None:
         self.outgoing = Outgoing(InPlace(Share(POOL.kv), POOL.place), self._make, self.events.append, lambda: self.now)  # type: ignore[arg-type, return-value]
@@ -58,7 +61,7 @@ class Bench:
     def _make(self) -> ScriptedAgent:
         if self.is_network_down:
             raise NoAgent("no such device")
-        self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost))
+        self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost, on_connect=self.on_connect))
         return self.agents[-1]
 
     def connect(self, agent_id: AgentId = FAR) -> None:
@@ -116,6 +119,70 @@ def test_connecting_to_an_unreachable_agent_fails_and_leaves_none_behind() -> No
     bench.connect()
     assert bench.turn() == [m.PairFailed(D0, FAR, "gone")]
     assert bench.agents[0].is_destroyed and bench.agents[0].port.is_released
+
+
+class SlowConnection:
+    """A peer of which TCP hears nothing until the test says so."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._answered = threading.Event()
+        bench.on_connect = lambda: self._answered.wait(10)
+        bench.connect(AgentId("silent"))
+        bench.on_connect = lambda: None
+        [self._connecting] = bench.outgoing._connecting.values()
+
+    def answer(self) -> None:
+        self._answered.set()
+        self._connecting.wait()
+
+
+def test_a_peer_that_nothing_is_heard_of_holds_nobody_up(bench: Bench) -> None:
+    slow = SlowConnection(bench)
+    other = NodeName("d1")
+    bench.outgoing.connect(m.ConnectPair(other, Incarnation("one"), endpoint(FAR, b"", PoolPlace(0, 4)), POOL.kv))
+    assert bench.turn() == [m.PairConnected(other, FAR)]
+    bench.outgoing.begin(m.BeginPush(TOKEN, other, FAR, lease_s=5.0))
+    bench.outgoing.push_blocks(WRITE)
+    bench.agents[-1].done.add(HandleId(1))
+    assert bench.turn() == [m.HandleDone(TOKEN, BLOCKS, WRITE_BYTES)]
+    slow.answer()
+    assert bench.turn() == [m.PairConnected(D0, AgentId("silent"))]
+    assert bench.agents[1].sent == [Connect(AgentId("silent"), 0)]
+
+
+def test_a_peer_that_is_out_of_reach_after_a_while_fails_and_leaves_no_agent_behind(bench: Bench) -> None:
+    slow = SlowConnection(bench)
+    assert bench.turn() == []
+    bench.agents[1].is_lost = True
+    slow.answer()
+    assert bench.turn() == [m.PairFailed(D0, AgentId("silent"), "gone")]
+    assert bench.agents[1].is_destroyed and bench.agents[1].port.is_released
+
+
+def test_who_is_being_connected_to_is_not_connected_to_twice(bench: Bench) -> None:
+    slow = SlowConnection(bench)
+    bench.connect(AgentId("silent"))
+    slow.answer()
+    assert bench.turn() == [m.PairConnected(D0, AgentId("silent"))]
+    assert len(bench.agents) == 2
+
+
+def test_an_agent_that_is_being_connected_is_destroyed_when_it_can_be(bench: Bench) -> None:
+    """Its peer has another agent by now."""
+    slow = SlowConnection(bench)
+    bench.connect(FAR)
+    assert bench.turn() == [m.PairConnected(D0, FAR)]
+    assert not bench.agents[1].is_destroyed and not bench.agents[1].port.is_released
+    slow.answer()
+    assert bench.turn() == []
+    assert bench.agents[1].is_destroyed and bench.agents[1].port.is_released and not bench.agents[2].is_destroyed
+
+
+def test_at_the_end_no_agent_is_left_that_is_being_connected(bench: Bench) -> None:
+    slow = SlowConnection(bench)
+    threading.Timer(0.1, slow.answer).start()
+    bench.outgoing.close_all()
+    assert all(agent.is_destroyed and agent.port.is_released for agent in bench.agents) and bench.outgoing.num_agents == 0
 
 
 @pytest.mark.parametrize(

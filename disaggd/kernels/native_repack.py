@@ -1,4 +1,4 @@
-"""Repacking in the native kernels: `native/repack.h`. On the calling thread alone: others compute beside it."""
+"""Repacking in the native kernels: `native/repack.h`. On the calling thread alone, beside which others compute; unpacking on all."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,6 @@
 // Blocks of the pool gathered into another block size, head range and dtype, or into the fp8 wire format; and from that back into a pool.
-// On the calling thread alone: it is the one that moves bytes to other nodes, and others compute beside it.
+// They are gathered on the calling thread alone: it is the one that moves bytes to other nodes, and others compute beside it. They are
+// unpacked on all: whoever computes waits for it.
 #pragma once
 
 #include "simd.h"
@@ -146,19 +147,24 @@ template <class S> void repack_fp8(const Repack& a) {
     });
 }
 
-template <class T> void unpack_fp8(const UnpackFp8& a) {
+// One block of one layer.
+template <class T> INLINE void unpack_block(const UnpackFp8& a, int64_t layer, int64_t i) {
     const int64_t length = a.block_size * a.head_dim, head_bytes = HEADER_BYTES + 2 * length;
-    for (int64_t layer = 0; layer < a.layers; layer++)
-        for (int64_t i = 0; i < a.count; i++) {
-            const uint8_t* from = (const uint8_t*)a.wire + (layer * a.wire_blocks + a.landed[i]) * a.heads * head_bytes;
-            T* to = (T*)a.pool + (layer * a.pool_blocks + a.blocks[i]) * a.heads * 2 * length;
-            for (int64_t head = 0; head < a.heads; head++, from += head_bytes, to += 2 * length)
-                for (int64_t values = 0; values < 2; values++) {
-                    float scale;
-                    memcpy(&scale, from + values * sizeof scale, sizeof scale);
-                    dequantize_run(from + HEADER_BYTES + values * length, to + values * length, length, broadcast(scale));
-                }
+    const uint8_t* from = (const uint8_t*)a.wire + (layer * a.wire_blocks + a.landed[i]) * a.heads * head_bytes;
+    T* to = (T*)a.pool + (layer * a.pool_blocks + a.blocks[i]) * a.heads * 2 * length;
+    for (int64_t head = 0; head < a.heads; head++, from += head_bytes, to += 2 * length)
+        for (int64_t values = 0; values < 2; values++) {
+            float scale;
+            memcpy(&scale, from + values * sizeof scale, sizeof scale);
+            dequantize_run(from + HEADER_BYTES + values * length, to + values * length, length, broadcast(scale));
         }
+}
+
+template <class T> void unpack_fp8(const UnpackFp8& a) {
+    parallel(a.layers * a.count, [](const void* context, int64_t item) {
+        const UnpackFp8& a = *(const UnpackFp8*)context;
+        unpack_block<T>(a, item / a.count, item % a.count);
+    }, &a);
 }
 
 }  // namespace

@@ -81,6 +81,35 @@ class Scorer:
         return self._transformer.forward(batch, self.kv)
 
 
+class Sums:
+    """Of all windows, for one variant against what is exact. Logits are float32 [tokens, vocab_size]."""
+
+    def __init__(self) -> None:
+        self.nats = self.squares = self.variance = self.largest = 0.0
+        self.same = self.tokens = 0
+
+    def add(self, ours: Tensor, exact: Tensor, following: Tensor) -> None:
+        error = ours - exact
+        self.nats += F.cross_entropy(ours, following, reduction="sum").item()
+        self.squares += error.square().mean().item() * len(ours)
+        self.variance += exact.var().item() * len(ours)
+        self.largest = max(self.largest, error.abs().max().item())
+        self.same += int((ours.argmax(-1) == exact.argmax(-1)).sum())
+        self.tokens += len(ours)
+
+    def result(self, model: str, variant: str, *, is_text: bool) -> Result:
+        deviation = math.sqrt(self.variance / self.tokens)
+        return Result(
+            model=model,
+            variant=variant,
+            tokens=self.tokens,
+            nats_per_token=self.nats / self.tokens if is_text else None,
+            rms_error=math.sqrt(self.squares / self.tokens) / deviation,
+            max_error=self.largest / deviation,
+            same_top=self.same / self.tokens,
+        )
+
+
 def held_out_windows(directory: ModelDirectory) -> list[list[int]]:
     """The files that the built-in model never saw, end to end, each followed by the separator: windows of WINDOW + 1 tokens."""
     tokenizer = read_tokenizer(directory.root, directory.spec().vocab_size)
@@ -113,25 +142,10 @@ def measure(name: str, directory: ModelDirectory, windows: list[list[int]], *, i
 
 
 def _compare(name: str, variant: str, scorer: Scorer, exact: Scorer, windows: list[list[int]], *, is_text: bool) -> Result:
-    nats, squares, largest, same, variance = 0.0, 0.0, 0.0, 0, 0.0
+    sums = Sums()
     for window in windows:
-        ours, theirs = scorer.logits(window[:-1]), exact.logits(window[:-1])
-        error = ours - theirs
-        nats += F.cross_entropy(ours, torch.tensor(window[1:]), reduction="sum").item()
-        squares += error.square().mean().item()
-        variance += theirs.var().item()
-        largest = max(largest, error.abs().max().item())
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    tokens, deviation = len(windows) * WINDOW, (variance / len(windows)) ** 0.5
-    return Result(
-        model=name,
-        variant=variant,
-        tokens=tokens,
-        nats_per_token=nats / tokens if is_text else None,
-        rms_error=(squares / len(windows)) ** 0.5 / deviation,
-        max_error=largest / deviation,
-        same_top=same / tokens,
-    )
+        sums.add(scorer.logits(window[:-1]), exact.logits(window[:-1]), torch.tensor(window[1:]))
+    return sums.result(name, variant, is_text=is_text)
 
 
 def table(results: list[Result], title: str = "Against float32") -> Table:

@@ -1,13 +1,11 @@
 """What it costs in accuracy that a prompt's KV comes over the wire in 8 bits: see --help."""
 
-import math
 from pathlib import Path
 
 import click
 import msgspec
 import torch
-import torch.nn.functional as F
-from accuracy import BLOCK_SIZE, WINDOW, Result, Scorer, held_out_windows, random_windows, table
+from accuracy import BLOCK_SIZE, WINDOW, Result, Scorer, Sums, held_out_windows, random_windows, table
 from machine import Load, LoadMeter, Machine, describe_machine, measure_as_nodes_do
 from models import BUILTIN, resolve
 from report import section, show, write_json
@@ -27,35 +25,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     load: Load
     results: list[Result]
-
-
-class Sums:
-    """Of all windows, for one variant against float32 whose KV stays where it is."""
-
-    def __init__(self) -> None:
-        self.nats = self.squares = self.variance = self.largest = 0.0
-        self.same = self.tokens = 0
-
-    def add(self, ours: torch.Tensor, exact: torch.Tensor, following: torch.Tensor) -> None:
-        error = ours - exact
-        self.nats += F.cross_entropy(ours, following, reduction="sum").item()
-        self.squares += error.square().mean().item() * len(ours)
-        self.variance += exact.var().item() * len(ours)
-        self.largest = max(self.largest, error.abs().max().item())
-        self.same += int((ours.argmax(-1) == exact.argmax(-1)).sum())
-        self.tokens += len(ours)
-
-    def result(self, model: str, variant: str, *, is_text: bool) -> Result:
-        deviation = math.sqrt(self.variance / self.tokens)
-        return Result(
-            model=model,
-            variant=variant,
-            tokens=self.tokens,
-            nats_per_token=self.nats / self.tokens if is_text else None,
-            rms_error=math.sqrt(self.squares / self.tokens) / deviation,
-            max_error=self.largest / deviation,
-            same_top=self.same / self.tokens,
-        )
 
 
 def through_fp8(kv: torch.Tensor, num_blocks: int) -> None:

@@ -4,6 +4,7 @@ Imports no torch, and starts nothing: threads, links and processes are `node.py`
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from disaggd.cluster.decision import DecisionRule
 from disaggd.cluster.moves import DispatchRules
@@ -84,26 +85,14 @@ def decode_role(
         staging=staging,
         verify=transfer.verify,
     )
-    pushing = _pushing(config, engine, outbox, submit, clock)
+    wires = _Wires(config, node, engine, kv, outbox, submit, mark, clock)
+    pushing = wires.pushing()
     return DecodeRole(
         engine,
         decision_rule(config),
         granting=granting,
         pushing=pushing,
-        checks=_pair_check(
-            config,
-            node,
-            engine,
-            kv,
-            patterns=patterns,
-            pushing=pushing,
-            landings=granting.landings,
-            agents=granting.agents,
-            outbox=outbox,
-            submit=submit,
-            mark=mark,
-            clock=clock,
-        ),
+        checks=wires.pair_check(pushing, granting.landings, granting.agents, patterns),
         layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
         vocab_size=vocab_size,
         outbox=outbox,
@@ -127,7 +116,8 @@ def prefill_role(
 ) -> PrefillRole:
     """Without `patterns` its pairs are not checked."""
     pool, limits, transfer = engine.pool, engine.limits, config.transfer
-    pushing = _pushing(config, engine, outbox, submit, clock)
+    wires = _Wires(config, node, engine, kv, outbox, submit, mark, clock)
+    pushing = wires.pushing()
     prefixes = PrefixIntake(
         node.name,
         engine,
@@ -143,20 +133,7 @@ def prefill_role(
         credit_tokens=min(pool.num_blocks * pool.block_size, 2 * limits.max_model_len),
         pushing=pushing,
         prefixes=prefixes,
-        checks=_pair_check(
-            config,
-            node,
-            engine,
-            kv,
-            patterns=patterns,
-            pushing=pushing,
-            landings=Landings(pool, None),
-            agents=prefixes.agents,
-            outbox=outbox,
-            submit=submit,
-            mark=mark,
-            clock=clock,
-        ),
+        checks=wires.pair_check(pushing, Landings(pool, None), prefixes.agents, patterns),
         vocab_size=vocab_size,
         outbox=outbox,
         mark=mark,
@@ -164,49 +141,50 @@ def prefill_role(
     )
 
 
-def _pushing(config: Config, engine: Engine, outbox: Outbox, submit: Submit, clock: Clock) -> Pushing:
-    return Pushing(
-        engine.pool,
-        max_write_tokens=engine.limits.max_step_tokens,
-        lease_s=config.transfer.lease_s,
-        quiesce_s=config.transfer.quiesce_s,
-        outbox=outbox,
-        submit=submit,
-        clock=clock,
-    )
+@dataclass(frozen=True, slots=True)
+class _Wires:
+    """What both roles are made around, and what of them is the same in both."""
 
+    config: Config
+    node: NodeConfig
+    engine: Engine
+    kv: KVSpec
+    outbox: Outbox
+    submit: Submit
+    mark: Mark
+    clock: Clock
 
-def _pair_check(
-    config: Config,
-    node: NodeConfig,
-    engine: Engine,
-    kv: KVSpec,
-    *,
-    patterns: Patterns | None,
-    pushing: Pushing,
-    landings: Landings,
-    agents: Mapping[NodeName, PairOpened],
-    outbox: Outbox,
-    submit: Submit,
-    mark: Mark,
-    clock: Clock,
-) -> PairCheck:
-    transfer = config.transfer
-    intake = PatternIntake(
-        node.name,
-        engine,
-        patterns=patterns,
-        landings=landings,
-        agents=agents,
-        lease_s=transfer.lease_s,
-        quiesce_s=transfer.quiesce_s,
-        outbox=outbox,
-        submit=submit,
-        clock=clock,
-    )
-    way = WayOut(
-        transport=f"{transfer.transports} over {transfer.devices or 'lo'}",
-        layer_groups=layer_groups(kv.num_layers, transfer.layer_group),
-    )
-    pushes = PatternPushes(node.name, engine, patterns=patterns, pushing=pushing, way=way, outbox=outbox, mark=mark)
-    return PairCheck(intake, pushes, pushing)
+    def pushing(self) -> Pushing:
+        transfer = self.config.transfer
+        return Pushing(
+            self.engine.pool,
+            max_write_tokens=self.engine.limits.max_step_tokens,
+            lease_s=transfer.lease_s,
+            quiesce_s=transfer.quiesce_s,
+            outbox=self.outbox,
+            submit=self.submit,
+            clock=self.clock,
+        )
+
+    def pair_check(
+        self, pushing: Pushing, landings: Landings, agents: Mapping[NodeName, PairOpened], patterns: Patterns | None
+    ) -> PairCheck:
+        name, transfer = self.node.name, self.config.transfer
+        intake = PatternIntake(
+            name,
+            self.engine,
+            patterns=patterns,
+            landings=landings,
+            agents=agents,
+            lease_s=transfer.lease_s,
+            quiesce_s=transfer.quiesce_s,
+            outbox=self.outbox,
+            submit=self.submit,
+            clock=self.clock,
+        )
+        way = WayOut(
+            transport=f"{transfer.transports} over {transfer.devices or 'lo'}",
+            layer_groups=layer_groups(self.kv.num_layers, transfer.layer_group),
+        )
+        pushes = PatternPushes(name, self.engine, patterns=patterns, pushing=pushing, way=way, outbox=self.outbox, mark=self.mark)
+        return PairCheck(intake, pushes, pushing)

@@ -83,6 +83,8 @@ class PairBook:
             return  # the writer left or came back meanwhile: its own link event opens the pair
         if pair.state is PairState.REFUSED:
             return  # another router has asked for it, and may know better
+        if pair.agent is not None and not pair.is_current(frame.agent_id):
+            pair.replaced = pair.agent.agent_id
         pair.agent = frame
         self._probe(pair, writer, target, now)
 
@@ -110,8 +112,10 @@ class PairBook:
     def on_lost(self, writer: Peer, frame: PairLost, now: float) -> None:
         """The writer cannot reach the agent any more: probe it again after a pause, unless that is of no use."""
         pair = self._pairs.get((writer.name, frame.peer))
-        if pair is None or not pair.is_current(frame.agent_id):
+        if pair is None:
             return None
+        if not pair.is_current(frame.agent_id):
+            return self._find_out(pair, frame.agent_id, writer, now)
         if frame.for_good:
             return self._refuse(pair, frame.reason)
         if frame.reason != pair.reason:  # once, not with every probe that fails
@@ -119,6 +123,15 @@ class PairBook:
         pair.state, pair.reason = PairState.LOST, frame.reason
         pair.retry_at = now + RETRY_S
         return None
+
+    def _find_out(self, pair: Pair, agent_id: AgentId, writer: Peer, now: float) -> None:
+        """A grant named an agent that neither we nor the writer know: another router had the target make it, for a writer that is not
+        there. Of one that was replaced here its loss is no news."""
+        target = self._peer(pair.target)
+        if pair.state is PairState.READY and target is not None and agent_id != pair.replaced:
+            log.warning("%s → %s: the KV path is to an agent that is not there any more: asking for another", pair.writer, pair.target)
+            pair.state, pair.agent = PairState.OPENING, None
+            self._ask(pair, writer, target, now)
 
     # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

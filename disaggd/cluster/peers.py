@@ -54,6 +54,8 @@ class Pair:
     state: PairState = PairState.OPENING
     agent: PairAgent | None = None
     """The target's latest agent for this pair."""
+    replaced: AgentId | None = None
+    """The agent before it."""
     retry_at: float = 0.0
     """When LOST: the time of the next probe; FAILED, or READY without a check: of the next check."""
     reason: str = ""

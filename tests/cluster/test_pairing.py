@@ -92,6 +92,20 @@ def test_a_pair_of_which_its_writer_says_that_there_is_no_way_is_refused_and_not
     assert pairing.state() is PairState.OPENING, "with another file, perhaps"
 
 
+def test_when_a_target_has_another_agent_than_we_know_it_is_asked_for_one() -> None:
+    """Another router believed in another writer, and had the agent fenced that we know; its successor is for nobody."""
+    pairing = ready_pair()
+    pairing.agent(NEW, incarnation="p0-not-there")
+    assert pairing.state() is PairState.READY and pairing.sent == {P0: [], D0: []}
+    pairing.lost(NEW)
+    assert pairing.state() is PairState.OPENING
+    assert pairing.sent == {P0: [], D0: [OpenPair(P0, Incarnation("p0-first"), 1)]}
+    pairing.lost(NEW)
+    assert len(pairing.sent[D0]) == 1, "once"
+    pairing.agent(AgentId("newest"))
+    assert pairing.ready(AgentId("newest"))
+
+
 def test_a_writer_is_told_the_geometry_that_shall_land() -> None:
     pairing = Pairing()
     pairing.decode_up()

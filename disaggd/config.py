@@ -29,6 +29,7 @@ DEFAULT_PATH = Path("config.toml")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Device = Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Secret = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{16,}$", description="16 or more ASCII letters, digits and signs, no blanks")]
 
@@ -209,7 +210,9 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     listen: Address
     """Where a router serves HTTP; where routers reach an engine node."""
-    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')] = "cpu"
+    device: Device = "cpu"
+    devices: tuple[Device, ...] | None = None
+    """One for each rank, in place of `device`: ranks on GPUs have one each, of this host."""
     kv_cache: Size | None = None
     """Bytes of the KV pool, all ranks together; None on a CPU is 256 MiB, on a GPU nine tenths of what the weights leave free."""
     block_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCK_SIZE)] = 64
@@ -219,7 +222,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpus: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
     """Pin the process to these processors."""
     tp: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    """Tensor parallelism: so many ranks compute the model together, each a process with `threads` of its own (CPU)."""
+    """Tensor parallelism: so many ranks compute the model together, each a process, with `threads` of its own on a CPU, on one of
+    `devices` on GPUs."""
     max_step_tokens: Positive = 1024
     """Tokens computed per step, over all sequences."""
     max_sequences: Positive = 64
@@ -230,7 +234,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_cache_bytes(self) -> int | None:
         """Bytes of the KV pool; None where only the device knows."""
-        return CPU_KV_CACHE if self.kv_cache is None and self.device == "cpu" else self.kv_cache
+        return CPU_KV_CACHE if self.kv_cache is None and not self.is_gpu else self.kv_cache
 
     @property
     def shares_prefixes(self) -> bool:
@@ -239,7 +243,12 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_gpu(self) -> bool:
-        return self.device != "cpu"
+        return self.rank_devices[0] != "cpu"
+
+    @property
+    def rank_devices(self) -> tuple[str, ...]:
+        """What each rank computes on; without `devices` all on the same, which can only be a CPU's."""
+        return self.devices or (self.device,) * self.tp
 
 
 _ROUTER_KEYS = frozenset({"name", "role", "listen", "cpus"})
@@ -336,6 +345,7 @@ def parse_config(text: str) -> Config:
     config = convert(raw, Config)
     for index, node in enumerate(raw.get("node", ())):
         _refuse_engine_keys(node, place("node", index, node))
+        _refuse_two_keys_for_devices(node, place("node", index, node))
     for check in _CHECKS:
         check(config)
     return config
@@ -350,6 +360,11 @@ def _refuse_engine_keys(node: dict[str, object], where: str) -> None:
         for key in node:
             if key not in _ROUTER_KEYS:
                 raise ConfigError(f"{where}.{key}: has no meaning for a router, which neither computes nor holds KV; remove it")
+
+
+def _refuse_two_keys_for_devices(node: dict[str, object], where: str) -> None:
+    if "device" in node and "devices" in node:
+        raise ConfigError(f"{where}.device: stands beside devices, which says all; remove it")
 
 
 def _check_roles(config: Config) -> None:
@@ -396,24 +411,31 @@ def _check_blocks(config: Config) -> None:
             )
 
 
-def _check_ranks(config: Config) -> None:
+def _check_devices(config: Config) -> None:
     for node in config.nodes:
-        if node.tp == 1:
+        where = f"node {node.name!r}: devices"
+        if node.devices is None:
+            if node.is_gpu and node.tp > 1:
+                raise ConfigError(
+                    f"{where}: is missing; tp = {node.tp} on GPUs takes a device for each rank, but there is only {node.device}"
+                )
             continue
-        if node.is_gpu:
-            raise ConfigError(f"node {node.name!r}: tp = {node.tp} is for CPU nodes so far, but its device is {node.device}")
-
-
-def _check_wire(config: Config) -> None:
-    for node in config.nodes:
-        if config.transfer.wire_dtype == "fp8" and node.is_gpu:
-            raise ConfigError(f'node {node.name!r}: transfer.wire_dtype = "fp8" is for CPU nodes so far, but its device is {node.device}')
+        if len(node.devices) != node.tp:
+            raise ConfigError(
+                f"{where}: has {len(node.devices)} of them ({', '.join(node.devices)}), but tp = {node.tp}: one for each rank"
+            )
+        if len({device == "cpu" for device in node.devices}) > 1:
+            raise ConfigError(f"{where}: {', '.join(node.devices)} are a CPU and GPUs, which compute nothing together")
+        index, times = Counter(int(device.partition(":")[2] or 0) for device in node.devices).most_common(1)[0]
+        if node.is_gpu and times > 1:
+            raise ConfigError(f"{where}: cuda:{index} is there {times} times; each rank must have a GPU of its own")
 
 
 def _check_weights(config: Config) -> None:
     for node in config.nodes:
-        if config.model.weights == "int8" and node.device != "cpu":
-            raise ConfigError(f'node {node.name!r}: model.weights = "int8" is for CPU nodes so far, but its device is {node.device}')
+        if config.model.weights == "int8" and node.is_gpu:
+            device = node.rank_devices[0]
+            raise ConfigError(f'node {node.name!r}: model.weights = "int8" is for CPU nodes so far, but its device is {device}')
 
 
 def _check_transfer_ports(config: Config) -> None:
@@ -440,9 +462,8 @@ _CHECKS = (
     _check_secret,
     _check_tls,
     _check_blocks,
-    _check_ranks,
+    _check_devices,
     _check_weights,
-    _check_wire,
     _check_transfer_ports,
 )
 

@@ -168,10 +168,11 @@ def _engine_cells(node: NodeConfig, spec: ModelSpec) -> tuple[str, ...]:
     threads = str(node.threads) if node.tp == 1 else f"{node.tp} ranks x {node.threads}"
     if node.cpus is not None:
         threads += f" on {','.join(map(str, node.cpus))}"
+    device = node.device if node.devices is None else ", ".join(node.devices)
     if node.kv_cache_bytes is None or blocks is None:
-        return node.device, threads, "what is free", f"? x {size}", "?"
+        return device, threads, "what is free", f"? x {size}", "?"
     pool = _size(node.kv_cache_bytes) + (" of all ranks" if node.tp > 1 else "")
-    return node.device, threads, pool, f"{blocks:,} x {size}", f"{blocks * size:,}"
+    return device, threads, pool, f"{blocks:,} x {size}", f"{blocks * size:,}"
 
 
 def _facts(path: Path, config: Config, directory: ModelDirectory, spec: ModelSpec) -> Text:

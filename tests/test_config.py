@@ -121,9 +121,22 @@ def test_addresses_clash_where_one_host_could_not_listen_on_both(one: str, other
             f'[model]\nweights = "int8"\n{CLUSTER}device = "cuda:1"',
             "node 'd0': model.weights = \"int8\" is for CPU nodes so far, but its device is cuda:1",
         ),
+        (CLUSTER + 'devices = ["cuda", "tpu"]', 'node[2] (d0).devices[1]: expected "cpu", "cuda" or "cuda:N"'),
+        (CLUSTER + 'device = "cuda"\ndevices = ["cuda"]', "node[2] (d0).device: stands beside devices, which says all; remove it"),
+        (CLUSTER + 'tp = 2\ndevice = "cuda:1"', "node 'd0': devices: is missing; tp = 2 on GPUs takes a device for each rank"),
         (
-            f'[transfer]\nwire_dtype = "fp8"\n{CLUSTER}device = "cuda:1"',
-            "node 'd0': transfer.wire_dtype = \"fp8\" is for CPU nodes so far, but its device is cuda:1",
+            CLUSTER + 'tp = 3\ndevices = ["cuda:0", "cuda:1"]',
+            "node 'd0': devices: has 2 of them (cuda:0, cuda:1), but tp = 3: one for each",
+        ),
+        (CLUSTER + 'devices = ["cuda:0", "cuda:1"]', "node 'd0': devices: has 2 of them (cuda:0, cuda:1), but tp = 1"),
+        (
+            CLUSTER + 'tp = 2\ndevices = ["cuda:0", "cpu"]',
+            "node 'd0': devices: cuda:0, cpu are a CPU and GPUs, which compute nothing together",
+        ),
+        (CLUSTER + 'tp = 2\ndevices = ["cpu", "cuda"]', "node 'd0': devices: cpu, cuda are a CPU and GPUs"),
+        (
+            CLUSTER + 'tp = 3\ndevices = ["cuda", "cuda:1", "cuda:0"]',
+            "node 'd0': devices: cuda:0 is there 2 times; each rank must have a GPU",
         ),
         (CLUSTER + "cpus = [-1]", "node[2] (d0).cpus[0]: expected int >= 0"),
         ("node = 3", "node: expected array, got int"),
@@ -256,10 +269,15 @@ def test_a_port_range_reads_as_it_was_written() -> None:
     assert PortRange.parse("18500-18999") == (18500, 18999)
 
 
-def test_ranks_are_for_cpu_nodes() -> None:
-    assert parse_config(CLUSTER + "tp = 2").node("d0").tp == 2
-    with pytest.raises(ConfigError, match="node 'd0': tp = 2 is for CPU nodes so far, but its device is cuda"):
-        parse_config(CLUSTER + 'tp = 2\ndevice = "cuda"')
+def test_each_rank_has_a_device_of_its_own() -> None:
+    of_cpus, of_gpus = (
+        parse_config(CLUSTER + "tp = 2").node("d0"),
+        parse_config(CLUSTER + 'tp = 2\ndevices = ["cuda:1", "cuda"]').node("d0"),
+    )
+    assert (of_cpus.rank_devices, of_cpus.is_gpu) == (("cpu", "cpu"), False)
+    assert (of_gpus.rank_devices, of_gpus.is_gpu, of_gpus.kv_cache_bytes) == (("cuda:1", "cuda"), True, None)
+    alone = parse_config(CLUSTER + 'devices = ["cuda:3"]').node("d0")
+    assert (alone.rank_devices, alone.is_gpu) == (("cuda:3",), True)
 
 
 def test_every_rank_needs_its_own_ports() -> None:

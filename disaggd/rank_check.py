@@ -1,6 +1,6 @@
 """`disaggd check --tp N`: whether N ranks say of this model what one says, and how far apart their logits are.
 
-Runs on the main thread, on the CPU. Knows no router, no link and no transfer.
+Runs on the main thread, on CPUs or on the node's GPUs. Knows no router, no link and no transfer.
 """
 
 import sys
@@ -26,8 +26,8 @@ def run(config: Config, node: NodeConfig, tp: int) -> int:
 
     With the model of the file, and the threads and the block size of `node`, for each rank.
     """
-    if node.is_gpu:
-        raise ConfigError(f"node {node.name!r}: ranks are for CPU nodes so far, but its device is {node.device}")
+    if node.is_gpu and node.tp != tp:
+        raise ConfigError(f"node {node.name!r}: --tp {tp} takes as many GPUs, but its devices are {', '.join(node.rank_devices)}")
     directory = open_directory(config.model.path)
     spec = directory.spec(config.model.dtype)
     spec.check_ranks(tp)
@@ -40,12 +40,12 @@ def run(config: Config, node: NodeConfig, tp: int) -> int:
                 config.model.path,
                 dtype=config.model.dtype,
                 weights=config.model.weights,
+                devices=node.rank_devices[:ranks] if node.is_gpu else ("cpu",) * ranks,
                 kv_cache_bytes=kv.blocks_for(len(prompt) + NUM_TOKENS) * kv.bytes_per_block,
                 block_size=node.block_size,
                 max_step_tokens=node.max_step_tokens,
                 max_sequences=node.max_sequences,
                 max_model_len=config.model.max_model_len,
-                tp=ranks,
                 progress=progress,
             )
 

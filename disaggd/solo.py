@@ -4,11 +4,12 @@ Runs on the main thread. Knows no router, no link and no transfer.
 """
 
 import sys
+from contextlib import closing
 
 import msgspec
 
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import load_engine
+from disaggd.engine.build import LoadedEngine, load_engine
 from disaggd.engine.engine import Engine
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import InvalidRequest
@@ -35,7 +36,11 @@ def run(config: Config, node: NodeConfig, prompt: str, sampling: SamplingParams,
 
     `max_tokens` None: `DEFAULT_MAX_TOKENS`, or what the context has room for. Raises DisaggdError.
     """
-    loaded = load_engine(config, node)
+    with closing(load_engine(config, node)) as loaded:
+        _generate(loaded, config, prompt, sampling, max_tokens, as_json)
+
+
+def _generate(loaded: LoadedEngine, config: Config, prompt: str, sampling: SamplingParams, max_tokens: int | None, as_json: bool) -> None:
     tokenizer = read_tokenizer(loaded.directory.root, loaded.spec.vocab_size)
     tokens = _encode(tokenizer, prompt)
     sampling = msgspec.structs.replace(sampling, max_tokens=_settle(loaded.engine, len(tokens), max_tokens))

@@ -346,7 +346,7 @@ def test_check_of_more_ranks_than_there_can_be_exits_2(config: Path, capsys: pyt
     assert "tp = 9: the model has 4 heads" in capsys.readouterr().err
     config.write_text(config.read_text() + 'device = "cuda"\n')
     assert run("check", "--config", str(config), "--tp", "2") == 2
-    assert "node 'd0': ranks are for CPU nodes so far" in capsys.readouterr().err
+    assert "node 'd0': --tp 2 takes as many GPUs, but its devices are cuda" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("in_process")

@@ -53,6 +53,13 @@ def test_a_node_on_a_gpu_may_copy_to_and_from_it() -> None:
     assert node_environment(config, msgspec.structs.replace(node, device="cuda:0"))["UCX_TLS"] == "tcp,cuda_copy"
 
 
+def test_ranks_on_gpus_meet_on_loopback() -> None:
+    config, node = decode_node()
+    assert not any(name.startswith("NCCL") for name in node_environment(config, msgspec.structs.replace(node, device="cuda:0", tp=1)))
+    environment = node_environment(config, msgspec.structs.replace(node, devices=("cuda:0", "cuda:1"), tp=2))
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo" and environment["UCX_TLS"] == "tcp,cuda_copy"
+
+
 def test_a_router_needs_nothing() -> None:
     config, _ = decode_node()
     assert node_environment(config, config.node("router")) == {}

@@ -1,8 +1,7 @@
 """An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,29 +12,27 @@ from torch import Tensor
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
-from disaggd.engine.graphs import DecodeGraphs
-from disaggd.engine.kv_repack import KVUnpacker, make_unpacker
+from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.patterns import PatternMemory, RankPatterns
-from disaggd.engine.ranks import STEP_TIMEOUT_S, Beside, Followers, RankOrder, RanksUnpacker
+from disaggd.engine.rank import NoOthers, Rank, load_rank, memory_shortage_on, num_blocks_in
+from disaggd.engine.rank_orders import Beside, HostMemory, RankOrder
+from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, Landing, RanksLanding
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
 from disaggd.engine.stream import DeviceStream
-from disaggd.errors import ConfigError, ResourceError
+from disaggd.errors import ConfigError, RankLost, ResourceError
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
-from disaggd.model.kv import allocate_kv
-from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
+from disaggd.model.parallel import meeting_place, part_of
 from disaggd.model.spec import Dtype, ModelSpec, Weights
-from disaggd.model.transformer import Transformer
-from disaggd.model.weights import load_weights
 from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
-from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8, kv_spec
-from disaggd.transfer.source import staging_blocks
+from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
 
-_POOL_SHARE = 0.9
-"""Of the memory that the weights leave free on a GPU: the rest is for activations, logits and captured graphs."""
+NO_HOST_MEMORY = HostMemory()
+
+OnRankLost = Callable[[ResourceError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,16 @@ class LoadedEngine:
     stream: DeviceStream
     followers: Followers | None = None
     """The other ranks, if there are any."""
-    unpacker: KVUnpacker | RanksUnpacker | None = None
-    """Where KV lands, in fp8; None: in `kv`."""
+    staging: KVStaging | None = None
+    """What the KV of this rank goes through, where NIXL is not shown the pool."""
+    fp8_landing: PoolPlace | None = None
+    """Where peers write this rank's KV in fp8, if they do."""
+    landing: Landing | None = None
+    """What peers write in place of the pool, if they do, on all ranks."""
+
+    def close(self) -> None:
+        """Nothing is computed any more: the other ranks end, and what the ranks have in common. Idempotent."""
+        self.runner.close()
 
     @property
     def patterns(self) -> RankPatterns:
@@ -68,26 +73,34 @@ class LoadedEngine:
         return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)
 
 
-def load_engine(config: Config, node: NodeConfig, beside: Beside | None = None, *, lands_in_fp8: bool = False) -> LoadedEngine:
+def load_engine(
+    config: Config,
+    node: NodeConfig,
+    beside: Beside | None = None,
+    memory: HostMemory = NO_HOST_MEMORY,
+    on_rank_lost: OnRankLost | None = None,
+) -> LoadedEngine:
     """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError.
 
-    `beside` runs in the process of every rank but the first. `lands_in_fp8`: KV that comes from elsewhere does.
+    `beside` runs in the process of every rank but the first. `memory` is for KV that comes from elsewhere, or goes there. `on_rank_lost`
+    is called when another rank has ended, from the start on, on a thread of its own.
     """
+    _check_devices(node)
     with start_progress(config.model.served_name) as progress:
         return build_engine(
             config.model.path,
             dtype=config.model.dtype,
             weights=config.model.weights,
-            device=node.device,
+            devices=node.rank_devices,
             kv_cache_bytes=node.kv_cache_bytes,
             block_size=node.block_size,
             max_step_tokens=node.max_step_tokens,
             max_sequences=node.max_sequences,
             max_model_len=config.model.max_model_len,
             layer_group=config.transfer.layer_group,
-            tp=node.tp,
             beside=beside,
-            fp8_staging=config.transfer.staging if lands_in_fp8 else None,
+            memory=memory,
+            on_rank_lost=on_rank_lost,
             prefix_cache=node.prefix_cache,
             itl_target_ms=config.disaggregation.itl_target_ms,
             progress=progress,
@@ -100,6 +113,7 @@ def build_engine(
     dtype: Dtype | Literal["auto"] = "auto",
     weights: Weights = "auto",
     device: str = "cpu",
+    devices: tuple[str, ...] | None = None,
     kv_cache_bytes: int | None,
     block_size: int,
     max_step_tokens: int,
@@ -110,14 +124,15 @@ def build_engine(
     prefix_cache: bool = False,
     tp: int = 1,
     beside: Beside | None = None,
-    fp8_staging: int | None = None,
+    memory: HostMemory = NO_HOST_MEMORY,
+    on_rank_lost: OnRankLost | None = None,
     progress: StartProgress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
 
-    `kv_cache_bytes` None, on a GPU only: what the weights leave free, less a tenth for the work itself. `tp` ranks compute it, each but
-    the first in a process of its own. `fp8_staging`: bytes, of all ranks together, for KV that lands in fp8; None: it lands in the pool.
+    `kv_cache_bytes` None, on GPUs only: what the weights leave free, less a tenth for the work itself. One rank on each of `devices`, or
+    `tp` on `device`, computes it, each but the first in a process of its own. `memory`, `beside`, `on_rank_lost`: see `load_engine`.
     `clock`: seconds, to time steps by.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
@@ -129,131 +144,81 @@ def build_engine(
     layout = kv_spec(spec, block_size)
     limits = Limits(max_step_tokens, max_sequences, _model_len(spec, max_model_len))
     limits.check(block_size)
-    where = _device(device)
-    stream = DeviceStream(where)
+    wheres = [_device(name) for name in devices or (device,) * tp]
+    part_of(spec, 0, len(wheres))
+    stream = DeviceStream(wheres[0])
     stream.enter()
-    kv: Tensor | None = None
-    followers: Followers | None = None
-    fp8_blocks: int | None = None
-    if fp8_staging is not None:
-        assert kv_cache_bytes is not None, "the config refuses KV that lands in fp8 on other devices than CPUs"
-        fp8_blocks = staging_blocks(
-            in_fp8(layout),
-            fp8_staging,
-            pool_blocks=_num_blocks(layout, kv_cache_bytes),
-            max_step_tokens=max_step_tokens,
-            layer_group=layer_group,
-        )
-    if tp > 1:
-        assert kv_cache_bytes is not None, "the config refuses ranks on other devices than CPUs"
-        kv, transformer, followers = _with_others(
-            directory, spec, where, weights, block_size, kv_cache_bytes, fp8_blocks, tp, beside, progress
-        )
-    else:
-        if kv_cache_bytes is not None:
-            kv = allocate_kv(layout, _num_blocks(layout, kv_cache_bytes), where)
-        with _memory_shortage_on(where, "the weights"):
-            transformer = load_weights(directory, spec, where, progress.loading, weights)
-    transformer.layer_group = layer_group
-    if kv is None:
-        kv = allocate_kv(layout, _num_blocks(layout, int(torch.cuda.mem_get_info(where)[0] * _POOL_SHARE)), where)
-    hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
-    pool = BlockPool(kv.shape[1], block_size, hasher)
-    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
-    runner = _runner(transformer, kv, limits, progress, followers)
-    engine = Engine(runner, pool, limits, spec.eos_token_ids, pace)
-    if where.type == "cuda":
-        warm_up(engine, where)
-    return LoadedEngine(engine, runner, directory, spec, layout, kv, stream, followers, _unpacker(spec, kv, fp8_blocks, followers))
-
-
-def _unpacker(spec: ModelSpec, kv: Tensor, fp8_blocks: int | None, followers: Followers | None) -> KVUnpacker | RanksUnpacker | None:
-    if fp8_blocks is None:
-        return None
-    first = make_unpacker(kv, kv_spec(spec, kv.shape[4], kv.shape[2]), fp8_blocks)
-    return first if followers is None else RanksUnpacker(first, followers)
-
-
-def _with_others(
-    directory: ModelDirectory,
-    spec: ModelSpec,
-    where: torch.device,
-    weights: Weights,
-    block_size: int,
-    kv_cache_bytes: int,
-    fp8_blocks: int | None,
-    tp: int,
-    beside: Beside | None,
-    progress: StartProgress,
-) -> tuple[Tensor, Transformer, Followers]:
-    """The first rank's KV and part of the model, and the other ranks, which are loaded at the same time."""
-    part = part_of(spec, 0, tp)
-    num_blocks = _num_blocks(kv_spec(spec, block_size), kv_cache_bytes)
-    kv = allocate_kv(kv_spec(spec, block_size, len(part.kv_heads)), num_blocks, where)
-    place = meeting_place()
+    place = meeting_place() if len(wheres) > 1 else None
     order = RankOrder(
         rank=0,
-        num_ranks=tp,
-        port=place.port,
+        num_ranks=len(wheres),
+        port=None if place is None else place.port,
         path=str(directory.root),
         dtype=spec.dtype,
         weights=weights,
-        device=str(where),
+        device=str(wheres[0]),
         block_size=block_size,
-        num_blocks=num_blocks,
-        fp8_blocks=fp8_blocks,
+        num_blocks=None if kv_cache_bytes is None else num_blocks_in(layout, kv_cache_bytes),
+        max_step_tokens=max_step_tokens,
+        max_sequences=max_sequences,
+        max_model_len=limits.max_model_len,
+        layer_group=layer_group,
+        memory=memory,
         step_timeout_s=STEP_TIMEOUT_S,
     )
-    followers = Followers([msgspec.structs.replace(order, rank=rank) for rank in range(1, tp)], beside)
-    try:
-        followers.wait()
-        ranks = ProcessRanks(0, tp, place, STEP_TIMEOUT_S)
-        transformer = load_weights(directory, spec, where, progress.loading, weights, part, ranks)
-        followers.wait()
-    except BaseException:
-        followers.close()
-        raise
-    return kv, transformer, followers
-
-
-def _runner(
-    transformer: Transformer, kv: Tensor, limits: Limits, progress: StartProgress, followers: Followers | None = None
-) -> ModelRunner:
-    """On a GPU with its decode steps captured."""
-    if not kv.is_cuda:
-        return ModelRunner(transformer, kv, limits.max_step_tokens, followers=followers)
-    num_blocks, block_size = kv.shape[1], kv.shape[4]
-    graphs = DecodeGraphs(
-        transformer,
-        kv,
-        max_sequences=limits.max_sequences,
-        max_blocks=min(num_blocks, -(-limits.max_model_len // block_size)),
-        max_rows=limits.max_step_tokens,
+    followers: Followers | None = None
+    if place is None:
+        rank = load_rank(order, directory, spec, NoOthers(), progress)
+    else:
+        orders = [msgspec.structs.replace(order, rank=number, device=str(where)) for number, where in enumerate(wheres[1:], 1)]
+        followers = Followers(orders, beside)
+        if on_rank_lost is not None:
+            followers.watch(on_rank_lost)
+        rank = _load_beside(followers, lambda: load_rank(order, directory, spec, Companions(order, place, followers), progress))
+    hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
+    pool = BlockPool(rank.kv.shape[1], block_size, hasher)
+    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
+    runner = ModelRunner(rank.forward, followers)
+    engine = Engine(runner, pool, limits, spec.eos_token_ids, pace)
+    if wheres[0].type == "cuda":
+        warm_up(engine, wheres[0])
+    return LoadedEngine(
+        engine=engine,
+        runner=runner,
+        directory=directory,
+        spec=spec,
+        kv_spec=layout,
+        kv=rank.kv,
+        stream=stream,
+        followers=followers,
+        staging=rank.staging,
+        fp8_landing=None if rank.unpacker is None else rank.unpacker.place,
+        landing=rank.landing if followers is None or rank.landing is None else RanksLanding(rank.landing, followers),
     )
-    with _memory_shortage_on(kv.device, "captured decode steps: lower kv_cache"):
-        graphs.capture(progress.capturing)
-    return ModelRunner(transformer, kv, limits.max_step_tokens, graphs)
+
+
+def _load_beside(followers: Followers, load: Callable[[], Rank]) -> Rank:
+    """What `load` makes together with the followers; what goes wrong with one of them is what went wrong. They are ended then."""
+    try:
+        return load()
+    except BaseException as error:
+        trouble = followers.trouble() if isinstance(error, RankLost) else None
+        followers.close()
+        if trouble is not None:
+            raise trouble from error
+        raise
 
 
 def warm_up(engine: Engine, where: torch.device) -> None:
     """Run the longest prefill step and each way to sample once: kernels are compiled, and memory is found missing, before requests come."""
     longest = min(engine.limits.max_step_tokens, engine.context_limit - 2)
     ways = (SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.9, top_logprobs=5, presence_penalty=0.1))
-    with _memory_shortage_on(where, "a step's work: lower kv_cache or max_step_tokens"):
+    with memory_shortage_on(where, "a step's work: lower kv_cache or max_step_tokens"):
         for sampling in ways:
             limited = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
             for _ in generate(engine, [0] * longest, limited):
                 pass
             engine.pool.clear()  # else the next has nothing to compute
-
-
-@contextmanager
-def _memory_shortage_on(where: torch.device, what: str) -> Iterator[None]:
-    """That the device has no memory left in the body is a ResourceError that says for `what`."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(f"device {where}: no memory is left for {what} ({error})") from error
 
 
 def _model_len(spec: ModelSpec, wanted: int | None) -> int:
@@ -263,10 +228,13 @@ def _model_len(spec: ModelSpec, wanted: int | None) -> int:
     return wanted or limit
 
 
-def _num_blocks(layout: KVSpec, kv_cache_bytes: int) -> int:
-    if kv_cache_bytes < layout.bytes_per_block:
-        raise ConfigError(f"kv_cache: {kv_cache_bytes:,} bytes do not hold one block of {layout.bytes_per_block:,}")
-    return kv_cache_bytes // layout.bytes_per_block
+def _check_devices(node: NodeConfig) -> None:
+    """Raises ResourceError naming the one that is not there."""
+    for device in node.rank_devices:
+        try:
+            _device(device)
+        except ResourceError as error:
+            raise ResourceError(f"node {node.name!r}: {'device' if node.devices is None else 'devices'}: {error}") from error
 
 
 def _device(name: str) -> torch.device:

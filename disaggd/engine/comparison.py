@@ -98,8 +98,7 @@ def _logits_of(loaded: LoadedEngine, tokens: list[int], num_prompt: int) -> Tens
         reader = _Reader(loaded)
         return torch.stack([reader.read(tokens[:end]) for end in range(num_prompt, len(tokens))])
     finally:
-        if loaded.followers is not None:
-            loaded.followers.close()
+        loaded.close()
 
 
 def _first_difference(alone: Tensor, chosen: Tensor, others: Tensor) -> Difference | None:

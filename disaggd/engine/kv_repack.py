@@ -5,9 +5,11 @@ The transfer thread repacks and the compute thread unpacks; `transfer/repack.py`
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from disaggd.engine.staging import upload
 from disaggd.engine.stream import SideStream
 from disaggd.errors import ResourceError
 from disaggd.ids import BlockId
@@ -41,7 +43,7 @@ class KVRepacker:
             out = out.view(getattr(torch, target.dtype)).view(*shape[:3], 2, target.block_size, target.head_dim)
 
         def make() -> None:
-            ids = torch.tensor(span.blocks, device=self._kv.device)
+            [ids] = upload([np.array(span.blocks)], self._kv.device)
             self._ops.repack(out, self._kv, ids, layers=layers, heads=heads, start=span.start, num_tokens=span.num_tokens)
 
         return self._stream.run(make)
@@ -71,7 +73,7 @@ class KVUnpacker:
         """Unpack all layers of blocks of this memory into blocks of the pool, which no launched step writes."""
 
         def unpack() -> None:
-            ids, landed_ids = (torch.tensor(each, device=self._kv.device) for each in (list(blocks), list(landed)))
+            ids, landed_ids = upload([np.array(blocks), np.array(landed)], self._kv.device)
             self._ops.unpack_fp8(self._kv, self._memory, ids, landed_ids)
 
         return self._stream.run(unpack)

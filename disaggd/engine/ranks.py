@@ -1,43 +1,39 @@
-"""The other ranks of a tensor-parallel engine: child processes that compute their part of every step.
+"""The other ranks of a tensor-parallel engine, as the first sees them: child processes that compute their part of every step.
 
 Rank 0 is the node's own process. It alone schedules and samples; it sends each step's arrays down a pipe to every other rank, and then all
 of them compute it together. A rank has its weights and its heads' KV to itself, and block ids are the same on all.
 
-Nothing waits for a rank that is gone: its pipe, or the ranks' own connections, break at once, and the node ends (`watch`). A step that
-lacks a rank's part fails on every other, and the first finds out whose (`naming_the_lost`). A rank whose node is gone ends too.
+Nothing waits for a rank that is gone. On CPUs its pipe, and the ranks' own connections, break at once, and a step that lacks a rank's part
+fails on every other. On GPUs the others' devices would wait: the communicator is aborted, and the first rank looks for losses while it
+waits for a step. Either way it finds out whose part is missing (`naming_the_lost`), and the node ends (`watch`). A rank whose node is gone
+ends too.
 
 Something else may run in every rank's process beside its computing, with a pipe of its own to rank 0's; what it is, its owner knows.
 """
 
-import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Literal
+from typing import Protocol
 
-import msgspec
 import torch
 
 from disaggd.engine.batch import HostBatch
-from disaggd.engine.kv_repack import KVUnpacker, make_repacker, make_unpacker
-from disaggd.engine.patterns import PatternMemory, PatternOrder, obey
-from disaggd.engine.staging import upload
-from disaggd.errors import DisaggdError, RankLost, ResourceError
+from disaggd.engine.follower import follow
+from disaggd.engine.patterns import PatternOrder
+from disaggd.engine.rank_orders import AreYouThere, Beside, CopyIn, RankOrder, RankPipes, ToRank
+from disaggd.errors import RankLost, ResourceError
 from disaggd.ids import BlockId
-from disaggd.model.batch import Batch
-from disaggd.model.directory import open_directory
-from disaggd.model.kv import allocate_kv
-from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
-from disaggd.model.spec import Dtype, Weights
-from disaggd.model.weights import load_weights
-from disaggd.transfer.layout import PoolPlace, kv_spec
-from disaggd.transfer.messages import IsReady
+from disaggd.model.parallel import ProcessRanks, Ranks, TCPStore
+from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pattern import Mismatch
-from disaggd.transfer.rank_kv import RankKV
 
 STEP_TIMEOUT_S = 30.0
 """A rank that does not do its part of a step in so long is given up, and the node with it."""
@@ -47,86 +43,88 @@ STOP_TIMEOUT_S = 5.0
 GOES_NOT_ON = "and this node cannot go on without it"
 LAST_WORDS_S = 2.0
 """When one rank is lost, the others have noticed within so long."""
-
-
-Beside = Callable[[RankKV, Connection], AbstractContextManager[None]]
-"""What runs beside a rank's computing: given the rank's KV, and its end of a pipe to the first rank's process. Named in its module, for it
-is sent to another process."""
-
-
-class Unpack(msgspec.Struct, frozen=True):
-    """Blocks that have landed in fp8, and those of the pool that they are for."""
-
-    landed: tuple[BlockId, ...]
-    blocks: tuple[BlockId, ...]
-
-
-ToRank = HostBatch | Unpack | PatternOrder
-"""What goes down a rank's pipe, and is done in that order."""
-
-
-class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank is to be."""
-
-    rank: int
-    num_ranks: int
-    port: int
-    """Where the ranks meet."""
-    path: str
-    dtype: Dtype | Literal["auto"]
-    weights: Weights
-    device: str
-    block_size: int
-    num_blocks: int
-    fp8_blocks: int | None
-    """Of memory that KV lands in, in fp8; None: it lands in the pool."""
-    step_timeout_s: float
+DEVICE_POLL_S = 1e-4
+"""A device that waits for another rank's cannot be waited for, only asked. The step after is launched by then: nothing stands still."""
 
 
 class Followers:
-    """Ranks 1 … n−1, as rank 0 sees them: started when this is made.
-
-    They answer twice: when each has found its part and made room for its KV, and when all have met and each has read its weights.
-    """
+    """Ranks 1 … n−1, as rank 0 sees them: started when this is made."""
 
     def __init__(self, orders: list[RankOrder], beside: Beside | None = None) -> None:
         self._orders = orders
-        self._pipes: list[Connection] = []
-        self.side_pipes: list[Connection] = []
-        """By rank, from the second: our ends, for what runs `beside` their computing."""
+        self._pipes: list[RankPipes] = []
         self._processes: list[BaseProcess] = []
+        self._num_copies = 0
+        self._num_copied = [0] * len(orders)
         self._closed = threading.Event()
+        self._death: Future[ResourceError] = Future()
         self._reaping = threading.Lock()  # of two threads that wait for one child, the system tells only one how it ended
         context = get_context("spawn")
         for order in orders:
-            (ours, theirs), (side, other_side) = context.Pipe(), context.Pipe()
-            arguments = order, theirs, beside, other_side
-            process = context.Process(target=follow, args=arguments, name=f"rank {order.rank}", daemon=True)
+            ours, theirs = (RankPipes(*ends) for ends in zip(*(context.Pipe() for _ in range(3)), strict=True))
+            process = context.Process(target=follow, args=(order, theirs, beside), name=f"rank {order.rank}", daemon=True)
             process.start()
-            theirs.close()  # else its end would not end the pipe
-            other_side.close()
+            theirs.close()  # else the process's end would not end the pipes
             self._pipes.append(ours)
-            self.side_pipes.append(side)
             self._processes.append(process)
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes if process.pid is not None]
 
-    def wait(self) -> None:
+    @property
+    def side_pipes(self) -> list[Connection]:
+        """By rank, from the second: our ends, for what runs `beside` their computing."""
+        return [pipes.side for pipes in self._pipes]
+
+    # ── while they are made ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def wait(self) -> list[int | None]:
         """For the next answer of each. Raises ResourceError if one of them has a trouble instead."""
-        for order, pipe in zip(self._orders, self._pipes, strict=True):
-            trouble = _answer(pipe)
-            if trouble is not None:
-                raise ResourceError(f"rank {order.rank} of {order.num_ranks}: {trouble}")
+        return [_unless_trouble(order, pipes.orders) for order, pipes in zip(self._orders, self._pipes, strict=True)]
+
+    def agree(self, num_blocks: int) -> int:
+        """The fewest blocks that each has room for, and `num_blocks`; all are told. Raises ResourceError."""
+        agreed = min([num_blocks, *(fitting for fitting in self.wait() if fitting is not None)])
+        for order, pipes in zip(self._orders, self._pipes, strict=True):
+            try:
+                pipes.orders.send(agreed)
+            except OSError as error:
+                raise _trouble(order, "ended before it was ready") from error
+        return agreed
+
+    def trouble(self) -> ResourceError | None:
+        """What one of them has said, or that it has ended, instead of its next answer."""
+        for order, pipes in zip(self._orders, self._pipes, strict=True):
+            try:
+                if pipes.orders.poll(LAST_WORDS_S / 2):
+                    _unless_trouble(order, pipes.orders)
+            except ResourceError as error:
+                return error
+        return None
+
+    # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compute(self, batch: HostBatch) -> None:
         """Have every rank compute its part of the step. Raises RankLost if one is gone."""
         self._tell(batch)
 
-    def unpack(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> None:
-        """Have every rank unpack its heads of what has landed, before any later step. Raises RankLost if one is gone."""
-        self._tell(Unpack(tuple(landed), tuple(blocks)))
+    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
+        """Have every rank copy its heads of what has landed into the pool: whether all have. Both raise RankLost if one is gone."""
+        self._tell(CopyIn(tuple(landed), tuple(blocks)))
+        self._num_copies += 1
+        return partial(self._have_copied, self._num_copies)
+
+    def _have_copied(self, count: int) -> bool:
+        for index, (order, pipes) in enumerate(zip(self._orders, self._pipes, strict=True)):
+            try:
+                while self._num_copied[index] < count and pipes.copied.poll():
+                    pipes.copied.recv()
+                    self._num_copied[index] += 1
+            except (EOFError, OSError) as error:
+                raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+        return min(self._num_copied) >= count
 
     def order(self, order: PatternOrder) -> None:
         """Have every rank do that, in order with its steps; `answers` come next. Raises RankLost if one is gone."""
@@ -134,7 +132,7 @@ class Followers:
 
     def answers(self) -> list[Mismatch | None]:
         """Of every rank, to the last `order`. Raises RankLost if one is gone, or does not answer in a step's time."""
-        return [self._answer_of(order, pipe) for order, pipe in zip(self._orders, self._pipes, strict=True)]
+        return [self._answer_of(order, pipes.orders) for order, pipes in zip(self._orders, self._pipes, strict=True)]
 
     def _answer_of(self, order: RankOrder, pipe: Connection) -> Mismatch | None:
         try:
@@ -147,11 +145,28 @@ class Followers:
         return answer
 
     def _tell(self, what: ToRank) -> None:
-        for order, pipe in zip(self._orders, self._pipes, strict=True):
+        for order, pipes in zip(self._orders, self._pipes, strict=True):
             try:
-                pipe.send(what)
+                pipes.orders.send(what)
             except OSError as error:
                 raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+
+    def wait_for(self, is_done: IsReady) -> None:
+        """For the first rank's device to have done a step. Raises RankLost where it waits for another in vain."""
+        with self.naming_the_lost():
+            if not self._comes(is_done, self._orders[0].step_timeout_s):
+                raise RankLost(f"a step of {self._orders[0].num_ranks} ranks is not done")
+
+    def _comes(self, is_done: IsReady, within_s: float) -> bool:
+        """False: not so soon, or another rank has ended: what an aborted step gives is nothing."""
+        give_up_at = time.monotonic() + within_s
+        while not is_done():
+            if self._death.done() or time.monotonic() > give_up_at:
+                return False
+            time.sleep(DEVICE_POLL_S)
+        return not self._death.done()
+
+    # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
@@ -166,7 +181,11 @@ class Followers:
         ended = connection.wait([process.sentinel for process in self._processes], LAST_WORDS_S / 2)
         if ended:
             return self._end_of(next(process for process in self._processes if process.sentinel in ended))
-        silent = [str(order.rank) for order, pipe in zip(self._orders, self._pipes, strict=True) if not pipe.poll(LAST_WORDS_S / 2)]
+        if self._orders[0].device != "cpu":
+            self._tell(AreYouThere())  # their devices miss it, and they do not notice
+        silent = [
+            str(order.rank) for order, pipes in zip(self._orders, self._pipes, strict=True) if not pipes.orders.poll(LAST_WORDS_S / 2)
+        ]
         if not silent:
             return None
         return RankLost(f"rank {', '.join(silent)} of {self._orders[0].num_ranks} has not done its part of a step, {GOES_NOT_ON}")
@@ -178,32 +197,64 @@ class Followers:
 
     def watch(self, on_death: Callable[[ResourceError], None]) -> None:
         """`on_death` is called, on a thread of its own, as soon as one of them has ended."""
-        threading.Thread(target=self._watch, args=(on_death,), name="ranks", daemon=True).start()
+        self._death.add_done_callback(lambda death: on_death(death.result()))
 
-    def _watch(self, on_death: Callable[[ResourceError], None]) -> None:
+    def _watch(self) -> None:
         sentinels = {process.sentinel: process for process in self._processes}
         error = self._end_of(sentinels[connection.wait(list(sentinels))[0]])  # type: ignore[index]
         if not self._closed.is_set():
-            on_death(error)
+            self._death.set_result(error)
 
-    def close(self) -> None:
-        """End them. Idempotent."""
+    def close(self, is_done: IsReady = at_once) -> None:
+        """End them, once the first rank's device has done all that it needs them for: `is_done`. Idempotent."""
+        self._comes(is_done, STOP_TIMEOUT_S)
         self._closed.set()
-        for pipe in self._pipes:
-            pipe.close()
+        for pipes in self._pipes:
+            pipes.orders.close()
         for process in self._processes:
             process.join(STOP_TIMEOUT_S)
             if process.exitcode is None:
                 process.kill()
                 process.join()
-        for pipe in self.side_pipes:
-            pipe.close()
+        for pipes in self._pipes:
+            pipes.close()
 
 
-class RanksUnpacker:
-    """Memory in which KV lands in fp8, of all ranks: each has its heads' part, and block ids are the same."""
+class Companions:
+    """`rank.Others` of the first rank: the followers, who meet it at `place`."""
 
-    def __init__(self, first: KVUnpacker, followers: Followers) -> None:
+    def __init__(self, order: RankOrder, place: TCPStore, followers: Followers) -> None:
+        self._order = order
+        self._place = place
+        self._followers = followers
+
+    def are_ready(self) -> None:
+        self._followers.wait()
+
+    def meet(self) -> Ranks:
+        order = self._order
+        ranks = ProcessRanks(order.rank, order.num_ranks, self._place, order.step_timeout_s, torch.device(order.device))
+        self._followers.watch(lambda _: ranks.abort())
+        return ranks
+
+    def agree(self, num_blocks: int) -> int:
+        return self._followers.agree(num_blocks)
+
+
+class Landing(Protocol):
+    """Memory of the host that peers write in place of a pool: `KVStaging`, `KVUnpacker`, or a test's."""
+
+    @property
+    def place(self) -> PoolPlace: ...
+
+    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
+        """Copy blocks of this memory to blocks of the pool, all layers of them, which no launched step writes."""
+
+
+class RanksLanding:
+    """Such memory of all ranks: each has its heads' part, and block ids are the same."""
+
+    def __init__(self, first: Landing, followers: Followers) -> None:
         self._first = first
         self._followers = followers
 
@@ -213,77 +264,24 @@ class RanksUnpacker:
         return self._first.place
 
     def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
-        """Unpack blocks into the pool on all ranks; the others do so before any step that reads them. Raises RankLost if one is gone."""
-        self._followers.unpack(landed, blocks)
-        return self._first.copy_in(landed, blocks)
+        """Done when it is on every rank: only then may a step read the blocks, or a peer write the memory. Both may raise RankLost."""
+        others_have = self._followers.copy_in(landed, blocks)
+        first_has = self._first.copy_in(landed, blocks)
+        return lambda: first_has() and others_have()
 
 
-def _answer(pipe: Connection) -> str | None:
-    """What went wrong with a rank, if anything did."""
+def _unless_trouble(order: RankOrder, pipe: Connection) -> int | None:
+    """A rank's answer. Raises ResourceError."""
     try:
         if not pipe.poll(START_TIMEOUT_S):
-            return f"has not loaded its part within {START_TIMEOUT_S:g} s"
-        trouble: str | None = pipe.recv()
-    except (EOFError, OSError):
-        return "ended before it was ready"
-    return trouble
+            raise _trouble(order, f"has not loaded its part within {START_TIMEOUT_S:g} s")
+        answer: int | str | None = pipe.recv()
+    except (EOFError, OSError) as error:
+        raise _trouble(order, "ended before it was ready") from error
+    if isinstance(answer, str):
+        raise _trouble(order, answer)
+    return answer
 
 
-# ── the rank's own process ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def follow(order: RankOrder, pipe: Connection, beside: Beside | None, side_pipe: Connection) -> None:
-    """Load the rank's part of the model, and compute its part of every step, until the pipe ends."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal and systemd send them to all of a node's processes: the pipe's end says more
-        signal.signal(number, signal.SIG_IGN)
-    where = torch.device(order.device)
-    try:
-        directory = open_directory(order.path)
-        spec = directory.spec(order.dtype)
-        part = part_of(spec, order.rank, order.num_ranks)
-        held = kv_spec(spec, order.block_size, len(part.kv_heads))
-        kv = allocate_kv(held, order.num_blocks, where)
-        unpacker = None if order.fp8_blocks is None else make_unpacker(kv, held, order.fp8_blocks)
-        pipe.send(None)
-        ranks = ProcessRanks(order.rank, order.num_ranks, meeting_place(order.port), order.step_timeout_s)
-        transformer = load_weights(directory, spec, where, weights=order.weights, part=part, ranks=ranks)
-    except DisaggdError as error:
-        pipe.send(str(error))
-        return
-    pipe.send(None)
-    mine = RankKV(
-        kv=kv_spec(spec, order.block_size),
-        rank=order.rank,
-        num_ranks=order.num_ranks,
-        place=PoolPlace(kv.data_ptr(), order.num_blocks),
-        num_bytes=kv.nbytes,
-        make_repacker=partial(make_repacker, kv),
-        fp8_landing=None if unpacker is None else unpacker.place,
-    )
-    memory = PatternMemory(kv, part.kv_heads)
-    with nullcontext() if beside is None else beside(mine, side_pipe), torch.inference_mode():
-        while (told := _next(pipe)) is not None:
-            if isinstance(told, Unpack):
-                assert unpacker is not None
-                unpacker.copy_in(told.landed, told.blocks)
-                continue
-            if not isinstance(told, HostBatch):
-                pipe.send(obey(memory, told))
-                continue
-            *fields, _ = upload(told.arrays(), where)
-            try:
-                transformer.forward(Batch(*fields), kv)
-            except RankLost as error:
-                with suppress(OSError):  # it may be the first rank that is gone
-                    pipe.send(str(error))  # and the pipe's end is next
-
-
-def _next(pipe: Connection) -> ToRank | None:
-    try:
-        told: ToRank = pipe.recv()
-    except (EOFError, OSError):
-        return None
-    return told
+def _trouble(order: RankOrder, what: str) -> ResourceError:
+    return ResourceError(f"rank {order.rank} of {order.num_ranks}: {what}")

@@ -5,52 +5,53 @@ when they are asked for. Reads sequences, and leaves it to the engine to change 
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from disaggd.engine.batch import HostBatch, build_batch
-from disaggd.engine.graphs import DecodeGraphs
+from disaggd.engine.forward import Forward
 from disaggd.engine.ranks import Followers
 from disaggd.engine.sampler import Drawn, SampledToken, SamplerRow, draw
 from disaggd.engine.scheduler import Chunk, StepPlan
 from disaggd.engine.sequence import Sequence
-from disaggd.engine.staging import upload
-from disaggd.model.batch import Batch, with_pending
-from disaggd.model.transformer import Transformer
+from disaggd.engine.stream import DeviceStream
+
+Result = TypeVar("Result")
 
 
 class ModelRunner:
-    """One rank's model, and the KV pool `kv` [layers, num_blocks, kv_heads, 2, block_size, head_dim] that it writes and reads.
+    """The model, as the first of its ranks computes it. `followers`: the others, if there are any."""
 
-    `max_rows`: sequences that one step may sample for. `graphs`: the decode steps that were captured, if any. `followers`: the other
-    ranks, if this is the first of several.
-    """
-
-    def __init__(
-        self, transformer: Transformer, kv: Tensor, max_rows: int, graphs: DecodeGraphs | None = None, followers: Followers | None = None
-    ) -> None:
-        self.lookahead = 1 if kv.is_cuda else 0
-        self._transformer = transformer
-        self._kv = kv
-        self._graphs = graphs
+    def __init__(self, forward: Forward, followers: Followers | None = None) -> None:
+        self.lookahead = 1 if forward.kv.is_cuda else 0
+        self._forward = forward
         self._followers = followers
-        self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=kv.device) if graphs is None else graphs.sampled
+        self._stream = DeviceStream(forward.kv.device)
         self._sampled_rows: dict[Sequence, int] = {}
 
     def execute(self, plan: StepPlan, layers_done: Callable[[range], None] | None = None) -> Callable[[], list[SampledToken]]:
         """See `engine.Runner`."""
         with torch.inference_mode():
-            batch = build_batch(plan, self._kv.shape[4], self._sampled_rows)
+            batch = build_batch(plan, self._forward.kv.shape[4], self._sampled_rows)
             logits, last_tokens = self._forward_on_all(batch, layers_done)
-            drawn = draw(self._transformer.ops, logits, last_tokens, [_sampler_row(chunk) for chunk in plan.sampling])
+            drawn = draw(self._forward.transformer.ops, logits, last_tokens, [_sampler_row(chunk) for chunk in plan.sampling])
             self._remember(drawn, plan)
-        return drawn.read
+        return self._once_done(drawn.read)
 
     def logits(self, plan: StepPlan) -> Tensor:
         """Of the plan's chunks that sample, [chunks, vocabulary] on the device. Stores their K and V; samples nothing."""
         with torch.inference_mode():
-            return self._forward_on_all(build_batch(plan, self._kv.shape[4], {}), None)[0]
+            logits, _ = self._forward_on_all(build_batch(plan, self._forward.kv.shape[4], {}), None)
+        return self._once_done(lambda: logits)()
+
+    def close(self) -> None:
+        """Nothing is computed any more, on any rank. Idempotent."""
+        if self._followers is not None:
+            self._followers.close(self._stream.mark())
+        self._forward.close()
+        self._forward.transformer.ranks.close()
 
     def _forward_on_all(self, batch: HostBatch, layers_done: Callable[[range], None] | None) -> tuple[Tensor, Tensor]:
         if self._followers is None:
@@ -59,22 +60,21 @@ class ModelRunner:
             self._followers.compute(batch)
             return self._forward(batch, layers_done)
 
-    def _forward(self, batch: HostBatch, layers_done: Callable[[range], None] | None) -> tuple[Tensor, Tensor]:
-        """Logits of the rows that are wanted, and the tokens that they follow."""
-        if self._graphs is not None and self._graphs.serves(batch):
-            found = self._graphs.run(batch)
-            if layers_done is not None:
-                layers_done(range(self._transformer.spec.num_layers))
-            return found
-        *fields, sources = upload(batch.arrays(), self._kv.device)
-        made = Batch(*fields)
-        if batch.has_pending:
-            made = with_pending(made, sources, self._sampled)
-        return self._transformer.forward(made, self._kv, layers_done), made.tokens[made.logit_rows]
+    def _once_done(self, read: Callable[[], Result]) -> Callable[[], Result]:
+        """`read`, which waits for the device; not for one that waits in vain for another rank's."""
+        if self._followers is None:
+            return read
+        followers, is_done = self._followers, self._stream.mark()
+
+        def read_if_whole() -> Result:
+            followers.wait_for(is_done)
+            return read()
+
+        return read_if_whole
 
     def _remember(self, drawn: Drawn, plan: StepPlan) -> None:
         """For the step after this one, which may be launched before anybody knows these tokens."""
-        self._sampled[: len(drawn.tokens)].copy_(drawn.tokens)
+        self._forward.sampled[: len(drawn.tokens)].copy_(drawn.tokens)
         self._sampled_rows = {chunk.sequence: row for row, chunk in enumerate(plan.sampling)}
 
 

@@ -45,12 +45,12 @@ def upload(arrays: Sequence[Array], where: torch.device) -> list[Tensor]:
     if where.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     layout = Layout(arrays)
-    return layout.views(pinned(layout, arrays).to(where, non_blocking=True))
+    return layout.views(on_host(layout, arrays, where).to(where, non_blocking=True))
 
 
-def pinned(layout: Layout, arrays: Sequence[Array]) -> Tensor:
-    """The arrays in pinned memory of the host, laid out: uint8 [num_bytes]."""
-    stretch = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=True)
+def on_host(layout: Layout, arrays: Sequence[Array], where: torch.device) -> Tensor:
+    """The arrays in memory of the host, laid out: uint8 [num_bytes]. Pinned, if it is a GPU that copies from there."""
+    stretch = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=where.type == "cuda")
     layout.fill(stretch, arrays)
     return stretch
 

@@ -6,18 +6,25 @@ heads' and its neurons' share, and a sum over all ranks is what one process alon
 head. Where there are more ranks than KV heads, several ranks hold the same one and share its query heads.
 """
 
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol
 
 import msgspec
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import GatherOptions, ProcessGroup, ProcessGroupGloo, TCPStore, Work
 
-from disaggd.errors import RankLost
+from disaggd.errors import RankLost, ResourceError
 from disaggd.model.spec import ModelSpec
 from disaggd.transfer.reshape import heads_of
+
+TCPStore = c10d.TCPStore
+"""Where ranks meet."""
+
+CLOSE_TIMEOUT_S = 1.0
 
 UNIT = 64
 """Neurons of an MLP are shared out by so many, as long as there are enough: kernels work in panels of them."""
@@ -78,6 +85,12 @@ class Ranks(Protocol):
     def collect(self, x: Tensor, widths: list[int]) -> Tensor:
         """On rank 0 every rank's columns side by side: rank r's `x` is [n, widths[r]]. The others get their own back."""
 
+    def spread(self, x: Tensor) -> None:
+        """Overwrite every rank's `x` with rank 0's. On GPUs as part of what the device is asked to do; no host sees it."""
+
+    def close(self) -> None:
+        """Nothing is said any more, by none of them."""
+
 
 class Alone:
     """The only rank."""
@@ -88,34 +101,86 @@ class Alone:
     def collect(self, x: Tensor, widths: list[int]) -> Tensor:
         return x
 
+    def spread(self, x: Tensor) -> None:
+        """It is what it is."""
+
+    def close(self) -> None:
+        """There is nobody to part from."""
+
 
 class ProcessRanks:
-    """Ranks in processes of their own, over gloo. Raises RankLost when another one is gone, or takes longer than `timeout_s`."""
+    """Ranks in processes of their own: on CPUs over gloo, on GPUs, of which each has one, over NCCL.
 
-    def __init__(self, rank: int, num_ranks: int, store: TCPStore, timeout_s: float) -> None:
-        """Returns when all of them are there."""
+    On CPUs a call returns what it says, and raises RankLost when another rank is gone, or takes longer than `timeout_s`. On GPUs it asks
+    the device for it, in its turn, and may be captured in a graph; a device that misses another rank's part waits until `abort`.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, store: TCPStore, timeout_s: float, where: torch.device) -> None:
+        """Returns when all of them are there. Raises RankLost or ResourceError."""
         self._rank = rank
+        self._where = where
         # Not the process's default group: that is a global, of which two engines in one process could not have one each.
-        self._group: ProcessGroup = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))  # type: ignore[assignment]
+        self._group = _group_on(where, rank, num_ranks, store, timeout_s)
+        self._sum, self._gather, self._broadcast = c10d.AllreduceOptions(), c10d.GatherOptions(), c10d.BroadcastOptions()
+        for options in (self._sum, self._gather, self._broadcast):
+            options.asyncOp = False  # NCCL's work is asked for where the model's is, on the same stream: nothing is to be waited for
+        self._gather.rootRank = self._broadcast.rootRank = 0
+        if where.type == "cuda":
+            self.spread(torch.zeros(1, device=where))  # a communicator is made by its first use, which must not be in a capture
+            torch.cuda.synchronize(where)
 
     def sum(self, x: Tensor) -> Tensor:
-        _finish(self._group.allreduce([x]))
+        self._do(self._group.allreduce, [x], self._sum)
         return x
 
     def collect(self, x: Tensor, widths: list[int]) -> Tensor:
         padded = F.pad(x, (0, max(widths) - x.shape[1])).contiguous()
         gathered = [] if self._rank else [torch.empty_like(padded) for _ in widths]
-        options = GatherOptions()
-        options.rootRank = 0
-        _finish(self._group.gather([gathered] if gathered else [], [padded], options))
+        self._do(self._group.gather, [gathered] if gathered else [], [padded], self._gather)
         return torch.cat([one[:, :width] for one, width in zip(gathered, widths, strict=True)], dim=1) if gathered else x
 
+    def spread(self, x: Tensor) -> None:
+        self._do(self._group.broadcast, [x], self._broadcast)
 
-def _finish(work: Work) -> None:
-    try:
-        work.wait()
-    except RuntimeError as error:  # the only kind that gloo has
-        raise RankLost(f"another rank has not done its part: {error}") from error
+    def _do(self, collective: Callable[..., c10d.Work | None], *arguments: object) -> None:
+        try:
+            work = collective(*arguments)
+            if work is not None:  # else there is nothing to wait for
+                work.wait()
+        except RuntimeError as error:  # the only kind that gloo has, and the base of NCCL's
+            raise RankLost(f"another rank has not done its part: {error}") from error
+
+    def abort(self) -> None:
+        """Another rank is gone: have the device stop waiting for it. From any thread; returns at once.
+
+        What the device gives from then on is nothing. On CPUs the connections have broken by themselves.
+        """
+        self._abort()
+
+    def close(self) -> None:
+        """A GPU's communicator is given up: no captured graph may hold it any more."""
+        if (aborting := self._abort()) is not None:
+            aborting.join(CLOSE_TIMEOUT_S)
+
+    def _abort(self) -> threading.Thread | None:
+        if self._where.type != "cuda":
+            return None
+        # On a thread, for it returns only when no captured graph holds the communicator any more.
+        thread = threading.Thread(target=self._group.abort, name="abort", daemon=True)
+        thread.start()
+        return thread
+
+
+def _group_on(where: torch.device, rank: int, num_ranks: int, store: TCPStore, timeout_s: float) -> c10d.ProcessGroup:
+    """As torch's stubs have it: what a backend can do they say of a group only."""
+    if where.type != "cuda":
+        return c10d.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))  # type: ignore[return-value]
+    if not hasattr(c10d, "ProcessGroupNCCL"):
+        raise ResourceError(f"device {where}: this torch has no NCCL, which {num_ranks} ranks on GPUs need")
+    options = c10d.ProcessGroupNCCL.Options()
+    # Whoever waits for a step finds out earlier, and says who is missing; torch would end the process, and say nothing of ranks.
+    options._timeout = timedelta(seconds=2 * timeout_s)
+    return c10d.ProcessGroupNCCL(store, rank, num_ranks, options)  # type: ignore[return-value]
 
 
 def meeting_place(port: int | None = None) -> TCPStore:

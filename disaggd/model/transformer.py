@@ -32,7 +32,8 @@ class Transformer:
     ) -> None:
         self.spec = spec
         self.part = part or part_of(spec)
-        self._ranks: Ranks = ranks or Alone()
+        self.ranks: Ranks = ranks or Alone()
+        """Those that compute the model together."""
         self._widths = [len(part_of(spec, rank, self.part.num_ranks).vocabulary) for rank in range(self.part.num_ranks)]
         self.device = where
         self.layer_group = layer_group
@@ -70,7 +71,7 @@ class Transformer:
         x = self._layers_of(batch, residual, rotation, kv, layers_done)
         if len(batch.logit_rows) < len(batch.tokens):
             x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        return self._ranks.collect(self.head(self.norm(x, residual)), self._widths).float()
+        return self.ranks.collect(self.head(self.norm(x, residual)), self._widths).float()
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[num_tokens, hidden]. Words of another rank's part of the vocabulary are zero here, and come with the sum."""
@@ -78,7 +79,7 @@ class Transformer:
             return F.embedding(tokens, self.embedding)
         words = tokens - self.part.vocabulary.start
         is_here = (words >= 0) & (words < len(self.part.vocabulary))
-        return self._ranks.sum(F.embedding(words.where(is_here, 0), self.embedding) * is_here[:, None])
+        return self.ranks.sum(F.embedding(words.where(is_here, 0), self.embedding) * is_here[:, None])
 
     def _layers_of(self, batch: Batch, residual: Tensor, rotation: Rotation, kv: Tensor, layers_done: LayersDone | None) -> Tensor:
         """`residual` goes through the layers in place; returns what the last one adds to it."""
@@ -129,7 +130,7 @@ class Transformer:
             gate_up=self._linear(spec.hidden_size, 2 * len(part.neurons), spec.mlp_bias),
             down=self._linear(len(part.neurons), spec.hidden_size, spec.mlp_bias and part.adds_biases),
         )
-        return Layer(self._norm(), attention, self._norm(), mlp, self._ranks)
+        return Layer(self._norm(), attention, self._norm(), mlp, self.ranks)
 
     def _linear(self, inputs: int, outputs: int, bias: bool) -> Linear:
         return Linear(self.ops, self._empty(outputs, inputs), self._empty(outputs) if bias else None)

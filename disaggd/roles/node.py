@@ -9,6 +9,7 @@ import gc
 import itertools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,11 +24,11 @@ from disaggd.cluster.link import LinkServer, NodeLink, serve_links
 from disaggd.cluster.link_settings import link_settings
 from disaggd.cluster.protocol import RefusedLinks, SlowThread, ToNode
 from disaggd.config import Config, NodeConfig
-from disaggd.engine.build import LoadedEngine, load_engine
+from disaggd.engine.build import LoadedEngine, OnRankLost, load_engine
 from disaggd.engine.kv_repack import make_repacker
-from disaggd.engine.kv_staging import KVStaging, make_staging
+from disaggd.engine.rank_orders import HostMemory
 from disaggd.engine.self_measurement import measure_steps
-from disaggd.errors import EXIT_RESOURCE, DisaggdError
+from disaggd.errors import EXIT_RESOURCE, DisaggdError, ResourceError
 from disaggd.ids import Incarnation
 from disaggd.model.directory import open_directory
 from disaggd.open_files import allow_files
@@ -40,7 +41,6 @@ from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
 from disaggd.transfer.remote import RankSettings, RemoteTransfers, rank_transfers
 from disaggd.transfer.share import Share
-from disaggd.transfer.source import staging_blocks
 from disaggd.transfer.thread import TransferThread
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,12 @@ MAX_FILES = 4096
 
 STOP_TIMEOUT_S = 10.0
 """A step under way may finish; then the process goes, whatever is left."""
+
+FAILED_STOP_TIMEOUT_S = 0.5
+"""What a step would still give nobody wants then."""
+
+LOST_RANK_TIMEOUT_S = 3
+"""A node on GPUs that has lost a rank: whatever waits for a device that waits for that rank, the kernel ends it then."""
 
 MakeRole = Callable[[LoadedEngine, LandingMemory | None, Outbox, Callable[[TransferCommand], None]], Role]
 
@@ -74,11 +80,10 @@ class EngineNode:
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node))
-        staging = staging_of(config, node, self._loaded)
-        self._transfer = transfers_of(config, node, self._loaded, staging, self._on_transfer_event)
+        self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node, self._on_rank_lost))
+        self._transfer = transfers_of(config, node, self._loaded, self._on_transfer_event)
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
-        role = make_role(self._loaded, staging or self._loaded.unpacker, outbox, self._transfer.submit)
+        role = make_role(self._loaded, self._loaded.landing, outbox, self._transfer.submit)
         self._compute = ComputeThread(
             self._loaded.engine,
             role,
@@ -99,8 +104,6 @@ class EngineNode:
         gc.freeze()  # weights, modules, the block pool: nothing that a collection needs to walk again
         self._transfer.start()
         self._compute.start()
-        if self._loaded.followers is not None:
-            self._loaded.followers.watch(self._fail)
         server: LinkServer | None = None
         watching = self._loop.create_task(self._watchdog.run())
         try:
@@ -133,11 +136,11 @@ class EngineNode:
         )
 
     def _stop_threads(self) -> None:
-        if not self._compute.stop(STOP_TIMEOUT_S):
-            log.warning("the step under way did not end within %g s", STOP_TIMEOUT_S)
+        limit_s = STOP_TIMEOUT_S if self._failure is None else FAILED_STOP_TIMEOUT_S
+        if not self._compute.stop(limit_s):
+            log.warning("the step under way did not end within %g s", limit_s)
         self._transfer.stop()
-        if self._loaded.followers is not None:
-            self._loaded.followers.close()
+        self._loaded.close()
 
     # ── the end (asyncio thread) ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,6 +225,13 @@ class EngineNode:
         else:
             self._compute.inbox.put(event)
 
+    def _on_rank_lost(self, error: ResourceError) -> None:
+        """Also while the engine is being loaded: then what waits for the rank fails, or waits no longer than this."""
+        if self._node.is_gpu:
+            log.error("%s", error)  # who is ended by the alarm says nothing more
+            signal.alarm(LOST_RANK_TIMEOUT_S)
+        self._fail(error)
+
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, DisaggdError):
             log.error("this node fails whole: %s", error, exc_info=error)
@@ -237,22 +247,18 @@ class EngineNode:
             self._loop.call_soon_threadsafe(function, *args)
 
 
-def staging_of(config: Config, node: NodeConfig, loaded: LoadedEngine) -> KVStaging | None:
-    """Host memory for the KV of a GPU; a pool in the host's own memory needs none. Raises ConfigError or ResourceError."""
-    if not node.is_gpu:
-        return None
-    num_blocks = staging_blocks(
-        loaded.kv_spec,
-        config.transfer.staging,
-        pool_blocks=loaded.engine.pool.num_blocks,
-        max_step_tokens=node.max_step_tokens,
-        layer_group=config.transfer.layer_group,
-    )
-    return make_staging(loaded.kv, loaded.kv_spec, num_blocks)
+def host_memory(config: Config, node: NodeConfig) -> HostMemory:
+    """What the node's KV goes through: a pool in the host's own memory needs none, and what lands in fp8 lands beside the pool.
+
+    A GPU's node that KV comes to in fp8 writes none to others, so it needs nothing else.
+    """
+    if config.lands_in_fp8(node):
+        return HostMemory(fp8_bytes=config.transfer.staging)
+    return HostMemory(staging_bytes=config.transfer.staging if node.is_gpu else None)
 
 
 def transfers_of(
-    config: Config, node: NodeConfig, loaded: LoadedEngine, staging: KVStaging | None, post: Callable[[TransferEvent], None]
+    config: Config, node: NodeConfig, loaded: LoadedEngine, post: Callable[[TransferEvent], None]
 ) -> TransferThread | JointTransfers:
     """What moves the node's KV: this process's thread, and, if it has more ranks, theirs, spoken to as one."""
     num_ranks = 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
@@ -268,10 +274,11 @@ def transfers_of(
             port_range=config.transfer.port_range,
             num_ranks=num_ranks,
             on_start=loaded.stream.enter,
-            staging=staging,
+            staging=loaded.staging,
+            is_hosts=not loaded.kv.is_cuda,
             push_timeout_s=config.transfer.push_timeout_s,
             repacking=repacking,
-            fp8_landing=None if loaded.unpacker is None else loaded.unpacker.place,
+            fp8_landing=loaded.fp8_landing,
         )
 
     if loaded.followers is None:
@@ -279,7 +286,7 @@ def transfers_of(
     return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post)
 
 
-def _load(config: Config, node: NodeConfig) -> LoadedEngine:
+def _load(config: Config, node: NodeConfig, on_rank_lost: OnRankLost) -> LoadedEngine:
     """The node's engine, which knows what its steps take if the file says so."""
     check_repacking(config, node, open_directory(config.model.path).spec(config.model.dtype))
     settings = RankSettings(
@@ -289,7 +296,7 @@ def _load(config: Config, node: NodeConfig) -> LoadedEngine:
         switch_interval_s=SWITCH_INTERVAL_S,
         repack=repack_settings(config, node),
     )
-    loaded = load_engine(config, node, beside=partial(rank_transfers, settings), lands_in_fp8=config.lands_in_fp8(node))
+    loaded = load_engine(config, node, partial(rank_transfers, settings), host_memory(config, node), on_rank_lost)
     if config.disaggregation.self_measurement:
         measure_steps(loaded.engine, time.monotonic)
     return loaded

@@ -7,6 +7,7 @@ import msgspec
 from disaggd.transfer.layout import KVSpec, PoolPlace
 from disaggd.transfer.repack import Repacker
 from disaggd.transfer.share import Share
+from disaggd.transfer.source import Staging
 
 
 class RankKV(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,10 +20,16 @@ class RankKV(msgspec.Struct, frozen=True, kw_only=True):
     place: PoolPlace
     """Of its part of the pool."""
     num_bytes: int
+    is_hosts: bool
+    """Whether it lies in the host's own memory."""
     make_repacker: Callable[[int], Repacker]
     """Given the bytes of its memory."""
+    staging: Staging | None
+    """What the KV goes through if NIXL is not shown the pool."""
     fp8_landing: PoolPlace | None
-    """Where peers write, if not into the pool."""
+    """Where peers write in fp8, if they do."""
+    on_start: Callable[[], None]
+    """To be called first on each thread that has a device copy."""
 
     @property
     def share(self) -> Share:

@@ -97,6 +97,20 @@ class InPlaceCut:
         """It is the pool's."""
 
 
+class OutOfReach:
+    """A pool that NIXL is not shown, and no memory to copy it to: what of it is written is made into other blocks first, if any is."""
+
+    regions: tuple[Region, ...] = ()
+
+    def __init__(self, share: Share, place: PoolPlace) -> None:
+        self.share = share
+        self.pool = Pool(place, share.held)
+
+    def of(self, cut: HeadCut, target: Share) -> Source:
+        check_pair(self.share.kv, target.kv)
+        raise ConfigError("wire_dtype differs: a node on a GPU that is written to in fp8 writes no blocks as they are")
+
+
 class Staging(Protocol):
     """Memory of the host, laid out as a pool of fewer blocks, for the blocks of a pool that lies elsewhere."""
 

@@ -28,7 +28,7 @@ from disaggd.transfer.path import Paths, Repacking
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.ports import PortRange
 from disaggd.transfer.share import Share
-from disaggd.transfer.source import InPlace, Sources, Staged, Staging
+from disaggd.transfer.source import InPlace, OutOfReach, Sources, Staged, Staging
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class TransferThread:
     `pool_bytes` from `place` on are the pool, laid out as `kv` says of the heads that `rank` holds, of `num_ranks` that share the KV
     heads: what is pushed, and, without `staging`, what NIXL reads and peers write. With it NIXL knows of the staging memory alone. What
     has landed there it is the caller's to copy into the pool, and he may use it for grants or for pushes, not both. With `fp8_landing`
-    peers write there, in fp8, and what has landed is the caller's to unpack.
+    peers write there, in fp8, and what has landed is the caller's to unpack. A pool that is not the host's (`is_hosts`) needs one of them.
 
     `repacking` is for peers whose blocks differ; without it they cannot be written to.
 
@@ -103,9 +103,11 @@ class TransferThread:
         inbox: Inbox | None = None,
         repacking: Repacking | None = None,
         fp8_landing: PoolPlace | None = None,
+        is_hosts: bool = True,
     ) -> None:
         share = Share(kv, rank, num_ranks)
-        sources: Sources = InPlace(share, place) if staging is None else Staged(share, place, staging)
+        assert is_hosts or staging is not None or fp8_landing is not None, "NIXL is shown the host's memory only"
+        sources = _sources(share, place, staging, is_hosts=is_hosts)
         assert sources.pool.num_bytes == pool_bytes, "the pool and its geometry disagree"
         if repacking is not None:
             sources = Paths(sources, repacking)
@@ -234,3 +236,10 @@ class TransferThread:
             return RETRY_S if self._incoming.is_lacking else None
         is_in_flight = self._outgoing.is_in_flight or self._outgoing.is_waiting or self._incoming.is_landing
         return self._cadence.sleep_s(stirred=stirred, in_flight=is_in_flight, expecting=self._incoming.is_expecting)
+
+
+def _sources(share: Share, place: PoolPlace, staging: Staging | None, *, is_hosts: bool) -> Sources:
+    """Of blocks that peers take as they are."""
+    if staging is not None:
+        return Staged(share, place, staging)
+    return InPlace(share, place) if is_hosts else OutOfReach(share, place)

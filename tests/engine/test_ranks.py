@@ -3,15 +3,20 @@
 import os
 import queue
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
+from disaggd.engine.rank_orders import HostMemory
+from disaggd.engine.ranks import Companions
 from disaggd.errors import ModelError, RankLost, ResourceError
 from disaggd.ids import BlockId
+from disaggd.model.parallel import Ranks
 from disaggd.sampling import SamplingParams
+from tests.support.clusters import wait_until
 
 VALUES = {
     "path": "builtin:tiny",
@@ -36,13 +41,22 @@ def tokens_of(loaded: LoadedEngine, sampling: SamplingParams) -> list[int]:
 def two() -> Iterator[LoadedEngine]:
     loaded = build_engine(**VALUES, tp=2)
     yield loaded
-    assert loaded.followers is not None
-    loaded.followers.close()
+    loaded.close()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
 def test_two_ranks_say_what_one_says(two: LoadedEngine, sampling: SamplingParams) -> None:
     assert tokens_of(two, sampling) == tokens_of(build_engine(**VALUES), sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
+def test_a_step_that_is_launched_before_the_host_has_the_last_ones_tokens_says_the_same(
+    two: LoadedEngine, sampling: SamplingParams
+) -> None:
+    """As where devices compute: the other rank gets the tokens from the first one, not with the step's arrays."""
+    two.runner.lookahead = 1
+    assert tokens_of(two, sampling) == tokens_of(build_engine(**VALUES), sampling)
+    two.runner.lookahead = 0
 
 
 def test_each_rank_holds_its_heads_of_every_block(two: LoadedEngine) -> None:
@@ -63,6 +77,32 @@ def test_patterns_are_filled_and_compared_on_every_rank_in_order_with_its_steps(
         tokens_of(two, GREEDY)
 
 
+def test_what_lands_on_all_ranks_is_there_when_it_is_on_each() -> None:
+    """Into the pool from memory that no peer has written: zeros over a pattern."""
+    loaded = build_engine(**VALUES, tp=2, memory=HostMemory(staging_bytes=2**20))
+    assert loaded.landing is not None and loaded.staging is not None and loaded.followers is not None
+    assert loaded.landing.place == loaded.staging.place
+    landed, blocks = [BlockId(1), BlockId(0)], [BlockId(6), BlockId(4)]
+    loaded.patterns.fill([BlockId(6), BlockId(4), BlockId(5)], 1)
+    is_done = loaded.landing.copy_in(landed, blocks)
+    wait_until("it is on all", is_done, 10)
+    assert None not in loaded.patterns.compare(blocks, 1), "the pattern is gone, on both"
+    assert loaded.staging.place.num_blocks == 2**20 // loaded.kv_spec.bytes_per_block
+    loaded.patterns.fill([BlockId(5)], 2)
+    assert loaded.patterns.compare([BlockId(5)], 2) == [None, None]
+    os.kill(loaded.followers.pids[0], signal.SIGKILL)
+
+    def is_noticed() -> bool:
+        try:
+            loaded.landing.copy_in(landed, blocks)()
+        except RankLost as error:
+            return "rank 1 of 2 is gone" in str(error)
+        return False
+
+    wait_until("a copy that a rank does not make is not waited for", is_noticed, 10)
+    loaded.close()
+
+
 def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
     loaded = build_engine(**VALUES, tp=2)
     assert loaded.followers is not None
@@ -76,6 +116,33 @@ def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:
     with pytest.raises(RankLost, match="rank 1 of 2 is gone"):
         loaded.patterns.fill([BlockId(0)], 1)
     loaded.followers.close()
+
+
+def test_a_device_that_waits_for_a_dead_rank_is_not_waited_for() -> None:
+    loaded = build_engine(**VALUES, tp=2)
+    assert loaded.followers is not None
+    os.kill(loaded.followers.pids[0], signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RankLost, match=r"rank 1 of 2 has ended \(-9\)"):
+        loaded.followers.wait_for(lambda: False)
+    assert time.monotonic() - began < 1
+    with pytest.raises(RankLost, match=r"rank 1 of 2 has ended \(-9\)"):
+        loaded.followers.wait_for(lambda: True)  # what it has done since is worth nothing
+    loaded.close()
+
+
+def test_a_rank_is_lost_while_it_is_made_and_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, which the others wait for, has come no further than the meeting."""
+
+    class Killing(Companions):
+        def meet(self) -> Ranks:
+            ranks = super().meet()
+            os.kill(self._followers.pids[0], signal.SIGKILL)
+            return ranks
+
+    monkeypatch.setattr("disaggd.engine.build.Companions", Killing)
+    with pytest.raises(ResourceError, match="rank 1 of 2: ended before it was ready"):
+        build_engine(**VALUES, tp=2)
 
 
 @pytest.mark.parametrize("tp", [2, 3])

@@ -16,6 +16,7 @@ from disaggd import kernels
 from disaggd.engine.batch import build_batch
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, SequenceOutput, generate
+from disaggd.engine.forward import Forward
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Chunk, Limits, StepPlan
 from disaggd.engine.sequence import Sequence
@@ -88,7 +89,9 @@ def make_node(
     """Without a `hasher` nothing is cached."""
     kv = allocate_kv(kv_spec(SPEC, BLOCK), num_blocks, CPU)
     pool, limits = BlockPool(num_blocks, BLOCK, hasher), Limits(max_step_tokens, max_sequences, 256)
-    return Node(Engine(ModelRunner(transformer, kv, max_step_tokens), pool, limits), kv)
+    runner = ModelRunner(Forward(transformer, kv, max_step_tokens))
+    runner.lookahead = lookahead
+    return Node(Engine(runner, pool, limits), kv)
 
 
 def make_sequence(number: int, tokens: list[int], sampling: SamplingParams, limit: int | None = None) -> Sequence:
@@ -234,7 +237,7 @@ def test_chunks_that_end_inside_blocks_change_no_token_and_may_be_found_again(at
     block, num_blocks = 32, 60
     kv = allocate_kv(kv_spec(SPEC, block), num_blocks, CPU)
     pool = BlockPool(num_blocks, block, PrefixHasher("model", "float32", block))
-    engine = Engine(ModelRunner(transformer, kv, 48), pool, Limits(48, 8, 256), pace=Hurry(None, lambda: 0.0))
+    engine = Engine(ModelRunner(Forward(transformer, kv, 48)), pool, Limits(48, 8, 256), pace=Hurry(None, lambda: 0.0))
     expected = [oracle(transformer, tokens, GREEDY) for tokens in PROMPTS]
     ends, groups = [], set()
 

@@ -22,15 +22,15 @@ def import_role(name: str) -> ModuleType:
     """What `cli` asks for once the process has its environment: nothing of torch may be imported before."""
     role = importlib.import_module(name)
     if not name.endswith("router"):
-        stage(importlib.import_module("disaggd.roles.node"))
+        stage(importlib.import_module("disaggd.roles.node"), importlib.import_module("disaggd.engine.rank"))
     return role
 
 
-def stage(node: Any) -> None:
-    """Patch `disaggd.roles.node`: its nodes have late staging memory."""
-    staging_of, make_staging = node.staging_of, node.make_staging
-    node.staging_of = lambda config, of, loaded: staging_of(config, msgspec.structs.replace(of, device="cuda"), loaded)
-    node.make_staging = lambda kv, spec, num_blocks: LateStaging(make_staging(kv, spec, num_blocks))
+def stage(node: Any, rank: Any) -> None:
+    """Patch `disaggd.roles.node` and `disaggd.engine.rank`: its nodes have staging memory on every rank, the first one's late."""
+    host_memory, make_staging = node.host_memory, rank.make_staging
+    node.host_memory = lambda config, of: host_memory(config, msgspec.structs.replace(of, device="cuda"))
+    rank.make_staging = lambda kv, spec, num_blocks: LateStaging(make_staging(kv, spec, num_blocks))
 
 
 class LateStaging:

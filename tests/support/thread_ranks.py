@@ -28,6 +28,12 @@ class ThreadRanks:
         assert [one.shape[1] for one in everyones] == widths
         return x if self._rank else torch.cat(everyones, dim=1)
 
+    def spread(self, x: Tensor) -> None:
+        x.copy_(self._meeting.exchange(self._rank, x)[0])
+
+    def close(self) -> None:
+        """They end with their threads."""
+
 
 class Meeting:
     def __init__(self, num_ranks: int) -> None:

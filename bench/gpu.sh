@@ -24,7 +24,7 @@ run() {
 tests() {
     run $python -m pytest -q -p no:cacheprovider $parallel tests/kernels/gpu tests/engine
     run $python -m pytest -q -p no:cacheprovider $parallel tests/transfer/test_transfer_process.py -k cuda
-    run $python -m pytest -q -p no:cacheprovider tests/processes/test_gpu_pipeline.py -k "cuda:0-cuda:0 or killed"
+    run $python -m pytest -q -p no:cacheprovider tests/processes/test_gpu_pipeline.py -k "cuda:0-cuda:0 or killed or blocks or two_gpus"
 }
 
 figures() {

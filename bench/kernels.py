@@ -190,19 +190,20 @@ def elementwise_figures(repeats: int, tokens: int) -> Iterator[Figure]:
 
 
 def repack_figures(repeats: int, tokens: int) -> Iterator[Figure]:
-    """Half of the heads, as for a target of twice as many ranks; and back from 8 bits, all of them."""
+    """Half of the heads, as for a target of twice as many ranks, and so into the host's memory, as nodes do; from 8 bits all of them."""
     layers, half = 36, KV_HEADS // 2
     kv = random(layers, 2 * tokens // BLOCK_SIZE, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM)
     ids = torch.randperm(kv.shape[1], device=WHERE, dtype=torch.int32)[: tokens // BLOCK_SIZE].contiguous()
     read_bytes = kv.nbytes // 4
-    for target_size, name in ((16, "blocks of 16"), (128, "blocks of 128"), (BLOCK_SIZE, "fp8")):
+    kinds = ((16, "blocks of 16", False), (128, "blocks of 128", False), (BLOCK_SIZE, "fp8", False), (16, "blocks of 16", True))
+    for target_size, name, is_hosts in kinds:
         wire = (fp8.head_bytes(target_size, HEAD_DIM),)
         shape = (layers, tokens // target_size, half, *(wire if name == "fp8" else (2, target_size, HEAD_DIM)))
-        out = torch.empty(shape, dtype=torch.uint8 if name == "fp8" else BF16, device=WHERE)
+        dtype = torch.uint8 if name == "fp8" else BF16
+        out = torch.empty(shape, dtype=dtype, pin_memory=True) if is_hosts else torch.empty(shape, dtype=dtype, device=WHERE)
         work = partial(repack, out, kv, ids, layers=range(layers), heads=range(half), start=0, num_tokens=tokens)
-        yield Figure(
-            kernel=f"repack to {name}, {tokens:,} tokens", seconds=seconds_of([work], repeats), bytes_moved=read_bytes + out.nbytes
-        )
+        to = f"{name} in the host's memory" if is_hosts else name
+        yield Figure(kernel=f"repack to {to}, {tokens:,} tokens", seconds=seconds_of([work], repeats), bytes_moved=read_bytes + out.nbytes)
     blocks = tokens // BLOCK_SIZE
     wire_blocks = torch.zeros(layers, blocks, KV_HEADS, fp8.head_bytes(BLOCK_SIZE, HEAD_DIM), dtype=torch.uint8, device=WHERE)
     landed = torch.arange(blocks, device=WHERE, dtype=torch.int32)

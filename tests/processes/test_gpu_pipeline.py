@@ -1,6 +1,8 @@
 """Two nodes on one GPU: prefilled there or here, a prompt is continued as one engine on that GPU continues it."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 
 from disaggd.sampling import SamplingParams
 from tests.processes.test_failures import PATIENT, kill_amid_writes
-from tests.support.clusters import Cluster, running
+from tests.processes.test_ranks import ranks_of
+from tests.support.clusters import Cluster, running, wait_until
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
@@ -85,3 +88,37 @@ def test_a_prompt_that_cannot_land_at_once_is_prefilled_where_it_is_decoded(clus
 def test_a_decode_node_survives_a_prefill_node_killed_with_writes_in_flight(tmp_path: Path, gpu_oracle: Oracle) -> None:
     with running(Cluster(tmp_path, nodes={"device": DEVICE, **CHUNKED}, **PATIENT)) as cluster:
         kill_amid_writes(cluster, gpu_oracle)
+
+
+@pytest.mark.parametrize(("wire_dtype", "prefill_size", "decode_device"), [("auto", 16, DEVICE), ("auto", 48, "cpu"), ("fp8", 64, DEVICE)])
+def test_other_blocks_come_out_of_a_gpu_and_into_one(
+    tmp_path: Path, gpu_oracle: Oracle, wire_dtype: str, prefill_size: int, decode_device: str
+) -> None:
+    """The GPU makes them in its host's memory, and unpacks those in fp8 from there. In fp8 an answer is not the oracle's to the token."""
+    made = Cluster(tmp_path, nodes={"device": DEVICE, **CHUNKED}, transfer={"wire_dtype": wire_dtype})
+    made.nodes["p0"].options["block_size"], made.nodes["d0"].options["device"] = prefill_size, decode_device
+    prompt = prompt_of(700, gpu_oracle)
+    with running(made) as cluster:
+        reply = cluster.complete(prompt, **OPTIONS, logprobs=0, headers={"x-disaggd-policy": "remote"})
+        receipt = cluster.receipt(reply["id"])
+        assert receipt["decision"] == "remote"
+        if wire_dtype == "auto":
+            check(reply, prompt, OPTIONS, gpu_oracle)
+        else:
+            assert receipt["kv_bytes"] < gpu_oracle.kv_bytes(700) * 0.3
+            assert reply["usage"]["completion_tokens"] == OPTIONS["max_tokens"]
+        cluster.wait_idle()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs: NCCL refuses two ranks on one")
+@pytest.mark.parametrize("victim", ["p0", "d0"])
+def test_two_gpus_to_a_node_hand_over_and_end_with_either_rank(tmp_path: Path, gpu_oracle: Oracle, victim: str) -> None:
+    two = {"tp": 2, "devices": ["cuda:0", "cuda:1"], "threads": 1}
+    prompt = prompt_of(700, gpu_oracle)
+    with running(Cluster(tmp_path, nodes={**two, **CHUNKED})) as cluster:
+        reply = cluster.complete(prompt, **OPTIONS, logprobs=0, headers={"x-disaggd-policy": "remote"})
+        check(reply, prompt, OPTIONS, gpu_oracle)
+        (rank,) = ranks_of(cluster, victim)
+        os.kill(rank, signal.SIGKILL)
+        wait_until("the node has ended", lambda: not cluster.is_running(victim), 6)
+        assert "rank 1 of 2 has ended (-9), and this node cannot go on without it" in cluster.log(victim).read_text()

@@ -47,6 +47,37 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
         cluster.wait_idle()
 
 
+@pytest.mark.parametrize(
+    ("num_prefill", "num_decode"), [pytest.param(2, 1, marks=pytest.mark.nightly), (2, 2), pytest.param(1, 4, marks=pytest.mark.nightly)]
+)
+def test_each_rank_has_staging_memory_of_its_own(directory: Path, oracle: Oracle, num_prefill: int, num_decode: int) -> None:
+    """Few prompts can land at once; a sequence begins when what it needs is in the pool of every rank."""
+    made = staged(directory, oracle, 13, verify=True)
+    made.nodes["p0"].options["tp"], made.nodes["d0"].options["tp"] = num_prefill, num_decode
+    with running(made) as cluster:
+        run(cluster, oracle, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("wire_dtype", "prefill_size"), [("auto", 16), pytest.param("auto", 48, marks=pytest.mark.nightly), pytest.param("fp8", 16)]
+)
+def test_other_blocks_go_out_of_a_pool_that_is_staged(directory: Path, oracle: Oracle, wire_dtype: str, prefill_size: int) -> None:
+    """Of every rank, made into the target's first; in fp8 they land beside its pool, and are unpacked on all ranks."""
+    made = staged(directory, oracle, 13, wire_dtype=wire_dtype)
+    made.nodes["p0"].options |= {"block_size": prefill_size, "tp": 2}
+    made.nodes["d0"].options["tp"] = 2
+    prompt, options = prompt_of(400, oracle, salt=3), {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+    with running(made) as cluster:
+        [reply] = asyncio.run(complete_all(cluster, [(prompt, options)], "remote"))
+        receipt = cluster.receipt(reply["id"])
+        assert receipt["decision"] == "remote"
+        if wire_dtype == "auto":
+            check(reply, prompt, options, oracle)
+        else:
+            assert receipt["kv_bytes"] < oracle.kv_bytes(400) * 0.3
+        cluster.wait_idle()
+
+
 @pytest.mark.nightly
 def test_requests_survive_their_prefill_node_killed_with_writes_in_flight(directory: Path, oracle: Oracle) -> None:
     with running(staged(directory, oracle, 200, cluster=PATIENT["cluster"], **PATIENT["transfer"])) as cluster:

@@ -29,8 +29,8 @@ _MALLOC = {
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 # The ranks of a node are on one host, and what they say is nobody else's: NCCL, which knows no authentication, would listen on the first
-# network interface that it finds.
-_NCCL = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+# network interface that it finds. A lost rank is the node's to notice and to name: torch would end the process by a signal, without a word.
+_NCCL = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 _STRAY = ("UCX_TCP_PORT_RANGE",)
 """Would override the port that each NIXL agent is given."""

@@ -149,6 +149,8 @@ def on_ranks(num_ranks: int, replays: list[Replays] | None) -> tuple[list[list[i
         there = place if rank == 0 else meeting_place(place.port)
         noted[rank] = Noting(ProcessRanks(rank, num_ranks, there, 30.0, CPU))
         forward = make(rank, num_ranks, noted[rank], replays and replays[rank])
+        if rank:  # else 0, which is no word of its part, and would add nothing
+            forward.sampled.fill_(forward.transformer.part.vocabulary.start + 7)
         with torch.inference_mode():
             said = greedy_tokens(forward, rank, pending=True)
             forward.close()

@@ -29,6 +29,8 @@ VALUES = {
 PROMPT = list(range(5, 95))
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.8, seed=7, top_p=0.9, max_tokens=24, ignore_eos=True)
+ANY_WORD = SamplingParams(temperature=2, seed=7, max_tokens=24, ignore_eos=True)
+"""Of either rank's part of the vocabulary."""
 
 pytestmark = pytest.mark.process
 
@@ -49,7 +51,7 @@ def test_two_ranks_say_what_one_says(two: LoadedEngine, sampling: SamplingParams
     assert tokens_of(two, sampling) == tokens_of(build_engine(**VALUES), sampling)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
+@pytest.mark.parametrize("sampling", [GREEDY, ANY_WORD])
 def test_a_step_that_is_launched_before_the_host_has_the_last_ones_tokens_says_the_same(
     two: LoadedEngine, sampling: SamplingParams
 ) -> None:

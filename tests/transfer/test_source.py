@@ -1,5 +1,6 @@
 """Where writes read from: the pool itself, or memory that its blocks are copied to."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.reshape import HeadCut
 from disaggd.transfer.share import Share
-from disaggd.transfer.source import InPlace, Load, Staged, staging_blocks
+from disaggd.transfer.source import InPlace, Load, OutOfReach, Staged, staging_blocks
 from tests.support.copies import LateCopies
 from tests.support.endpoints import span
 
@@ -44,6 +45,15 @@ def test_a_registered_pool_is_read_where_it_lies() -> None:
     assert load.indices.tolist() == [17, 12, 27, 22]
     assert source.registered == POOL.whole()
     assert sources.regions == (POOL.region,)
+
+
+def test_a_pool_out_of_reach_is_registered_nowhere_and_written_from_in_other_blocks_only() -> None:
+    sources = OutOfReach(Share(KV), POOL.place)
+    assert sources.regions == () and sources.pool == POOL
+    with pytest.raises(ConfigError, match="writes no blocks as they are"):
+        sources.of(HeadCut(0, 0, range(1)), Share(KV))
+    with pytest.raises(ConfigError, match="head_dim differs: 1 and 2"):
+        sources.of(HeadCut(0, 0, range(1)), Share(msgspec.structs.replace(KV, head_dim=2)))
 
 
 def test_staged_blocks_are_read_once_they_are_copied() -> None:

@@ -1,6 +1,7 @@
 """The command line: what it says, which node it means, and the exit code. Everything else is behind the commands.
 
-Nothing here imports torch: the role is imported once the process has the environment that its libraries need.
+Nothing here imports torch: the role is imported once the process has the environment that its libraries need. Nor what one command alone
+wants and takes long to import: a node's process comes by here twice (`launch.reexec_with`).
 """
 
 import asyncio
@@ -15,7 +16,6 @@ import click
 import disaggd
 from disaggd.api_keys import key_table, new_key, read_key
 from disaggd.config import CONFIG_VARIABLE, DECODE_ORDERS, DEFAULT_PATH, ROLES, Config, Role, find_config, load_config, single_node
-from disaggd.describe import describe
 from disaggd.doctor import examine, url_of
 from disaggd.errors import EXIT_INTERRUPTED, DisaggdError, InvalidRequest
 from disaggd.launch import compute_environment, interrupts_raise, node_environment, pin, reexec_with
@@ -107,6 +107,7 @@ def check(outer_path: Path | None, config_path: Path | None, tp: int | None) -> 
     """Check the file and show the cluster that it describes."""
     path = find_config(config_path or outer_path)
     config = load_config(path)
+    describe = importlib.import_module("disaggd.describe").describe
     if tp is None:
         interrupts_raise()
         describe(path, config)

@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-nightly: $(VENV)/.installed-dev
+nightly: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/pytest -m nightly -o faulthandler_timeout=900
 	$(BIN)/python -m tests.chaos --faults 500 --requests 5000 --json $(VENV)/chaos.json
 	$(BIN)/python -m tests.chaos --soak 30 --load 0.8 --json $(VENV)/soak.json

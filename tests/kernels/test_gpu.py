@@ -7,8 +7,6 @@ process either interprets Triton's functions or compiles them, from its first im
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 OLDEST = "3.6"
+FOLDER = Path(sys.prefix) / f"triton-{OLDEST}"
 INHERITED = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
 
 CHECKED = """
@@ -45,28 +44,40 @@ class Triton:
 
 
 @pytest.fixture
-def tritons() -> list[Triton]:
-    """The installed one, and the oldest."""
-    folder = Path(sys.prefix) / f"triton-{OLDEST}"
-    if not folder.is_dir():
+def installed() -> Triton:
+    return Triton(metadata.version("triton"), None)
+
+
+@pytest.fixture
+def oldest() -> Triton:
+    if not FOLDER.is_dir():
         unmet = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        unmet(f"{folder} is not there: `make test` installs it")
-    return [Triton(metadata.version("triton"), None), Triton(OLDEST, folder)]
+        unmet(f"{FOLDER} is not there: `make test` installs it")
+    return Triton(OLDEST, FOLDER)
 
 
-def at_once(run: Callable[[Triton], None], tritons: list[Triton]) -> None:
-    """On a core for each: these two tests take as long as most others together."""
-    with ThreadPoolExecutor(len(tritons)) as pool:
-        list(pool.map(run, tritons))
-
-
-def test_the_kernels_pass_in_the_interpreter(tritons: list[Triton]) -> None:
-    """Takes 25 s: tests/kernels/gpu has some 150 tests, of programs interpreted at 5–9 ms each."""
+def interpret(triton: Triton, *options: str) -> None:
     numpy_by_triton_3_6 = "ignore:Conversion of an array with ndim:DeprecationWarning"  # an error from numpy 2.4 on
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, HERE / "gpu")
-    at_once(lambda triton: triton.run("pytest", *arguments, TRITON_INTERPRET="1"), tritons)
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", numpy_by_triton_3_6, *options, HERE / "gpu")
+    triton.run("pytest", *arguments, TRITON_INTERPRET="1")
 
 
-def test_the_kernels_compile_for_sm_90(tritons: list[Triton]) -> None:
+def test_the_kernels_pass_in_the_interpreter(installed: Triton) -> None:
+    """Takes a minute and a half: tests/kernels/gpu has 280 tests, of programs interpreted at 5–9 ms each."""
+    interpret(installed)
+
+
+def test_the_kernels_pass_in_the_oldest_interpreter(oldest: Triton) -> None:
+    """Of each test one case: what a version of Triton lacks, it hardly has for other shapes. All of them: every night."""
+    interpret(oldest, "--last-cases")
+
+
+@pytest.mark.nightly
+def test_every_case_of_the_kernels_passes_in_the_oldest_interpreter(oldest: Triton) -> None:
+    interpret(oldest)
+
+
+@pytest.mark.parametrize("version", ["installed", "oldest"])
+def test_the_kernels_compile_for_sm_90(version: str, request: pytest.FixtureRequest) -> None:
     """Takes 30 s: 60 kernels at half a second. Its output is the table of what each takes."""
-    at_once(lambda triton: triton.run("tests.kernels.compile_sm90"), tritons)
+    request.getfixturevalue(version).run("tests.kernels.compile_sm90")

@@ -17,6 +17,15 @@ if not (INTERPRETED or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--last-cases", action="store_true", help="of each test only the last case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--last-cases", default=False):
+        items[:] = {item.nodeid.partition("[")[0]: item for item in items}.values()
+
+
 @pytest.fixture(scope="session")
 def where() -> torch.device:
     return torch.device(DEVICE)

@@ -1,6 +1,7 @@
 """A cluster on the CPU that handles its KV as one on GPUs does: through staging memory, with late copies. It equals the oracle."""
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,25 +27,29 @@ def staged(
     return Cluster(directory, prefill=prefill, module="tests.support.staged_node", **sections)
 
 
-def test_concurrent_requests_equal_the_oracle_though_few_of_them_can_land_at_once(directory: Path, oracle: Oracle) -> None:
-    """Thirteen blocks hold the longest prompt, of eleven; or several short ones, whose pushes then mix."""
-    with running(staged(directory, oracle, 13, prefill=2)) as cluster:
-        receipts = run(cluster, oracle, 48, 16)
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, oracle: Oracle) -> Iterator[Cluster]:
+    """Thirteen blocks hold the longest prompt of `test_exactness`, of eleven; or several short ones, whose pushes then mix."""
+    with running(staged(tmp_path_factory.mktemp("staged"), oracle, 13, prefill=2)) as cluster:
+        yield cluster
+
+
+def test_concurrent_requests_equal_the_oracle_though_few_of_them_can_land_at_once(cluster: Cluster, oracle: Oracle) -> None:
+    receipts = run(cluster, oracle, 48, 16)
     assert {receipt["decision"] for receipt in receipts} == {"local", "remote"}
     assert all(receipt["retries"] == 0 for receipt in receipts)
 
 
-def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node(directory: Path, oracle: Oracle) -> None:
+def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node(cluster: Cluster, oracle: Oracle) -> None:
     options = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
-    with running(staged(directory, oracle, 9)) as cluster:
-        work = [(prompt_of(num_tokens, oracle), options) for num_tokens in (576, 577)]
-        replies = asyncio.run(complete_all(cluster, work))
-        for reply, (prompt, sampling) in zip(replies, work, strict=True):
-            check(reply, prompt, sampling, oracle)
-        fits, longer = (cluster.receipt(reply["id"]) for reply in replies)
-        assert (fits["decision"], fits["kv_bytes"]) == ("remote", oracle.kv_bytes(576))
-        assert (longer["decision"], longer["reason"]) == ("local", "staging: 577 uncached tokens > 576 that can be received")
-        cluster.wait_idle()
+    work = [(prompt_of(num_tokens, oracle), options) for num_tokens in (832, 833)]
+    replies = asyncio.run(complete_all(cluster, work))
+    for reply, (prompt, sampling) in zip(replies, work, strict=True):
+        check(reply, prompt, sampling, oracle)
+    fits, longer = (cluster.receipt(reply["id"]) for reply in replies)
+    assert (fits["decision"], fits["kv_bytes"]) == ("remote", oracle.kv_bytes(832))
+    assert (longer["decision"], longer["reason"]) == ("local", "staging: 833 uncached tokens > 832 that can be received")
+    cluster.wait_idle()
 
 
 @pytest.mark.parametrize(

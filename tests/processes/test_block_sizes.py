@@ -14,7 +14,8 @@ pytestmark = pytest.mark.process
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 ALWAYS = {"disaggregation": {"prefix_push": "always"}, "transfer": {"verify": True}}
 SIZES = [
-    pytest.param(16, 64, 1, id="16-64"),
+    pytest.param(16, 64, 2, id="16-64 and two ranks"),
+    pytest.param(16, 64, 1, id="16-64", marks=pytest.mark.nightly),
     pytest.param(64, 16, 1, id="64-16", marks=pytest.mark.nightly),
     pytest.param(48, 64, 1, id="48-64", marks=pytest.mark.nightly),
     pytest.param(128, 48, 2, id="128-48 and two ranks", marks=pytest.mark.nightly),

@@ -1,5 +1,6 @@
 """Nodes of any number of ranks hand over to each other, both ways: what comes out is the oracle's; and a rank that dies takes its node
-along, and nothing else.
+along, and nothing else. By night. By day `test_block_sizes` and `test_fp8_wire` have ranks that hand over, `test_doctor` checks the ways
+between them, and `test_ranks` kills one.
 
 The model has two KV heads: ranks have one each, or share one.
 """
@@ -16,17 +17,12 @@ from tests.support.clusters import Cluster, running, wait_until
 from tests.support.completions import InBackground, Work, check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.nightly]
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 BLOCK = 64
 KV_HEADS = 2
-EVERY_DAY = {(2, 1)}
-"""And back, by a prefix that is pushed. By day `test_fp8_wire` has one rank write to two as well, and the test below two to two."""
-PAIRS = [
-    pytest.param(p, d, marks=() if (p, d) in EVERY_DAY else pytest.mark.nightly, id=f"{p}-{d}")
-    for p, d in ((2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (4, 1), (1, 4), (4, 4))
-]
+PAIRS = ((2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (4, 1), (1, 4), (4, 4))
 
 
 def cluster_of(directory: Path, num_prefill: int, num_decode: int, **sections: dict[str, object]) -> Cluster:
@@ -57,7 +53,7 @@ def test_a_hand_off_between_ranks_says_what_one_process_says(directory: Path, or
         cluster.wait_idle()
 
 
-@pytest.mark.parametrize("victim", ["p0", pytest.param("d0", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("victim", ["p0", "d0"])
 def test_a_rank_that_is_killed_ends_its_node_and_requests_go_on(directory: Path, oracle: Oracle, victim: str) -> None:
     cluster = Cluster(directory, decode=2, transfer={"quiesce_s": 2.0, "lease_s": 2.0})
     cluster.nodes["p0"].options["tp"] = cluster.nodes["d0"].options["tp"] = 2

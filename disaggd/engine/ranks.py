@@ -20,6 +20,7 @@ from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Protocol
 
 import torch
@@ -67,6 +68,8 @@ class Followers:
             theirs.close()  # else the process's end would not end the pipes
             self._pipes.append(ours)
             self._processes.append(process)
+        # Whatever this process ends of: it waits for its children, who take no notice of the signal by which it would end them.
+        self._ending = Finalize(self, _close, args=(self._pipes,), exitpriority=0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
@@ -216,8 +219,7 @@ class Followers:
             if process.exitcode is None:
                 process.kill()
                 process.join()
-        for pipes in self._pipes:
-            pipes.close()
+        self._ending()
 
 
 class Companions:
@@ -268,6 +270,11 @@ class RanksLanding:
         others_have = self._followers.copy_in(landed, blocks)
         first_has = self._first.copy_in(landed, blocks)
         return lambda: first_has() and others_have()
+
+
+def _close(each: list[RankPipes]) -> None:
+    for pipes in each:
+        pipes.close()
 
 
 def _unless_trouble(order: RankOrder, pipe: Connection) -> int | None:

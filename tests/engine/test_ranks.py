@@ -3,8 +3,11 @@
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,10 +91,11 @@ def test_what_lands_on_all_ranks_is_there_when_it_is_on_each() -> None:
     loaded.patterns.fill([BlockId(6), BlockId(4), BlockId(5)], 1)
     is_done = loaded.landing.copy_in(landed, blocks)
     wait_until("it is on all", is_done, 10)
-    assert None not in loaded.patterns.compare(blocks, 1), "the pattern is gone, on both"
+    num_tokens = loaded.kv.shape[4]
+    assert None not in loaded.patterns.compare(blocks, 2 * num_tokens, 1), "the pattern is gone, on both"
     assert loaded.staging.place.num_blocks == 2**20 // loaded.kv_spec.bytes_per_block
     loaded.patterns.fill([BlockId(5)], 2)
-    assert loaded.patterns.compare([BlockId(5)], 2) == [None, None]
+    assert loaded.patterns.compare([BlockId(5)], num_tokens, 2) == [None, None]
     os.kill(loaded.followers.pids[0], signal.SIGKILL)
 
     def is_noticed() -> bool:
@@ -103,6 +107,21 @@ def test_what_lands_on_all_ranks_is_there_when_it_is_on_each() -> None:
 
     wait_until("a copy that a rank does not make is not waited for", is_noticed, 10)
     loaded.close()
+
+
+ENDS_WITHOUT_CLOSING = f"""
+from disaggd.engine.build import build_engine
+if __name__ == "__main__":
+    loaded = build_engine(**{VALUES!r}, tp=2)
+    raise SystemExit(7)
+"""
+
+
+def test_a_process_that_ends_without_closing_its_ranks_ends(tmp_path: Path) -> None:
+    """Whatever it ends of: ranks have no ear for the signal by which Python ends its children."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_WITHOUT_CLOSING)
+    assert subprocess.run([sys.executable, script], timeout=60, check=False).returncode == 7
 
 
 def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:

@@ -52,9 +52,8 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
     cluster.wait_idle()
 
 
-@pytest.mark.parametrize(
-    ("num_prefill", "num_decode"), [pytest.param(2, 1, marks=pytest.mark.nightly), (2, 2), pytest.param(1, 4, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(2, 1), (2, 2), (1, 4)])
 def test_each_rank_has_staging_memory_of_its_own(directory: Path, oracle: Oracle, num_prefill: int, num_decode: int) -> None:
     """Few prompts can land at once; a sequence begins when what it needs is in the pool of every rank."""
     made = staged(directory, oracle, 13, verify=True)
@@ -64,7 +63,8 @@ def test_each_rank_has_staging_memory_of_its_own(directory: Path, oracle: Oracle
 
 
 @pytest.mark.parametrize(
-    ("wire_dtype", "prefill_size"), [("auto", 16), pytest.param("auto", 48, marks=pytest.mark.nightly), pytest.param("fp8", 16)]
+    ("wire_dtype", "prefill_size"),
+    [("auto", 16), pytest.param("auto", 48, marks=pytest.mark.nightly), pytest.param("fp8", 16, marks=pytest.mark.nightly)],
 )
 def test_other_blocks_go_out_of_a_pool_that_is_staged(directory: Path, oracle: Oracle, wire_dtype: str, prefill_size: int) -> None:
     """Of every rank, made into the target's first; in fp8 they land beside its pool, and are unpacked on all ranks."""

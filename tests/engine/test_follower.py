@@ -88,9 +88,9 @@ def test_copies_are_answered_one_by_one() -> None:
 
 
 def test_patterns_are_answered_in_order() -> None:
-    blocks = (BlockId(2), BlockId(0))
+    blocks, num_tokens = (BlockId(2), BlockId(0)), 8
     with rank_with(None) as (pipes, _):
-        for order in (FillBlocks(blocks, 3), CompareBlocks(blocks, 3), CompareBlocks(blocks, 4)):
+        for order in (FillBlocks(blocks, 3), CompareBlocks(blocks, num_tokens, 3), CompareBlocks(blocks, num_tokens, 4)):
             pipes.orders.send(order)
         answers = [pipes.orders.recv() for _ in range(3) if pipes.orders.poll(PATIENT_S)]
         assert answers[:2] == [None, None] and answers[2] is not None

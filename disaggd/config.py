@@ -183,7 +183,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_max_s: Seconds = 1.0
     """The longest pause between two attempts to reach a node."""
     stuck_s: Seconds = 60.0
-    """An engine node whose compute or transfer thread does not get on for so long, not by one layer or one call, ends itself."""
+    """An engine node whose compute or transfer thread does not get on for so long, not by one layer or one call, ends itself; so does one
+    in which connecting an agent takes so long."""
     drain_s: Seconds = 30.0
     """A node that is told to stop finishes what it has, for so long at most. Whoever kills it must wait longer: `TimeoutStopSec` of its
     systemd unit."""

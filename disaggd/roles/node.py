@@ -93,7 +93,7 @@ class EngineNode:
             on_start=self._loaded.stream.enter,
             drained=lambda: self._call_soon(self._ended.set),
         )
-        pulses = {"compute": self._compute.pulse, "transfer": self._transfer.pulse}
+        pulses = {"compute": self._compute.pulse, **self._transfer.pulses}
         self._watchdog = Watchdog(pulses, config.cluster.stuck_s, self._on_slow_thread, self._end_stuck)
 
     async def serve(self) -> None:

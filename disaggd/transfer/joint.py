@@ -80,7 +80,7 @@ class _Landing:
 class JointTransfers:
     """`make_first` and `make_others` make the ranks' threads, and are given what each shall post to. `post` as for a `TransferThread`.
 
-    `pulse` is the first rank's; the others' processes look after their own.
+    `pulses` are the first rank's; the others' processes look after their own.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class JointTransfers:
     ) -> None:
         self._heard: queue.SimpleQueue[tuple[int, m.TransferEvent] | None] = queue.SimpleQueue()
         first = make_first(partial(self._hear, 0))
-        self.pulse = first.pulse
+        self.pulses = first.pulses
         self._ranks: list[RankTransfers] = [first, *(make(partial(self._hear, rank)) for rank, make in enumerate(make_others, 1))]
         self._post = post
         self._joining = threading.Lock()  # no owner: what is submitted must be in every inbox when the caller goes on

@@ -14,8 +14,9 @@ import msgspec
 
 from disaggd.errors import ConfigError
 from disaggd.ids import GrantToken, HandleId, NodeName
+from disaggd.pulse import Pulse
 from disaggd.transfer.agent import Agent, NoAgent, PeerLost
-from disaggd.transfer.connecting import Connecting
+from disaggd.transfer.connecting import Connections
 from disaggd.transfer.messages import (
     BeginPush,
     ConnectPair,
@@ -77,9 +78,7 @@ class Outgoing:
         self._clock = clock
         self._push_timeout_s = push_timeout_s
         self._looked_at = clock()
-        self._connecting: dict[NodeName, Connecting] = {}
-        self._abandoned: list[Connecting] = []
-        """Whose agents nobody wants any more: to be destroyed as soon as they can be."""
+        self._connections = Connections()
         self._pairs: dict[NodeName, Outlet] = {}
         self._pushes: dict[GrantToken, Push] = {}
         self._flights: list[_Flight] = []
@@ -91,7 +90,11 @@ class Outgoing:
 
     @property
     def num_agents(self) -> int:
-        return len(self._pairs) + len(self._connecting) + len(self._abandoned)
+        return len(self._pairs) + len(self._connections)
+
+    @property
+    def connecting_pulse(self) -> Pulse:
+        return self._connections.pulse
 
     @property
     def is_in_flight(self) -> bool:
@@ -105,8 +108,8 @@ class Outgoing:
     # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def connect(self, command: ConnectPair) -> None:
-        connecting, pair = self._connecting.get(command.peer), self._pairs.get(command.peer)
-        if connecting is not None and connecting.pair.remote_id == command.agent_id:
+        connecting, pair = self._connections.to(command.peer), self._pairs.get(command.peer)
+        if connecting is not None and connecting.remote_id == command.agent_id:
             return None  # its end answers this one too
         if pair is not None and pair.remote_id == command.agent_id:
             return self._probe(pair)
@@ -119,9 +122,9 @@ class Outgoing:
             self._notify(pair, pair.lanes[0], WireQuiesced(command.token, command.clean))
 
     def close(self, peer: NodeName) -> None:
-        """Destroy the pair's agent; its handles end here, unclean, and its pushes with them."""
-        if (connecting := self._connecting.pop(peer, None)) is not None:
-            self._abandoned.append(connecting)
+        """Destroy the pair's agent; its handles end here, unclean, and its pushes with them. One that is being connected, which has
+        neither, is destroyed once it can be."""
+        self._connections.abandon(peer)
         pair = self._pairs.pop(peer, None)
         if pair is None:
             return
@@ -137,11 +140,10 @@ class Outgoing:
             self._settle(push)
 
     def close_all(self) -> None:
-        for peer in [*self._pairs, *self._connecting]:
+        """Waits for those that are being connected, but not for long (`connecting.py`)."""
+        for peer in list(self._pairs):
             self.close(peer)
-        for connecting in self._abandoned:
-            connecting.wait()
-        self._destroy_abandoned()
+        self._connections.close()
 
     def _build(self, command: ConnectPair) -> None:
         try:
@@ -150,27 +152,20 @@ class Outgoing:
         except (PeerLost, NoAgent, ConfigError) as error:
             self._post(PairFailed(command.peer, command.agent_id, str(error), for_good=isinstance(error, ConfigError)))
             return
-        self._connecting[command.peer] = Connecting(pair)
+        self._connections.begin(pair)
         self._take_connected()
 
     def _take_connected(self) -> None:
         """Pairs that are connected by now, or could not be."""
-        for connecting in [each for each in self._connecting.values() if each.is_over]:
+        taken = self._connections.take()
+        self._pairs.update({connecting.pair.peer: connecting.pair for connecting in taken})
+        for connecting in taken:
             pair = connecting.pair
-            del self._connecting[pair.peer]
-            self._pairs[pair.peer] = pair
             if (reason := connecting.why_not()) is None:
                 self._probe(pair)
             else:
                 self._lose(pair, reason)
-        self._destroy_abandoned()
-
-    def _destroy_abandoned(self) -> None:
-        over = [connecting for connecting in self._abandoned if connecting.is_over]
-        self._abandoned = [connecting for connecting in self._abandoned if connecting not in over]
-        for connecting in over:
-            connecting.pair.agent.destroy()
-            connecting.pair.agent.port.release()
+        self._connections.destroy_abandoned()
 
     def _probe(self, pair: Outlet) -> None:
         if all(self._notify(pair, lane, Connect(lane.agent_id, self._rank)) for lane in pair.lanes):

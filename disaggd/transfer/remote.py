@@ -120,7 +120,8 @@ def rank_transfers(settings: RankSettings, held: RankKV, pipe: Connection) -> It
     )
     sys.setswitchinterval(settings.switch_interval_s)
     thread.start()
-    threading.Thread(target=_end_if_stuck, args=(thread.pulse, settings.stuck_s), name="watchdog", daemon=True).start()
+    for pulse in thread.pulses.values():
+        threading.Thread(target=_end_if_stuck, args=(pulse, settings.stuck_s), name="watchdog", daemon=True).start()
     yield
     thread.stop()
 

@@ -125,6 +125,11 @@ class TransferThread:
         self._has_stirred = False
         self._thread = threading.Thread(target=self._main, name="transfer", daemon=True)
 
+    @property
+    def pulses(self) -> dict[str, Pulse]:
+        """Of what may hang in a call of NIXL: the thread itself, and those that connect agents for it."""
+        return {"transfer": self.pulse, "connecting": self._outgoing.connecting_pulse}
+
     def start(self) -> None:
         """Start the thread. Agents are made when pairs are opened or connected."""
         self._thread.start()

@@ -27,7 +27,7 @@ class ScriptedRank:
     """Stands where a transfer thread stands."""
 
     commands: list[m.TransferCommand] = field(default_factory=list)
-    pulse: Pulse = field(default_factory=Pulse)
+    pulses: dict[str, Pulse] = field(default_factory=dict)
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

@@ -3,10 +3,13 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from disaggd.ids import AgentId, BlockId, GrantToken, HandleId, Incarnation, NodeName
+from disaggd.pulse import Pulse
+from disaggd.roles.watchdog import Watchdog
 from disaggd.transfer import messages as m
 from disaggd.transfer.agent import NoAgent
 from disaggd.transfer.layout import KVGroup, KVSpec, PoolPlace
@@ -15,6 +18,7 @@ from disaggd.transfer.outgoing import PUSH_TIMEOUT_S, Outgoing
 from disaggd.transfer.pool import Pool
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace
+from disaggd.transfer.thread import TransferThread
 from tests.support.endpoints import endpoint, span
 from tests.support.scripted_agent import ScriptedAgent
 
@@ -64,8 +68,8 @@ class Bench:
         self.agents.append(ScriptedAgent(AgentId(f"near{len(self.agents)}"), is_lost=self.next_is_lost, on_connect=self.on_connect))
         return self.agents[-1]
 
-    def connect(self, agent_id: AgentId = FAR) -> None:
-        self.outgoing.connect(m.ConnectPair(D0, Incarnation("one"), endpoint(agent_id, b"", PoolPlace(0, 4)), POOL.kv))
+    def connect(self, agent_id: AgentId = FAR, peer: NodeName = D0) -> None:
+        self.outgoing.connect(m.ConnectPair(peer, Incarnation("one"), endpoint(agent_id, b"", PoolPlace(0, 4)), POOL.kv))
 
     def begin(self, agent_id: AgentId = FAR) -> None:
         self.outgoing.begin(m.BeginPush(TOKEN, D0, agent_id, lease_s=5.0))
@@ -124,12 +128,12 @@ def test_connecting_to_an_unreachable_agent_fails_and_leaves_none_behind() -> No
 class SlowConnection:
     """A peer of which TCP hears nothing until the test says so."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, peer: NodeName = D0) -> None:
         self._answered = threading.Event()
         bench.on_connect = lambda: self._answered.wait(10)
-        bench.connect(AgentId("silent"))
+        bench.connect(AgentId("silent"), peer)
         bench.on_connect = lambda: None
-        [self._connecting] = bench.outgoing._connecting.values()
+        [self._connecting] = bench.outgoing._connections._under_way
 
     def answer(self) -> None:
         self._answered.set()
@@ -139,7 +143,7 @@ class SlowConnection:
 def test_a_peer_that_nothing_is_heard_of_holds_nobody_up(bench: Bench) -> None:
     slow = SlowConnection(bench)
     other = NodeName("d1")
-    bench.outgoing.connect(m.ConnectPair(other, Incarnation("one"), endpoint(FAR, b"", PoolPlace(0, 4)), POOL.kv))
+    bench.connect(FAR, other)
     assert bench.turn() == [m.PairConnected(other, FAR)]
     bench.outgoing.begin(m.BeginPush(TOKEN, other, FAR, lease_s=5.0))
     bench.outgoing.push_blocks(WRITE)
@@ -183,6 +187,40 @@ def test_at_the_end_no_agent_is_left_that_is_being_connected(bench: Bench) -> No
     threading.Timer(0.1, slow.answer).start()
     bench.outgoing.close_all()
     assert all(agent.is_destroyed and agent.port.is_released for agent in bench.agents) and bench.outgoing.num_agents == 0
+
+
+def test_the_end_waits_for_no_peer_that_nothing_is_heard_of_for_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disaggd.transfer.connecting.CLOSE_TIMEOUT_S", 0.01)
+    slow = SlowConnection(bench, NodeName("d1"))
+    bench.outgoing.close_all()
+    assert [agent.is_destroyed for agent in bench.agents] == [True, False], "NIXL is in a call of the other"
+    slow.answer()
+
+
+def test_a_connection_that_hangs_ends_its_node(bench: Bench) -> None:
+    """While the transfer thread gets on; its agent's peer is gone meanwhile."""
+    thread: Any = object.__new__(TransferThread)
+    thread.pulse, thread._outgoing = Pulse(), bench.outgoing
+    ended: list[str] = []
+    dog = Watchdog(thread.pulses, 3.0, lambda name, seconds: None, ended.append)
+    slow = SlowConnection(bench)
+
+    def look() -> None:
+        thread.pulse.beat()
+        assert bench.turn() == []
+        dog.look()
+
+    look()
+    bench.outgoing.close(D0)
+    look()
+    look()
+    assert not ended
+    look()
+    assert ended == ["connecting"]
+    slow.answer()
+    assert bench.turn() == []
+    look()
+    assert ended == ["connecting"]
 
 
 @pytest.mark.parametrize(

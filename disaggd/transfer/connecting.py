@@ -8,6 +8,7 @@ else here runs on the transfer thread.
 import logging
 import threading
 import time
+import traceback
 
 from disaggd.ids import NodeName
 from disaggd.pulse import Pulse
@@ -61,7 +62,11 @@ class Connecting:
         except PeerLost as error:
             self._why_not = str(error)  # the error itself holds on to the agent
         except Exception as error:  # noqa: BLE001  carried to the transfer thread
-            self._failure = error
+            # Tracebacks, its own and those of what it came of, hold on to the agent, which could then not be destroyed; log records
+            # hold on to tracebacks.
+            log.error("connecting to %s has failed:\n%s", self.pair.peer, traceback.format_exc())
+            error.__cause__ = error.__context__ = None
+            self._failure = error.with_traceback(None)
 
 
 class Connections:
@@ -97,11 +102,13 @@ class Connections:
         return taken
 
     def destroy_abandoned(self) -> None:
-        """As far as they are over."""
+        """As far as they are over. Raises what their threads have failed of, but for lost peers."""
         over = self._remove_over(wanted=False)
         self._give_sign_of_life()
         for connecting in over:
             connecting.destroy()
+        for connecting in over:
+            connecting.why_not()
 
     def close(self) -> None:
         """Abandons all. Those that are not over within CLOSE_TIMEOUT_S end with the process."""
@@ -110,7 +117,7 @@ class Connections:
             connecting.is_wanted = False
             connecting.wait(max(0.0, deadline - time.monotonic()))
         for connecting in self._remove_over(wanted=False):
-            connecting.destroy()
+            connecting.destroy()  # what it has failed of is in the log
         if self._under_way:
             peers = ", ".join(sorted({connecting.pair.peer for connecting in self._under_way}))
             log.warning("still connecting to %s after %g s: that ends with the process", peers, CLOSE_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """`disaggd up`: every node of the file that lives on this host, as child processes under one terminal.
 
-Runs on one asyncio thread. A child that ends before the cluster is ready ends everything; a later death is told and
-the node restarted. Production uses systemd for this. Knows nothing of what the nodes do.
+Runs on one asyncio thread. A child that ends before the routers are ready, or then before it has ever listened, ends everything; any
+other death is told and the node restarted. Production uses systemd for this. Knows nothing of what the nodes do.
 """
 
 import asyncio
@@ -170,7 +170,8 @@ class Supervisor:
         self._ending: list[NodeConfig] = []
         """Those that were told to end."""
         self._exit_code = 0
-        self._is_ready = False
+        self._started: set[NodeName] = set()
+        """Those that are restarted when they die: none before the routers are ready, then those that have listened, at last all."""
 
     async def run(self) -> int:
         """Starts the nodes, keeps them, and ends them all on SIGINT or SIGTERM: once they are drained; at once on a second signal,
@@ -214,7 +215,7 @@ class Supervisor:
             code = await self._run_once(node)
             if self._stop.is_set():
                 return
-            if not self._is_ready:
+            if node.name not in self._started:
                 self._say(node, f"error: could not start ({_ending(code)}); ending the other nodes")
                 self._end(_exit_code(code))
                 return
@@ -265,8 +266,9 @@ class Supervisor:
             while await _get(router.listen, "/ready", self._tls) is None:
                 if await self._stops_within(READY_POLL_S):
                     return
+        self._started.update(router.name for router in routers)
         loading = await self._still_loading() if routers else set()
-        self._is_ready = True
+        self._started.update(node.name for node in self._nodes)
         for router in routers:
             view = None if self._has_keys else await self._settled_view(router, loading)
             if not self._stop.is_set():
@@ -275,11 +277,12 @@ class Supervisor:
     async def _still_loading(self) -> set[NodeName]:
         """Returns when every engine node listens, which it does once it has loaded; or who does not in LOADING_PATIENCE_S."""
         deadline = time.monotonic() + LOADING_PATIENCE_S
-        loading = [node for node in self._nodes if node.role != "router"]
-        while loading := [node for node in loading if _can_bind(node.listen.host, node.listen.port)]:
+        engines = {node.name: node.listen for node in self._nodes if node.role != "router"}
+        while loading := {name for name in engines.keys() - self._started if _can_bind(engines[name].host, engines[name].port)}:
+            self._started |= engines.keys() - loading
             if time.monotonic() >= deadline or await self._stops_within(READY_POLL_S):
                 break
-        return {node.name for node in loading}
+        return loading
 
     async def _settled_view(self, router: NodeConfig, loading: set[NodeName]) -> ClusterView | None:
         """What `router` shows once it has linked those of ours that have loaded, or has not in LINKING_PATIENCE_S."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from disaggd import supervisor
 from disaggd.config import NodeConfig, Role, parse_config
 from disaggd.errors import ConfigError, ResourceError
 from disaggd.ids import NodeName
@@ -147,6 +148,57 @@ def test_a_node_that_dies_later_is_restarted(free_port: Callable[[], int], tmp_p
     assert any(line.endswith("error: died (killed by SIGKILL); restarting it") for line in screen.lines)
     for writer in writers:
         os.close(writer)
+
+
+@pytest.mark.parametrize("victim", ["router", "d0"])
+def test_a_node_that_has_listened_is_restarted_while_another_still_loads(
+    free_port: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    gate = tmp_path / "gate"  # opened once the router is ready and d0 is seen to listen, so that the death comes after
+    os.mkfifo(gate)
+    writers: list[int] = []
+    dies_once = f"""
+import os
+if os.path.exists({str(gate)!r}):
+    open({str(gate)!r}).close()
+    os.remove({str(gate)!r})
+    os.kill(os.getpid(), 9)
+print('second life', flush=True)
+"""
+    programs = {
+        node("router", "router", free_port()): ROUTER,
+        node("d0", "decode", free_port()): ENGINE,
+        node("p1", "prefill", free_port()): BLOCKED + WAIT,
+    }
+    programs = {each: text.replace(WAIT, dies_once + WAIT) if each.name == victim else text for each, text in programs.items()}
+
+    def can_bind_of(host: str, port: int) -> bool:
+        is_free = can_bind(host, port)
+        if not is_free and not writers:
+            writers.append(os.open(gate, os.O_RDWR))
+        return is_free
+
+    can_bind = supervisor._can_bind
+    monkeypatch.setattr(supervisor, "_can_bind", can_bind_of)
+    screen = Screen("second life", terminate)
+    assert supervise(programs, screen) == 0
+    assert any(line.startswith(f"[{victim}]") and line.endswith("error: died (killed by SIGKILL); restarting it") for line in screen.lines)
+    assert "could not start" not in screen.getvalue()
+    os.close(writers[0])
+
+
+def test_a_node_that_has_never_listened_ends_everything_while_another_serves(free_port: Callable[[], int], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"  # opened once the router is ready
+    os.mkfifo(gate)
+    writers: list[int] = []
+    programs = {
+        node("router", "router", free_port()): ROUTER.replace("client.recv(4096)", "client.recv(4096), print('asked', flush=True)"),
+        node("p1", "prefill", free_port()): f"open({str(gate)!r}).close(); raise SystemExit(3)",
+    }
+    screen = Screen("asked", lambda: writers.append(os.open(gate, os.O_RDWR)))
+    assert supervise(programs, screen) == 3
+    assert any(line.startswith("[p1]") and "could not start (exit code 3)" in line for line in screen.lines)
+    os.close(writers[0])
 
 
 def test_a_node_that_somebody_else_stops_is_restarted_and_did_not_die(free_port: Callable[[], int]) -> None:

@@ -1,5 +1,6 @@
-"""`Agent`: one NIXL agent that registers the memory which KV moves from and to; the only home of NIXL. Used by the transfer thread alone.
+"""`Agent`: one NIXL agent that registers the memory which KV moves from and to; the only home of NIXL.
 
+Made, used and destroyed by the transfer thread, but for `connect`, during which an agent is another thread's (`connecting.py`).
 Agents are not thread-safe (three threads on one: SIGSEGV, measured), and without NIXL's own progress thread, which would
 spin on a core, they move bytes only while `poll` and `notifications` are called, on both sides.
 
@@ -78,7 +79,8 @@ class Agent:
         return bytes(self._nixl.get_agent_metadata())
 
     def connect(self, agent_id: AgentId, metadata: bytes, sources: Descriptors, targets: Descriptors) -> None:
-        """Get ready to write from `sources`, which are in a region of ours, into `targets` at the remote agent. Blocks for 10-35 ms.
+        """Get ready to write from `sources`, which are in a region of ours, into `targets` at the remote agent. Blocks for 10-35 ms,
+        or, where no answer comes, until TCP gives up.
 
         All that describes the agent came over the wire: NIXL refuses what it cannot read, and targets beyond the memory that is
         registered there. Raises `PeerLost`.

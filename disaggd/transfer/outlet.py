@@ -1,6 +1,6 @@
 """`Outlet`: the agent that we write to one peer from, with a lane to each of its ranks that some of our heads go to.
 
-Runs on the transfer thread.
+Runs on the transfer thread, but for `Outlet.connect`, which has a thread of its own (`connecting.py`).
 """
 
 from dataclasses import dataclass

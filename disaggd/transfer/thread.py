@@ -1,4 +1,5 @@
-"""`TransferThread`: the one thread that uses NIXL. Takes commands, posts events; owns the agents, pushes and landings.
+"""`TransferThread`: the thread that moves KV by NIXL. Takes commands, posts events; owns the agents, pushes and landings. An agent that is
+being connected is lent to a thread of its own (`connecting.py`); no other thread uses NIXL.
 
 Knows nothing of sequences, links or asyncio: events go to the compute thread's inbox. Both directions run in every node;
 which commands come is the role's affair.

@@ -283,7 +283,7 @@ def transfers_of(
 
     if loaded.followers is None:
         return make(post)
-    return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post)
+    return JointTransfers(make, [partial(RemoteTransfers, pipe) for pipe in loaded.followers.side_pipes], post, loaded.stream.enter)
 
 
 def _load(config: Config, node: NodeConfig, on_rank_lost: OnRankLost) -> LoadedEngine:

@@ -7,6 +7,9 @@ rank's id, and is whole for as long as none of them is fenced.
 Whoever submits has its commands in every rank's inbox when `submit` returns: so no piece of a grant can come before its `Expect`. What the
 ranks say is joined on a thread of its own, and nothing ever waits for that one: a rank that had to wait before it may speak would not
 hear either.
+
+What a push writes that the first rank's device may not have computed yet, the first rank is told at once, and asks. The others are told
+when it is computed (`held_back.py`): the same thread looks.
 """
 
 import logging
@@ -22,11 +25,15 @@ import msgspec
 
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName
 from disaggd.transfer import messages as m
+from disaggd.transfer.held_back import HeldBack
 from disaggd.transfer.thread import TransferStats, TransferThread
 
 log = logging.getLogger(__name__)
 
 Post = Callable[[m.TransferEvent], None]
+
+LOOK_EVERY_S = 5e-4
+"""Whether a device has computed what is held back: a layer group takes a long prompt some milliseconds."""
 
 
 class RankTransfers(Protocol):
@@ -78,19 +85,26 @@ class _Landing:
 
 
 class JointTransfers:
-    """`make_first` and `make_others` make the ranks' threads, and are given what each shall post to. `post` as for a `TransferThread`.
+    """`make_first` and `make_others` make the ranks' threads, and are given what each shall post to. `post` and `on_start` as for a
+    `TransferThread`: this one asks the first rank's device too.
 
     `pulses` are the first rank's; the others' processes look after their own.
     """
 
     def __init__(
-        self, make_first: Callable[[Post], TransferThread], make_others: Sequence[Callable[[Post], RankTransfers]], post: Post
+        self,
+        make_first: Callable[[Post], TransferThread],
+        make_others: Sequence[Callable[[Post], RankTransfers]],
+        post: Post,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        self._heard: queue.SimpleQueue[tuple[int, m.TransferEvent] | None] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         first = make_first(partial(self._hear, 0))
         self.pulses = first.pulses
         self._ranks: list[RankTransfers] = [first, *(make(partial(self._hear, rank)) for rank, make in enumerate(make_others, 1))]
         self._post = post
+        self._on_start = on_start
+        self._held_back = HeldBack(partial(self._tell_all, but=0))
         self._joining = threading.Lock()  # no owner: what is submitted must be in every inbox when the caller goes on
         self._inlets: dict[NodeName, _Inlet] = {}
         self._agents: dict[AgentId, _Agent] = {}
@@ -142,6 +156,11 @@ class JointTransfers:
                 case m.ConnectPair():
                     self._connections[command.peer] = _Connection(command.agent_id, set(range(len(self._ranks))))
                     self._tell_all(command)
+                case m.PushBlocks() | m.FinishPush():
+                    self._ranks[0].submit(command)
+                    self._hold_back(command)
+                case m.CancelPush(token):
+                    self._cancel(token)
                 case m.QuiesceByWire():
                     self._ranks[0].submit(command)
                 case m.Forget(token):
@@ -163,16 +182,25 @@ class JointTransfers:
             rank.submit(msgspec.structs.replace(command, agent_id=agent.of(number)))
 
     def _hear(self, rank: int, event: m.TransferEvent) -> None:
-        self._heard.put((rank, event))
+        self._heard.put(partial(self._join, rank, event))
 
     def _main(self) -> None:
         try:
-            while (heard := self._heard.get()) is not None:
+            self._on_start()
+            while (turn := self._next()) is not None:
                 with self._joining:
-                    self._join(*heard)
+                    turn()
+                    self._held_back.look()
         except Exception as error:
             log.exception("what the ranks' transfer threads say cannot be joined")
             self._post(m.TransferFailed(error))
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is to be done in the next turn."""
+        try:
+            return self._heard.get(timeout=None if self._held_back.is_empty else LOOK_EVERY_S)
+        except queue.Empty:
+            return _only_look
 
     def _join(self, rank: int, event: m.TransferEvent) -> None:
         match event:
@@ -284,6 +312,16 @@ class JointTransfers:
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _hold_back(self, command: m.PushBlocks | m.FinishPush) -> None:
+        was_empty = self._held_back.is_empty
+        self._held_back.add(command)
+        if was_empty and not self._held_back.is_empty:
+            self._heard.put(_only_look)  # the thread may be waiting for what the ranks say, for as long as that takes
+
+    def _cancel(self, token: GrantToken, but: int | None = None) -> None:
+        self._held_back.give_up(token)
+        self._tell_all(m.CancelPush(token), but)
+
     def _connected(self, rank: int, event: m.PairConnected) -> None:
         connection = self._connections.get(event.peer)
         if connection is None or connection.agent_id != event.agent_id or rank not in connection.missing:
@@ -314,7 +352,7 @@ class JointTransfers:
     def _push_ended(self, rank: int, event: m.PushEnded) -> None:
         ends = self._ends[event.token]
         if not ends and not (event.clean and event.finished):
-            self._tell_all(m.CancelPush(event.token), but=rank)
+            self._cancel(event.token, but=rank)
         ends[rank] = event
         if len(ends) < len(self._ranks):
             return
@@ -331,3 +369,7 @@ class JointTransfers:
                 sent=tuple(sent for _, part in sorted(ends.items()) for sent in part.sent),
             )
         )
+
+
+def _only_look() -> None:
+    """What is held back is looked at in every turn."""

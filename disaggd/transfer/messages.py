@@ -168,6 +168,11 @@ def at_once() -> bool:
     return True
 
 
+def never() -> bool:
+    """`IsReady` of blocks whose push is cancelled next."""
+    return False
+
+
 class PushBlocks(TransferCommand, frozen=True):
     """Write the given layers of `source` into the `target` blocks, which its first token begins: one handle.
 

@@ -1,4 +1,5 @@
-"""A cluster on the CPU that handles its KV as one on GPUs does: through staging memory, with late copies. It equals the oracle."""
+"""A cluster on the CPU that handles its KV as one on GPUs does: through staging memory, with late copies of what is computed late.
+It equals the oracle."""
 
 import asyncio
 from collections.abc import Iterator

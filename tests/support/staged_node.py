@@ -4,8 +4,9 @@
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from disaggd import cli
 from tests.support.copies import Late
 
 PATIENCE = 3
-"""So often a copy is asked about before it is made."""
+"""So often a copy is asked about before it is made, and a device before it has come so far."""
 
 
 def import_role(name: str) -> ModuleType:
@@ -23,6 +24,7 @@ def import_role(name: str) -> ModuleType:
     role = importlib.import_module(name)
     if not name.endswith("router"):
         stage(importlib.import_module("disaggd.roles.node"), importlib.import_module("disaggd.engine.rank"))
+        importlib.import_module("disaggd.engine.stream").DeviceStream.mark = late_mark
     return role
 
 
@@ -31,6 +33,12 @@ def stage(node: Any, rank: Any) -> None:
     host_memory, make_staging = node.host_memory, rank.make_staging
     node.host_memory = lambda config, of: host_memory(config, msgspec.structs.replace(of, device="cuda"))
     rank.make_staging = lambda kv, spec, num_blocks: LateStaging(make_staging(kv, spec, num_blocks))
+
+
+def late_mark(stream: object) -> Callable[[], bool]:
+    """`DeviceStream.mark` of a device that is behind; like a GPU's event it goes through no pipe."""
+    looks = count(1)
+    return lambda: next(looks) >= PATIENCE
 
 
 class LateStaging:

@@ -3,40 +3,25 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggd.ids import AgentId, BlockId, GrantToken, Incarnation, NodeName
-from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
 from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.notification import FirstToken
 from disaggd.transfer.thread import TransferStats
+from tests.support.clusters import wait_until
 from tests.support.endpoints import endpoint, plain_kv, span
+from tests.support.scripted_rank import ScriptedRank
 
 P0, D0 = NodeName("p0"), NodeName("d0")
 ONE, TWO = Incarnation("one"), Incarnation("two")
 TOKEN = GrantToken(bytes(16))
 BLOCKS, OTHERS = (BlockId(1), BlockId(2)), (BlockId(3),)
 NUM_RANKS = 3
-
-
-@dataclass
-class ScriptedRank:
-    """Stands where a transfer thread stands."""
-
-    commands: list[m.TransferCommand] = field(default_factory=list)
-    pulses: dict[str, Pulse] = field(default_factory=dict)
-
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
-
-    def submit(self, command: m.TransferCommand) -> None:
-        self.commands.append(command)
-
-    def stats(self) -> TransferStats:
-        return TransferStats(1, 1, 1, 10, 20)
 
 
 class Bench:
@@ -346,6 +331,69 @@ def test_commands_go_to_every_rank_but_one_word_over_the_wire_will_do(writer: Be
     writer.joint.submit(write)
     writer.joint.submit(quiesce)
     assert writer.told() == [[write, quiesce], [write], [write]]
+
+
+@dataclass
+class LateDevice:
+    """The first rank's, asked by whoever likes."""
+
+    is_done: bool = False
+
+    def write(self, layers: range = range(1)) -> m.PushBlocks:
+        """What it has not computed yet. What asks it is code with a memory: no pipe takes that."""
+        return m.PushBlocks(TOKEN, layers, span(BLOCKS), BLOCKS, lambda: self.is_done)
+
+
+CACHED, FINISH = m.PushBlocks(TOKEN, range(2, 3), span(OTHERS), OTHERS), m.FinishPush(TOKEN, None)
+
+
+def ready(write: m.PushBlocks) -> m.PushBlocks:
+    return msgspec.structs.replace(write, is_ready=m.at_once)
+
+
+def test_what_a_device_has_not_computed_the_other_ranks_are_told_when_it_has_and_the_rest_of_the_push_behind_it(writer: Bench) -> None:
+    early, late = LateDevice(is_done=True), LateDevice()
+    commands = [early.write(), late.write(range(1)), late.write(range(1, 2)), CACHED, FINISH]
+    other = m.PushBlocks(GrantToken(b"another push 123"), range(1), span(OTHERS), OTHERS)
+    for command in (*commands, m.RenewLease(TOKEN), other):
+        writer.joint.submit(command)
+    first, second, third = writer.told()
+    assert first == [*commands, m.RenewLease(TOKEN), other], "the first rank asks its own device"
+    assert second == third == [ready(early.write()), m.RenewLease(TOKEN), other]
+    writer.joint._held_back.look()
+    assert writer.told() == [[]] * NUM_RANKS
+    late.is_done = True
+    writer.joint._held_back.look()
+    assert writer.told() == [[], *[[ready(late.write(range(1))), ready(late.write(range(1, 2))), CACHED, FINISH]] * 2]
+    assert writer.joint._held_back.is_empty
+
+
+@pytest.mark.parametrize("who", ["told", "one of the ranks"])
+def test_what_is_held_back_of_a_cancelled_push_is_answered_by_every_rank_and_written_by_none(who: str, writer: Bench) -> None:
+    late = LateDevice()
+    for command in (late.write(), CACHED, FINISH):
+        writer.joint.submit(command)
+    writer.told()
+    cancel = m.CancelPush(TOKEN)
+    if who == "told":
+        writer.joint.submit(cancel)
+    else:
+        writer.say(1, m.PushEnded(TOKEN, True, False, 0, None, None))
+    given_up = [msgspec.structs.replace(write, is_ready=m.never) for write in (late.write(), CACHED)]
+    assert writer.told() == [[cancel], given_up + [cancel] * (who == "told"), [*given_up, cancel]]
+    late.is_done = True
+    writer.joint._held_back.look()
+    assert writer.told() == [[]] * NUM_RANKS
+
+
+def test_the_thread_looks_after_what_is_held_back_though_no_rank_says_anything() -> None:
+    bench, late = Bench(), LateDevice()
+    bench.joint.start()
+    bench.joint.submit(late.write())
+    assert bench.told()[1] == []
+    late.is_done = True
+    wait_until("the others are told", lambda: all(rank.commands == [ready(late.write())] for rank in bench.ranks[1:]), 10)
+    bench.joint.stop()
 
 
 def test_counts_are_of_all_ranks_but_for_fences_which_all_have_alike(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from multiprocessing import Pipe
 from queue import SimpleQueue
 
@@ -10,9 +11,11 @@ import pytest
 from disaggd.ids import AgentId, GrantToken, NodeName
 from disaggd.pulse import Pulse
 from disaggd.transfer import messages as m
+from disaggd.transfer.joint import JointTransfers
 from disaggd.transfer.remote import PipeInbox, RemoteTransfers, wait_until_stuck
 from disaggd.transfer.thread import TransferStats
 from tests.support.endpoints import span
+from tests.support.scripted_rank import ScriptedRank
 
 TOKEN = GrantToken(bytes(16))
 COMMANDS = [
@@ -29,6 +32,23 @@ def test_commands_come_in_as_they_were_said() -> None:
         remote.submit(command)
     assert inbox.take(0) == COMMANDS, "what was sent is there at once: no piece of a grant may come before its `Expect`"
     assert inbox.take(0) == []
+
+
+def test_a_write_that_a_device_has_not_computed_comes_in_when_it_has() -> None:
+    """What asks the device stays on this side of the pipe, which it would not go through."""
+    ours, theirs = Pipe()
+    inbox, is_computed = PipeInbox(theirs), threading.Event()
+    joint = JointTransfers(lambda post: ScriptedRank(), [partial(RemoteTransfers, ours)], lambda event: None)  # type: ignore[arg-type,return-value]
+    joint.start()
+    joint.submit(m.PushBlocks(TOKEN, range(2), span(()), (), lambda: is_computed.is_set()))
+    joint.submit(m.FinishPush(TOKEN, None))
+    assert inbox.take(0.05) == []
+    is_computed.set()
+    taken = inbox.take(10)
+    while len(taken) < 2:
+        taken += inbox.take(10)
+    assert taken == [m.PushBlocks(TOKEN, range(2), span(()), ()), m.FinishPush(TOKEN, None)]
+    joint.stop()
 
 
 def test_an_inbox_wakes_up_in_less_than_a_millisecond() -> None:

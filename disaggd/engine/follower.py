@@ -1,13 +1,14 @@
 """A rank's own process, but for the first's: it loads its part of the model, and computes its part of every step, until the pipe ends.
 
-It decides nothing. On a GPU it asks its device for one step after another and waits for none; what of the device is waited for, the first
-rank waits for.
+It decides nothing. On a GPU it asks its device for one step after another and waits for none: that the first rank's device has done a step
+says that all have. What is no step, and no sum over all ranks says anything of, it waits for itself: a pattern.
 """
 
 import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from multiprocessing import parent_process
@@ -34,6 +35,7 @@ from disaggd.transfer.rank_kv import RankKV
 ORPHAN_TIMEOUT_S = 3.0
 """For so long at most: a device may wait for ever for that of a rank that is gone, and a thread for the device."""
 COPY_POLL_S = 0.001
+DEVICE_POLL_S = 0.001
 
 
 def follow(order: RankOrder, pipes: RankPipes, beside: Beside | None) -> None:
@@ -53,21 +55,31 @@ def follow(order: RankOrder, pipes: RankPipes, beside: Beside | None) -> None:
         return
     held = _held(order, rank, stream)
     with nullcontext() if beside is None else beside(held, pipes.side), torch.inference_mode():
-        obey_all(rank, PatternMemory(rank.kv, held.share.heads), pipes)
+        obey_all(rank, PatternMemory(rank.kv, held.share.heads), pipes, stream.mark)
     if rank.kv.is_cuda:
         os._exit(0)  # what NCCL, and torch about it, wait for on their way out may never come; the first rank waits for nothing here
 
 
-def obey_all(rank: Rank, patterns: PatternMemory, pipes: RankPipes) -> None:
-    """Do what comes down the pipe, in that order, until it ends."""
+def obey_all(rank: Rank, patterns: PatternMemory, pipes: RankPipes, mark: Callable[[], IsReady]) -> None:
+    """Do what comes down the pipe, in that order, until it ends. `mark()`: whether the rank's device has done all so far."""
     copies = _Copies(rank.landing, pipes.copied)
     while (told := _next(pipes.orders, copies)) is not None:
         if isinstance(told, HostBatch):
             _compute(rank, told, pipes.orders)
         elif isinstance(told, CopyIn):
             copies.begin(told)
+        elif isinstance(told, AreYouThere):
+            pipes.orders.send(None)
         else:
-            pipes.orders.send(None if isinstance(told, AreYouThere) else obey(patterns, told))
+            answer = obey(patterns, told)
+            _wait_for(mark())
+            pipes.orders.send(answer)
+
+
+def _wait_for(is_done: IsReady) -> None:
+    """If that is for ever, the first rank gives this one up."""
+    while not is_done():
+        sleep(DEVICE_POLL_S)
 
 
 class _Copies:

@@ -55,7 +55,7 @@ _WORDS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, slots=True)
 class FillBlocks:
-    """Rank 0 → another: write your heads of the pattern into these blocks. Answered None."""
+    """Rank 0 → another: write your heads of the pattern into these blocks. Answered None, when your device has."""
 
     blocks: tuple[BlockId, ...]
     salt: int
@@ -92,7 +92,10 @@ class OtherRanks(Protocol):
 
 
 class RankPatterns:
-    """All ranks of a node. Both calls wait until every rank has done its part, and raise RankLost if one does not."""
+    """All ranks of a node. Both calls wait until every other rank has done its part, its device too, and raise RankLost if one does not.
+
+    The first rank's device may still be filling: of that its own `DeviceStream` tells.
+    """
 
     def __init__(self, own: PatternMemory, others: OtherRanks | None = None) -> None:
         self._own = own

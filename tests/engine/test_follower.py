@@ -1,7 +1,7 @@
 """What a rank does with what comes down its pipe, in its own thread here: in order, and without waiting for its copies."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from disaggd.engine.follower import obey_all
 from disaggd.engine.patterns import CompareBlocks, FillBlocks, PatternMemory
 from disaggd.engine.rank_orders import AreYouThere, CopyIn, RankPipes
 from disaggd.ids import BlockId
-from disaggd.transfer.messages import IsReady
+from disaggd.transfer.messages import IsReady, at_once
 from tests.support.copies import Late
 
 PATIENT_S = 10.0
@@ -36,13 +36,13 @@ class LateLanding:
 
 
 @contextmanager
-def rank_with(landing: Any) -> Iterator[tuple[RankPipes, list[HostBatch]]]:
+def rank_with(landing: Any, mark: Callable[[], IsReady] = lambda: at_once) -> Iterator[tuple[RankPipes, list[HostBatch]]]:
     """The first rank's ends of a rank's pipes, and the steps that it has computed."""
     steps: list[HostBatch] = []
     ours, theirs = (RankPipes(*ends) for ends in zip(*(Pipe() for _ in range(3)), strict=True))
     rank: Any = SimpleNamespace(landing=landing, forward=steps.append)
     patterns = PatternMemory(torch.zeros(2, 6, 1, 2, 4, 8), range(1))
-    thread = threading.Thread(target=obey_all, args=(rank, patterns, theirs))
+    thread = threading.Thread(target=obey_all, args=(rank, patterns, theirs, mark))
     thread.start()
     yield ours, steps
     ours.orders.close()
@@ -94,6 +94,15 @@ def test_patterns_are_answered_in_order() -> None:
             pipes.orders.send(order)
         answers = [pipes.orders.recv() for _ in range(3) if pipes.orders.poll(PATIENT_S)]
         assert answers[:2] == [None, None] and answers[2] is not None
+
+
+def test_a_pattern_is_answered_when_the_device_has_it_for_the_first_ranks_says_nothing_of_that() -> None:
+    is_done = threading.Event()
+    with rank_with(None, lambda: is_done.is_set) as (pipes, _):
+        pipes.orders.send(FillBlocks((BlockId(2),), 3))
+        assert not pipes.orders.poll(0.1)
+        is_done.set()
+        assert pipes.orders.poll(PATIENT_S) and pipes.orders.recv() is None
 
 
 @pytest.mark.parametrize("patience", [None, 1])

@@ -83,7 +83,8 @@ def load_engine(
     """The engine that the file describes for `node`, with progress bars on a terminal. Raises DisaggdError.
 
     `beside` runs in the process of every rank but the first. `memory` is for KV that comes from elsewhere, or goes there. `on_rank_lost`
-    is called when another rank has ended, from the start on, on a thread of its own.
+    is called when another rank has ended, from the start on, on any thread. On GPUs an alarm ends the process 3 s after that: a device may
+    wait for such a rank for ever, and a thread for the device.
     """
     _check_devices(node)
     with start_progress(config.model.served_name) as progress:
@@ -204,7 +205,7 @@ def _load_beside(followers: Followers, load: Callable[[], Rank]) -> Rank:
     except BaseException as error:
         trouble = followers.trouble() if isinstance(error, RankLost) else None
         followers.close()
-        if trouble is not None:
+        if trouble is not None and trouble is not error:
             raise trouble from error
         raise
 

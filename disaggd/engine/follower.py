@@ -7,6 +7,7 @@ says that all have. What is no step, and no sum over all ranks says anything of,
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -44,20 +45,33 @@ def follow(order: RankOrder, pipes: RankPipes, beside: Beside | None) -> None:
         # A terminal and systemd send them to all of a node's processes: the pipe's end says more.
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_node, name="node", daemon=True).start()
+    if torch.device(order.device).type != "cuda":
+        return _be(order, pipes, beside)
+    exit_code = 1
+    try:
+        _be(order, pipes, beside)
+        exit_code = 0
+    except BaseException:  # noqa: BLE001  there is nobody above
+        traceback.print_exc()
+    finally:
+        # What NCCL, and torch about it, wait for on their way out may never come; nobody waits for anything here.
+        os._exit(exit_code)
+
+
+def _be(order: RankOrder, pipes: RankPipes, beside: Beside | None) -> None:
     stream = DeviceStream(torch.device(order.device))
     stream.enter()
     try:
         rank = _loaded(order, pipes.orders)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return  # the first rank has given up
     except DisaggdError as error:
-        pipes.orders.send(str(error))
+        with suppress(OSError):
+            pipes.last_words.send(str(error))
         return
     held = _held(order, rank, stream)
     with nullcontext() if beside is None else beside(held, pipes.side), torch.inference_mode():
         obey_all(rank, PatternMemory(rank.kv, held.share.heads), pipes, stream.mark)
-    if rank.kv.is_cuda:
-        os._exit(0)  # what NCCL, and torch about it, wait for on their way out may never come; the first rank waits for nothing here
 
 
 def obey_all(rank: Rank, patterns: PatternMemory, pipes: RankPipes, mark: Callable[[], IsReady]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -77,7 +78,15 @@ class RankPipes:
     """None from the rank for each `CopyIn`, in their order."""
     side: Connection
     """For what runs beside."""
+    last_words: Connection
+    """Text from the rank before it ends, if it knows of what."""
 
     def close(self) -> None:
-        for pipe in (self.orders, self.copied, self.side):
+        for pipe in (self.orders, self.copied, self.side, self.last_words):
             pipe.close()
+
+
+def rank_pipes() -> tuple[RankPipes, RankPipes]:
+    """The first rank's ends, and the other's."""
+    ours, theirs = (RankPipes(*ends) for ends in zip(*(Pipe() for _ in range(4)), strict=True))
+    return ours, theirs

@@ -5,30 +5,33 @@ of them compute it together. A rank has its weights and its heads' KV to itself,
 
 Nothing waits for a rank that is gone. On CPUs its pipe, and the ranks' own connections, break at once, and a step that lacks a rank's part
 fails on every other. On GPUs the others' devices would wait: the communicator is aborted, and the first rank looks for losses while it
-waits for a step. Either way it finds out whose part is missing (`naming_the_lost`), and the node ends (`watch`). A rank whose node is gone
-ends too.
+waits for a step; what still waits for a device then, an alarm of the kernel's ends. Either way it finds out whose part is missing
+(`naming_the_lost`), and the node ends (`watch`). A rank whose node is gone ends too.
 
 Something else may run in every rank's process beside its computing, with a pipe of its own to rank 0's; what it is, its owner knows.
 """
 
+import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from disaggd.engine.batch import HostBatch
 from disaggd.engine.follower import follow
 from disaggd.engine.patterns import PatternOrder
-from disaggd.engine.rank_orders import AreYouThere, Beside, CopyIn, RankOrder, RankPipes, ToRank
+from disaggd.engine.rank_orders import AreYouThere, Beside, CopyIn, RankOrder, RankPipes, ToRank, rank_pipes
+from disaggd.engine.stream import DeviceStream
 from disaggd.errors import RankLost, ResourceError
 from disaggd.ids import BlockId
 from disaggd.model.parallel import ProcessRanks, Ranks, TCPStore
@@ -36,16 +39,23 @@ from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pattern import Mismatch
 
+log = logging.getLogger(__name__)
+
 STEP_TIMEOUT_S = 30.0
 """A rank that does not do its part of a step in so long is given up, and the node with it."""
 START_TIMEOUT_S = 600.0
 """Reading the weights of a large model from a slow disk takes minutes."""
 STOP_TIMEOUT_S = 5.0
+LOST_RANK_TIMEOUT_S = 3
+"""A process on GPUs that has lost a rank: whatever waits for a device that waits for that rank, the kernel ends it then."""
 GOES_NOT_ON = "and this node cannot go on without it"
 LAST_WORDS_S = 2.0
 """When one rank is lost, the others have noticed within so long."""
 DEVICE_POLL_S = 1e-4
 """A device that waits for another rank's cannot be waited for, only asked. The step after is launched by then: nothing stands still."""
+
+
+Made = TypeVar("Made")
 
 
 class Followers:
@@ -60,9 +70,10 @@ class Followers:
         self._closed = threading.Event()
         self._death: Future[ResourceError] = Future()
         self._reaping = threading.Lock()  # of two threads that wait for one child, the system tells only one how it ended
+        self._last_words: dict[int, str] = {}
         context = get_context("spawn")
         for order in orders:
-            ours, theirs = (RankPipes(*ends) for ends in zip(*(context.Pipe() for _ in range(3)), strict=True))
+            ours, theirs = rank_pipes()
             process = context.Process(target=follow, args=(order, theirs, beside), name=f"rank {order.rank}", daemon=True)
             process.start()
             theirs.close()  # else the process's end would not end the pipes
@@ -85,27 +96,57 @@ class Followers:
 
     def wait(self) -> list[int | None]:
         """For the next answer of each. Raises ResourceError if one of them has a trouble instead."""
-        return [_unless_trouble(order, pipes.orders) for order, pipes in zip(self._orders, self._pipes, strict=True)]
+        return [self._answer_in_loading(index) for index in range(len(self._orders))]
 
     def agree(self, num_blocks: int) -> int:
         """The fewest blocks that each has room for, and `num_blocks`; all are told. Raises ResourceError."""
         agreed = min([num_blocks, *(fitting for fitting in self.wait() if fitting is not None)])
-        for order, pipes in zip(self._orders, self._pipes, strict=True):
+        for index, pipes in enumerate(self._pipes):
             try:
                 pipes.orders.send(agreed)
             except OSError as error:
-                raise _trouble(order, "ended before it was ready") from error
+                raise self._trouble_of(index) from error
         return agreed
 
-    def trouble(self) -> ResourceError | None:
-        """What one of them has said, or that it has ended, instead of its next answer."""
-        for order, pipes in zip(self._orders, self._pipes, strict=True):
+    def unless_one_ends(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns, which may wait for them; raises ResourceError as soon as one of them has ended, or has before.
+
+        It runs on a thread of its own, which then is left to itself.
+        """
+        made: Future[Made] = Future()
+
+        def run() -> None:
             try:
-                if pipes.orders.poll(LAST_WORDS_S / 2):
-                    _unless_trouble(order, pipes.orders)
-            except ResourceError as error:
-                return error
-        return None
+                made.set_result(make())
+            except BaseException as error:  # noqa: BLE001  carried to whoever waits
+                made.set_exception(error)
+
+        threading.Thread(target=run, name="meeting", daemon=True).start()
+        wait([made, self._death], return_when=FIRST_COMPLETED)
+        if not made.done():
+            raise self._death.result()
+        return made.result()
+
+    def trouble(self) -> ResourceError | None:
+        """Of the first of them that has ended, or ends soon: what it said of that, or how."""
+        try:
+            return self._death.result(LAST_WORDS_S / 2)
+        except TimeoutError:
+            return None
+
+    def _answer_in_loading(self, index: int) -> int | None:
+        order, pipe = self._orders[index], self._pipes[index].orders
+        try:
+            if not pipe.poll(START_TIMEOUT_S):
+                raise ResourceError(f"{_name(order)}: has not loaded its part within {START_TIMEOUT_S:g} s")
+            answer: int | None = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._trouble_of(index) from error
+        return answer
+
+    def _trouble_of(self, index: int) -> ResourceError:
+        """Its pipe has ended; another may have before, and this one of that."""
+        return self.trouble() or ResourceError(f"{_name(self._orders[index])} ended before it was ready")
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,7 +167,7 @@ class Followers:
                     pipes.copied.recv()
                     self._num_copied[index] += 1
             except (EOFError, OSError) as error:
-                raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+                raise RankLost(f"{_name(order)} is gone") from error
         return min(self._num_copied) >= count
 
     def order(self, order: PatternOrder) -> None:
@@ -140,10 +181,10 @@ class Followers:
     def _answer_of(self, order: RankOrder, pipe: Connection) -> Mismatch | None:
         try:
             if not pipe.poll(order.step_timeout_s):
-                raise RankLost(f"rank {order.rank} of {order.num_ranks} has not answered, {GOES_NOT_ON}")
+                raise RankLost(f"{_name(order)} has not answered, {GOES_NOT_ON}")
             answer = pipe.recv()
         except (EOFError, OSError) as error:
-            raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+            raise RankLost(f"{_name(order)} is gone") from error
         assert answer is None or isinstance(answer, Mismatch), answer
         return answer
 
@@ -152,7 +193,7 @@ class Followers:
             try:
                 pipes.orders.send(what)
             except OSError as error:
-                raise RankLost(f"rank {order.rank} of {order.num_ranks} is gone") from error
+                raise RankLost(f"{_name(order)} is gone") from error
 
     def wait_for(self, is_done: IsReady) -> None:
         """For the first rank's device to have done a step. Raises RankLost where it waits for another in vain."""
@@ -183,7 +224,7 @@ class Followers:
         """One that has ended, else those that do not say that they miss another."""
         ended = connection.wait([process.sentinel for process in self._processes], LAST_WORDS_S / 2)
         if ended:
-            return self._end_of(next(process for process in self._processes if process.sentinel in ended))
+            return self._end_of(next(index for index, process in enumerate(self._processes) if process.sentinel in ended))
         if self._orders[0].device != "cpu":
             self._tell(AreYouThere())  # their devices miss it, and they do not notice
         silent = [
@@ -193,20 +234,31 @@ class Followers:
             return None
         return RankLost(f"rank {', '.join(silent)} of {self._orders[0].num_ranks} has not done its part of a step, {GOES_NOT_ON}")
 
-    def _end_of(self, process: BaseProcess) -> RankLost:
+    def _end_of(self, index: int) -> RankLost:
+        """Of one that has ended: what it said of that, or how."""
+        name, process, pipe = _name(self._orders[index]), self._processes[index], self._pipes[index].last_words
         with self._reaping:
             process.join()
-            return RankLost(f"{process.name} of {self._orders[0].num_ranks} has ended ({process.exitcode}), {GOES_NOT_ON}")
+            with suppress(EOFError, OSError):
+                if pipe.poll(LAST_WORDS_S / 2):
+                    self._last_words[index] = pipe.recv()
+            if index in self._last_words:
+                return RankLost(f"{name}: {self._last_words[index]}")
+            return RankLost(f"{name} has ended ({process.exitcode}), {GOES_NOT_ON}")
 
     def watch(self, on_death: Callable[[ResourceError], None]) -> None:
-        """`on_death` is called, on a thread of its own, as soon as one of them has ended."""
+        """`on_death` is called as soon as one of them has ended, on the thread that sees it, or on the caller's if one has by now."""
         self._death.add_done_callback(lambda death: on_death(death.result()))
 
     def _watch(self) -> None:
-        sentinels = {process.sentinel: process for process in self._processes}
-        error = self._end_of(sentinels[connection.wait(list(sentinels))[0]])  # type: ignore[index]
-        if not self._closed.is_set():
-            self._death.set_result(error)
+        indices = {process.sentinel: index for index, process in enumerate(self._processes)}
+        error = self._end_of(indices[connection.wait(list(indices))[0]])  # type: ignore[index]
+        if self._closed.is_set():
+            return
+        if self._orders[0].device != "cpu":
+            log.error("%s", error)  # who is ended by the alarm says nothing more
+            signal.alarm(LOST_RANK_TIMEOUT_S)
+        self._death.set_result(error)
 
     def close(self, is_done: IsReady = at_once) -> None:
         """End them, once the first rank's device has done all that it needs them for: `is_done`. Idempotent."""
@@ -234,13 +286,17 @@ class Companions:
         self._followers.wait()
 
     def meet(self) -> Ranks:
-        order = self._order
-        ranks = ProcessRanks(order.rank, order.num_ranks, self._place, order.step_timeout_s, torch.device(order.device))
+        ranks = self._followers.unless_one_ends(self._meet)
         self._followers.watch(lambda _: ranks.abort())
         return ranks
 
     def agree(self, num_blocks: int) -> int:
         return self._followers.agree(num_blocks)
+
+    def _meet(self) -> ProcessRanks:
+        order, where = self._order, torch.device(self._order.device)
+        DeviceStream(where).enter()
+        return ProcessRanks(order.rank, order.num_ranks, self._place, order.step_timeout_s, where)
 
 
 class Landing(Protocol):
@@ -277,18 +333,5 @@ def _close(each: list[RankPipes]) -> None:
         pipes.close()
 
 
-def _unless_trouble(order: RankOrder, pipe: Connection) -> int | None:
-    """A rank's answer. Raises ResourceError."""
-    try:
-        if not pipe.poll(START_TIMEOUT_S):
-            raise _trouble(order, f"has not loaded its part within {START_TIMEOUT_S:g} s")
-        answer: int | str | None = pipe.recv()
-    except (EOFError, OSError) as error:
-        raise _trouble(order, "ended before it was ready") from error
-    if isinstance(answer, str):
-        raise _trouble(order, answer)
-    return answer
-
-
-def _trouble(order: RankOrder, what: str) -> ResourceError:
-    return ResourceError(f"rank {order.rank} of {order.num_ranks}: {what}")
+def _name(order: RankOrder) -> str:
+    return f"rank {order.rank} of {order.num_ranks}"

@@ -9,7 +9,6 @@ import gc
 import itertools
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from disaggd.engine.build import LoadedEngine, OnRankLost, load_engine
 from disaggd.engine.kv_repack import make_repacker
 from disaggd.engine.rank_orders import HostMemory
 from disaggd.engine.self_measurement import measure_steps
-from disaggd.errors import EXIT_RESOURCE, DisaggdError, ResourceError
+from disaggd.errors import EXIT_RESOURCE, DisaggdError
 from disaggd.ids import Incarnation
 from disaggd.model.directory import open_directory
 from disaggd.open_files import allow_files
@@ -57,9 +56,6 @@ STOP_TIMEOUT_S = 10.0
 FAILED_STOP_TIMEOUT_S = 0.5
 """What a step would still give nobody wants then."""
 
-LOST_RANK_TIMEOUT_S = 3
-"""A node on GPUs that has lost a rank: whatever waits for a device that waits for that rank, the kernel ends it then."""
-
 MakeRole = Callable[[LoadedEngine, LandingMemory | None, Outbox, Callable[[TransferCommand], None]], Role]
 
 
@@ -80,7 +76,7 @@ class EngineNode:
         self._ended = asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node, self._on_rank_lost))
+        self._loaded = _on_a_thread_of_its_own(lambda: _load(config, node, self._fail))
         self._transfer = transfers_of(config, node, self._loaded, self._on_transfer_event)
         outbox = Outbox(lambda batch: self._call_soon(self._send, batch))
         role = make_role(self._loaded, self._loaded.landing, outbox, self._transfer.submit)
@@ -224,13 +220,6 @@ class EngineNode:
             self._fail(event.error)
         else:
             self._compute.inbox.put(event)
-
-    def _on_rank_lost(self, error: ResourceError) -> None:
-        """Also while the engine is being loaded: then what waits for the rank fails, or waits no longer than this."""
-        if self._node.is_gpu:
-            log.error("%s", error)  # who is ended by the alarm says nothing more
-            signal.alarm(LOST_RANK_TIMEOUT_S)
-        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, DisaggdError):

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from disaggd.engine import follower
 from disaggd.engine.batch import HostBatch
 from disaggd.engine.follower import obey_all
 from disaggd.engine.patterns import CompareBlocks, FillBlocks, PatternMemory
-from disaggd.engine.rank_orders import AreYouThere, CopyIn, RankPipes
+from disaggd.engine.rank_orders import AreYouThere, CopyIn, RankPipes, rank_pipes
+from disaggd.errors import ResourceError
 from disaggd.ids import BlockId
 from disaggd.transfer.messages import IsReady, at_once
 from tests.support.copies import Late
@@ -39,7 +40,7 @@ class LateLanding:
 def rank_with(landing: Any, mark: Callable[[], IsReady] = lambda: at_once) -> Iterator[tuple[RankPipes, list[HostBatch]]]:
     """The first rank's ends of a rank's pipes, and the steps that it has computed."""
     steps: list[HostBatch] = []
-    ours, theirs = (RankPipes(*ends) for ends in zip(*(Pipe() for _ in range(3)), strict=True))
+    ours, theirs = rank_pipes()
     rank: Any = SimpleNamespace(landing=landing, forward=steps.append)
     patterns = PatternMemory(torch.zeros(2, 6, 1, 2, 4, 8), range(1))
     thread = threading.Thread(target=obey_all, args=(rank, patterns, theirs, mark))
@@ -103,6 +104,41 @@ def test_a_pattern_is_answered_when_the_device_has_it_for_the_first_ranks_says_n
         assert not pipes.orders.poll(0.1)
         is_done.set()
         assert pipes.orders.poll(PATIENT_S) and pipes.orders.recv() is None
+
+
+class Left(BaseException):
+    """Of a process, with this code."""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "exit_code", "last_words"),
+    [(EOFError(), 0, None), (ResourceError("no memory is left"), 0, "no memory is left"), (RuntimeError("CUDA error"), 1, None)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_rank_on_a_gpu_waits_for_nothing_on_its_way_out_whatever_ends_it(
+    trouble: Exception,
+    exit_code: int,
+    last_words: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    def load(*_: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(follower.os, "_exit", leave)
+    monkeypatch.setattr(follower.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(follower, "_end_with_the_node", lambda: None)
+    monkeypatch.setattr(follower, "_loaded", load)
+    monkeypatch.setattr(follower, "DeviceStream", lambda where: SimpleNamespace(enter=lambda: None))
+    ours, theirs = rank_pipes()
+    order: Any = SimpleNamespace(device="cuda:1")
+    with pytest.raises(Left, match=f"^{exit_code}$"):
+        follower.follow(order, theirs, None)
+    assert (ours.last_words.recv() if ours.last_words.poll() else None) == last_words
+    assert ("RuntimeError: CUDA error" in capsys.readouterr().err) == (exit_code == 1)
 
 
 @pytest.mark.parametrize("patience", [None, 1])

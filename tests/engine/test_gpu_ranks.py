@@ -15,6 +15,7 @@ import torch
 
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.rank_orders import HostMemory
+from disaggd.engine.ranks import LOST_RANK_TIMEOUT_S
 from disaggd.errors import RankLost, ResourceError
 from disaggd.ids import BlockId
 from disaggd.sampling import SamplingParams
@@ -71,7 +72,9 @@ def test_what_lands_comes_into_the_pools_of_both(two: LoadedEngine) -> None:
     assert None not in two.patterns.compare([BlockId(6), BlockId(4)], 2 * two.kv.shape[4], 1)
 
 
-def test_a_step_whose_rank_dies_fails_within_a_second(two: LoadedEngine) -> None:
+def test_a_step_whose_rank_dies_fails_within_a_second(two: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    alarms = queue.Queue[int]()
+    monkeypatch.setattr("disaggd.engine.ranks.signal.alarm", alarms.put)  # it would end this process
     assert two.followers is not None
     deaths = queue.Queue[ResourceError]()
     two.followers.watch(deaths.put)
@@ -82,3 +85,4 @@ def test_a_step_whose_rank_dies_fails_within_a_second(two: LoadedEngine) -> None
         run(two.engine, [GREEDY])
     assert time.monotonic() - began < 1
     assert "rank 1 of 2 has ended" in str(deaths.get(timeout=10))
+    assert alarms.get(timeout=10) == LOST_RANK_TIMEOUT_S

@@ -5,16 +5,18 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
-from disaggd.engine.rank_orders import HostMemory
-from disaggd.engine.ranks import Companions
+from disaggd.engine.rank_orders import HostMemory, RankOrder
+from disaggd.engine.ranks import LOST_RANK_TIMEOUT_S, Companions, Followers
 from disaggd.errors import ModelError, RankLost, ResourceError
 from disaggd.ids import BlockId
 from disaggd.model.parallel import Ranks
@@ -162,8 +164,63 @@ def test_a_rank_is_lost_while_it_is_made_and_that_is_what_is_said(monkeypatch: p
             return ranks
 
     monkeypatch.setattr("disaggd.engine.build.Companions", Killing)
-    with pytest.raises(ResourceError, match="rank 1 of 2: ended before it was ready"):
+    with pytest.raises(ResourceError, match=r"rank 1 of 2 has ended \(-9\)"):
         build_engine(**VALUES, tp=2)
+
+
+ORDER = RankOrder(
+    rank=1,
+    num_ranks=2,
+    port=1,
+    path="builtin:tiny",
+    dtype="float32",
+    weights="auto",
+    device="cpu",
+    block_size=16,
+    num_blocks=4,
+    max_step_tokens=64,
+    max_sequences=4,
+    max_model_len=128,
+    layer_group=4,
+    memory=HostMemory(),
+    step_timeout_s=30.0,
+)
+
+
+def test_what_a_rank_ends_of_is_what_is_said_and_told() -> None:
+    followers = Followers([msgspec.structs.replace(ORDER, path="nowhere")])
+    deaths = queue.Queue[ResourceError]()
+    followers.watch(deaths.put)
+    with pytest.raises(ResourceError, match=r"rank 1 of 2: .*nowhere") as raised:
+        followers.wait()
+    assert str(deaths.get(timeout=10)) == str(raised.value)
+    followers.close()
+
+
+def test_nobody_waits_for_a_rank_that_ends_before_they_meet_or_meanwhile() -> None:
+    followers = Followers([ORDER])
+    os.kill(followers.pids[0], signal.SIGSTOP)
+    threading.Timer(0.2, os.kill, (followers.pids[0], signal.SIGKILL)).start()
+    for _ in ("meanwhile", "before"):
+        began = time.monotonic()
+        with pytest.raises(ResourceError, match=r"rank 1 of 2 has ended \(-9\)"):
+            followers.unless_one_ends(threading.Event().wait)
+        assert time.monotonic() - began < 5
+    followers.close()
+
+
+def test_on_gpus_a_lost_rank_is_logged_and_sets_the_alarm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a GPU here, or anybody to meet, it cannot start."""
+    alarms = queue.Queue[int]()
+    monkeypatch.setattr("disaggd.engine.ranks.signal.alarm", alarms.put)
+    followers = Followers([msgspec.structs.replace(ORDER, device="cuda:0")])
+    assert alarms.get(timeout=60) == LOST_RANK_TIMEOUT_S
+    assert "rank 1 of 2 has ended (1)" in str(followers.trouble())
+    assert "rank 1 of 2 has ended (1)" in caplog.text
+    assert "Traceback" in capfd.readouterr().err
+    followers.close()
 
 
 @pytest.mark.parametrize("tp", [2, 3])

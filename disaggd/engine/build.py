@@ -1,7 +1,8 @@
 """An engine from what the config says: the model's files, the KV pool's memory, the limits. Knows nothing of roles."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
 from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.patterns import PatternMemory, RankPatterns
-from disaggd.engine.rank import NoOthers, Rank, load_rank, memory_shortage_on, num_blocks_in
+from disaggd.engine.rank import NoOthers, Others, load_rank, memory_shortage_on, num_blocks_in
 from disaggd.engine.rank_orders import Beside, HostMemory, RankOrder
 from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, Landing, RanksLanding
 from disaggd.engine.runner import ModelRunner
@@ -168,21 +169,21 @@ def build_engine(
         step_timeout_s=STEP_TIMEOUT_S,
     )
     followers: Followers | None = None
-    if place is None:
-        rank = load_rank(order, directory, spec, NoOthers(), progress)
-    else:
+    if place is not None:
         orders = [msgspec.structs.replace(order, rank=number, device=str(where)) for number, where in enumerate(wheres[1:], 1)]
         followers = Followers(orders, beside)
         if on_rank_lost is not None:
             followers.watch(on_rank_lost)
-        rank = _load_beside(followers, lambda: load_rank(order, directory, spec, Companions(order, place, followers), progress))
-    hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
-    pool = BlockPool(rank.kv.shape[1], block_size, hasher)
-    pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
-    runner = ModelRunner(rank.forward, followers)
-    engine = Engine(runner, pool, limits, spec.eos_token_ids, pace)
-    if wheres[0].type == "cuda":
-        warm_up(engine, wheres[0])
+    with _ended_by_trouble(followers):
+        others: Others = NoOthers() if followers is None or place is None else Companions(order, place, followers)
+        rank = load_rank(order, directory, spec, others, progress)
+        hasher = PrefixHasher(directory.served_id(weights), layout.dtype, block_size) if prefix_cache else None
+        pool = BlockPool(rank.kv.shape[1], block_size, hasher)
+        pace = StepPace(None if itl_target_ms is None else itl_target_ms / 1e3, clock)
+        runner = ModelRunner(rank.forward, followers)
+        engine = Engine(runner, pool, limits, spec.eos_token_ids, pace)
+        if wheres[0].type == "cuda":
+            warm_up(engine, wheres[0])
     return LoadedEngine(
         engine=engine,
         runner=runner,
@@ -198,11 +199,14 @@ def build_engine(
     )
 
 
-def _load_beside(followers: Followers, load: Callable[[], Rank]) -> Rank:
-    """What `load` makes together with the followers; what goes wrong with one of them is what went wrong. They are ended then."""
+@contextmanager
+def _ended_by_trouble(followers: Followers | None) -> Iterator[None]:
+    """The body makes an engine together with the followers; what goes wrong with one of them is what went wrong. They are ended then."""
     try:
-        return load()
+        yield
     except BaseException as error:
+        if followers is None:
+            raise
         trouble = followers.trouble() if isinstance(error, RankLost) else None
         followers.close()
         if trouble is not None and trouble is not error:

@@ -80,7 +80,7 @@ class Followers:
             self._pipes.append(ours)
             self._processes.append(process)
         # Whatever this process ends of: it waits for its children, who take no notice of the signal by which it would end them.
-        self._ending = Finalize(self, _close, args=(self._pipes,), exitpriority=0)
+        self._ending = Finalize(self, _close, args=(self._closed, self._pipes), exitpriority=0)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
@@ -328,7 +328,8 @@ class RanksLanding:
         return lambda: first_has() and others_have()
 
 
-def _close(each: list[RankPipes]) -> None:
+def _close(closed: threading.Event, each: list[RankPipes]) -> None:
+    closed.set()  # their ends are no losses from now on
     for pipes in each:
         pipes.close()
 

@@ -132,11 +132,14 @@ class EngineNode:
         )
 
     def _stop_threads(self) -> None:
+        """Raises `ResourceError` if the transfer thread does not end; the ranks end all the same."""
         limit_s = STOP_TIMEOUT_S if self._failure is None else FAILED_STOP_TIMEOUT_S
-        if not self._compute.stop(limit_s):
-            log.warning("the step under way did not end within %g s", limit_s)
-        self._transfer.stop()
-        self._loaded.close()
+        try:
+            if not self._compute.stop(limit_s):
+                log.warning("the step under way did not end within %g s", limit_s)
+            self._transfer.stop()
+        finally:
+            self._loaded.close()
 
     # ── the end (asyncio thread) ─────────────────────────────────────────────────────────────────────────────────────
 

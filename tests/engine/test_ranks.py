@@ -17,6 +17,7 @@ from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
 from disaggd.engine.rank_orders import HostMemory, RankOrder
 from disaggd.engine.ranks import LOST_RANK_TIMEOUT_S, Companions, Followers
+from disaggd.engine.runner import ModelRunner
 from disaggd.errors import ModelError, RankLost, ResourceError
 from disaggd.ids import BlockId
 from disaggd.model.parallel import Ranks
@@ -114,16 +115,33 @@ def test_what_lands_on_all_ranks_is_there_when_it_is_on_each() -> None:
 ENDS_WITHOUT_CLOSING = f"""
 from disaggd.engine.build import build_engine
 if __name__ == "__main__":
-    loaded = build_engine(**{VALUES!r}, tp=2)
+    loaded = build_engine(**{VALUES!r}, tp=2, on_rank_lost=lambda error: print("lost:", error, flush=True))
     raise SystemExit(7)
 """
 
 
-def test_a_process_that_ends_without_closing_its_ranks_ends(tmp_path: Path) -> None:
+def test_a_process_that_ends_without_closing_its_ranks_ends_and_has_lost_none(tmp_path: Path) -> None:
     """Whatever it ends of: ranks have no ear for the signal by which Python ends its children."""
     script = tmp_path / "script.py"
     script.write_text(ENDS_WITHOUT_CLOSING)
-    assert subprocess.run([sys.executable, script], timeout=60, check=False).returncode == 7
+    ended = subprocess.run([sys.executable, script], timeout=60, check=False, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout) == (7, b"")
+
+
+def test_what_fails_when_the_ranks_are_loaded_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a warm-up may, for which a GPU has no memory left."""
+    made: list[Followers] = []
+
+    def fail(runner: ModelRunner, *_: object) -> None:
+        assert runner._followers is not None
+        made.append(runner._followers)
+        raise ResourceError("no memory is left")
+
+    monkeypatch.setattr("disaggd.engine.build.Engine", fail)
+    with pytest.raises(ResourceError, match="no memory is left"):
+        build_engine(**VALUES, tp=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(made[0].pids[0], 0)
 
 
 def test_a_rank_that_dies_is_told_of_and_no_step_waits_for_it() -> None:

@@ -5,11 +5,14 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from disaggd.cluster.protocol import Abort
 from disaggd.config import Config
+from disaggd.errors import ResourceError
 from disaggd.roles import node as process
 from disaggd.roles.stopping import StopSignals
 from disaggd.transfer import thread
@@ -62,6 +65,23 @@ def test_a_prefill_node_is_idle_when_its_last_push_has_ended() -> None:
     handles_done(node)
     push_ended(node)
     assert node.role.is_idle
+
+
+def test_a_node_whose_transfer_thread_hangs_still_ends_its_ranks() -> None:
+    ended: list[str] = []
+
+    def hang() -> None:
+        raise ResourceError("NIXL hangs in a call")
+
+    node: Any = SimpleNamespace(
+        _failure=None,
+        _compute=SimpleNamespace(stop=lambda limit_s: True),
+        _transfer=SimpleNamespace(stop=hang),
+        _loaded=SimpleNamespace(close=lambda: ended.append("ranks")),
+    )
+    with pytest.raises(ResourceError, match="NIXL hangs"):
+        process.EngineNode._stop_threads(node)
+    assert ended == ["ranks"]
 
 
 def test_a_prefill_node_waits_for_the_end_of_a_push_that_it_has_stopped() -> None:

@@ -266,11 +266,13 @@ class Followers:
         self._closed.set()
         for pipes in self._pipes:
             pipes.orders.close()
+        give_up_at = time.monotonic() + STOP_TIMEOUT_S
         for process in self._processes:
-            process.join(STOP_TIMEOUT_S)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+            process.join(max(0.0, give_up_at - time.monotonic()))
+        for process in self._processes:
+            process.kill()  # nothing to one that has ended
+        for process in self._processes:
+            process.join()
         self._ending()
 
 

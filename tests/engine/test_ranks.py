@@ -268,6 +268,19 @@ def test_a_closed_engines_ranks_are_gone_and_nobody_is_told_of_a_death() -> None
     assert deaths.empty()
 
 
+def test_ranks_that_stand_still_are_waited_for_together_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disaggd.engine.ranks.STOP_TIMEOUT_S", 1.0)
+    followers = Followers([msgspec.structs.replace(ORDER, rank=rank, num_ranks=5) for rank in range(1, 5)])
+    for pid in followers.pids:
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    followers.close()
+    assert time.monotonic() - began < 2.5
+    for pid in followers.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_more_ranks_than_heads_are_refused_before_any_is_started() -> None:
     with pytest.raises(ModelError, match="heads, too few for so many ranks"):
         build_engine(**VALUES, tp=64)

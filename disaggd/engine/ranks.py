@@ -260,9 +260,13 @@ class Followers:
             signal.alarm(LOST_RANK_TIMEOUT_S)
         self._death.set_result(error)
 
-    def close(self, is_done: IsReady = at_once) -> None:
-        """End them, once the first rank's device has done all that it needs them for: `is_done`. Idempotent."""
-        self._comes(is_done, STOP_TIMEOUT_S)
+    def close(self, mark: Callable[[], IsReady] = lambda: at_once) -> None:
+        """End them, once the first rank's device has done all that it needs them for, which `mark()` tells of. Idempotent.
+
+        A device that has failed raises RuntimeError whatever it is asked, and does nothing more.
+        """
+        with suppress(RuntimeError):
+            self._comes(mark(), STOP_TIMEOUT_S)
         self._closed.set()
         for pipes in self._pipes:
             pipes.orders.close()

@@ -49,7 +49,7 @@ class ModelRunner:
     def close(self) -> None:
         """Nothing is computed any more, on any rank. Idempotent."""
         if self._followers is not None:
-            self._followers.close(self._stream.mark())
+            self._followers.close(self._stream.mark)
         self._forward.close()
         self._forward.transformer.ranks.close()
 

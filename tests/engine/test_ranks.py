@@ -18,9 +18,10 @@ from disaggd.engine.engine import generate
 from disaggd.engine.rank_orders import HostMemory, RankOrder
 from disaggd.engine.ranks import LOST_RANK_TIMEOUT_S, Companions, Followers
 from disaggd.engine.runner import ModelRunner
+from disaggd.engine.stream import DeviceStream
 from disaggd.errors import ModelError, RankLost, ResourceError
 from disaggd.ids import BlockId
-from disaggd.model.parallel import Ranks
+from disaggd.model.parallel import ProcessRanks, Ranks
 from disaggd.sampling import SamplingParams
 from tests.support.clusters import wait_until
 
@@ -266,6 +267,23 @@ def test_a_closed_engines_ranks_are_gone_and_nobody_is_told_of_a_death() -> None
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert deaths.empty()
+
+
+@pytest.mark.parametrize("who_fails", ["the mark", "the query"])
+def test_a_device_that_has_failed_keeps_no_engine_from_closing(who_fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = build_engine(**VALUES, tp=2)
+    assert loaded.followers is not None
+
+    def fail(*_: object) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(DeviceStream, "mark", fail if who_fails == "the mark" else lambda stream: fail)
+    closed: list[str] = []
+    monkeypatch.setattr(ProcessRanks, "close", lambda ranks: closed.append("what the ranks have in common"))
+    loaded.close()
+    assert closed
+    with pytest.raises(ProcessLookupError):
+        os.kill(loaded.followers.pids[0], 0)
 
 
 def test_ranks_that_stand_still_are_waited_for_together_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.patterns import PatternMemory, RankPatterns
 from disaggd.engine.rank import NoOthers, Others, load_rank, memory_shortage_on, num_blocks_in
 from disaggd.engine.rank_orders import Beside, HostMemory, RankOrder
-from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, Landing, RanksLanding
+from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, RanksLanding
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
@@ -29,6 +29,7 @@ from disaggd.model.parallel import meeting_place, part_of
 from disaggd.model.spec import Dtype, ModelSpec, Weights
 from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
 
 NO_HOST_MEMORY = HostMemory()
@@ -56,7 +57,7 @@ class LoadedEngine:
     """What the KV of this rank goes through, where NIXL is not shown the pool."""
     fp8_landing: PoolPlace | None = None
     """Where peers write this rank's KV in fp8, if they do."""
-    landing: Landing | None = None
+    landing: LandingMemory | None = None
     """What peers write in place of the pool, if they do, on all ranks."""
 
     def close(self) -> None:

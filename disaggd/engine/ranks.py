@@ -23,7 +23,7 @@ from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from disaggd.engine.stream import DeviceStream
 from disaggd.errors import RankLost, ResourceError
 from disaggd.ids import BlockId
 from disaggd.model.parallel import ProcessRanks, Ranks, TCPStore
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.layout import PoolPlace
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pattern import Mismatch
@@ -122,7 +123,8 @@ class Followers:
                 made.set_exception(error)
 
         threading.Thread(target=run, name="meeting", daemon=True).start()
-        wait([made, self._death], return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [made, self._death]
+        wait(either, return_when=FIRST_COMPLETED)
         if not made.done():
             raise self._death.result()
         return made.result()
@@ -305,20 +307,10 @@ class Companions:
         return ProcessRanks(order.rank, order.num_ranks, self._place, order.step_timeout_s, where)
 
 
-class Landing(Protocol):
-    """Memory of the host that peers write in place of a pool: `KVStaging`, `KVUnpacker`, or a test's."""
-
-    @property
-    def place(self) -> PoolPlace: ...
-
-    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
-        """Copy blocks of this memory to blocks of the pool, all layers of them, which no launched step writes."""
-
-
 class RanksLanding:
     """Such memory of all ranks: each has its heads' part, and block ids are the same."""
 
-    def __init__(self, first: Landing, followers: Followers) -> None:
+    def __init__(self, first: LandingMemory, followers: Followers) -> None:
         self._first = first
         self._followers = followers
 

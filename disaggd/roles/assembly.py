@@ -15,13 +15,14 @@ from disaggd.ids import NodeName
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
 from disaggd.roles.granting import Granting
-from disaggd.roles.landing import LandingMemory, Landings
+from disaggd.roles.landing import Landings
 from disaggd.roles.pair_check import PairCheck
 from disaggd.roles.pattern_intake import PatternIntake, Patterns
 from disaggd.roles.pattern_pushes import PatternPushes, WayOut
 from disaggd.roles.prefill_role import PrefillRole
 from disaggd.roles.prefixes import PrefixIntake
 from disaggd.roles.pushing import Pushing, layer_groups
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.layout import KVSpec, in_fp8
 from disaggd.transfer.messages import IsReady, PairOpened, TransferCommand, at_once
 from disaggd.transfer.share import block_bytes

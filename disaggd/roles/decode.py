@@ -10,8 +10,8 @@ from disaggd.engine.build import LoadedEngine
 from disaggd.roles.assembly import decode_role
 from disaggd.roles.compute import Outbox
 from disaggd.roles.decode_role import DecodeRole
-from disaggd.roles.landing import LandingMemory
 from disaggd.roles.node import run_engine_node
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.messages import TransferCommand
 
 

@@ -15,9 +15,10 @@ from disaggd.engine.sequence import Sequence
 from disaggd.ids import AgentId, BlockId, GrantToken, NodeName, SeqId
 from disaggd.roles.compute import LinkId
 from disaggd.roles.gauges import Verified, grant_holdings
-from disaggd.roles.landing import Copy, LandingMemory, Landings
+from disaggd.roles.landing import Copy, Landings
 from disaggd.transfer import messages as transfer
 from disaggd.transfer.grant import GrantBook, GrantRecord
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.notification import FirstToken
 
 

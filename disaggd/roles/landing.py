@@ -6,25 +6,14 @@ asks for such a copy, and holds the blocks on both sides until it is done: a gra
 of the pool, which no peer can reach, are free at once.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
 
 import msgspec
 
 from disaggd.engine.blocks import BlockPool
 from disaggd.ids import BlockId
-from disaggd.transfer.layout import PoolPlace
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.messages import IsReady
-
-
-class LandingMemory(Protocol):
-    """Memory that peers write in place of the pool: `KVStaging`, or a test's."""
-
-    @property
-    def place(self) -> PoolPlace: ...
-
-    def copy_in(self, landed: Sequence[BlockId], blocks: Sequence[BlockId]) -> IsReady:
-        """Copy blocks of this memory to blocks of the pool, all layers of them."""
 
 
 class Copy(msgspec.Struct, frozen=True):

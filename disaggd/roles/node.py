@@ -32,11 +32,11 @@ from disaggd.ids import Incarnation
 from disaggd.model.directory import open_directory
 from disaggd.open_files import allow_files
 from disaggd.roles.compute import Batch, ComputeThread, Drain, FrameIn, LinkDown, LinkId, LinkUp, Outbox, Role
-from disaggd.roles.landing import LandingMemory
 from disaggd.roles.repacking import check_repacking, repack_settings
 from disaggd.roles.stopping import StopSignals
 from disaggd.roles.watchdog import SLOW_S, Watchdog
 from disaggd.transfer.joint import JointTransfers
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.messages import TransferCommand, TransferEvent, TransferFailed
 from disaggd.transfer.remote import RankSettings, RemoteTransfers, rank_transfers
 from disaggd.transfer.share import Share

@@ -9,9 +9,9 @@ from disaggd.config import Config, NodeConfig
 from disaggd.engine.build import LoadedEngine
 from disaggd.roles.assembly import prefill_role
 from disaggd.roles.compute import Outbox
-from disaggd.roles.landing import LandingMemory
 from disaggd.roles.node import run_engine_node
 from disaggd.roles.prefill_role import PrefillRole
+from disaggd.transfer.landing_memory import LandingMemory
 from disaggd.transfer.messages import TransferCommand
 
 

@@ -22,7 +22,7 @@ from disaggd.engine.runner import ModelRunner
 from disaggd.engine.scheduler import Limits
 from disaggd.engine.step_cost import StepPace
 from disaggd.engine.stream import DeviceStream
-from disaggd.errors import ConfigError, RankLost, ResourceError
+from disaggd.errors import ConfigError, ResourceError
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.parallel import meeting_place, part_of
@@ -208,7 +208,7 @@ def _ended_by_trouble(followers: Followers | None) -> Iterator[None]:
     except BaseException as error:
         if followers is None:
             raise
-        trouble = followers.trouble() if isinstance(error, RankLost) else None
+        trouble = followers.trouble() if isinstance(error, ResourceError) else None  # NCCL may not start for the want of one
         followers.close()
         if trouble is not None and trouble is not error:
             raise trouble from error

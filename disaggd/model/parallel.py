@@ -116,18 +116,23 @@ class ProcessRanks:
     """
 
     def __init__(self, rank: int, num_ranks: int, store: TCPStore, timeout_s: float, where: torch.device) -> None:
-        """Returns when all of them are there. Raises RankLost or ResourceError."""
+        """Returns when all of them are there. Raises RankLost where one on a CPU does not come, ResourceError where NCCL cannot start."""
         self._rank = rank
         self._where = where
-        # Not the process's default group: that is a global, of which two engines in one process could not have one each.
-        self._group = _group_on(where, rank, num_ranks, store, timeout_s)
         self._sum, self._gather, self._broadcast = c10d.AllreduceOptions(), c10d.GatherOptions(), c10d.BroadcastOptions()
         for options in (self._sum, self._gather, self._broadcast):
             options.asyncOp = False  # NCCL's work is asked for where the model's is, on the same stream: nothing is to be waited for
         self._gather.rootRank = self._broadcast.rootRank = 0
-        if where.type == "cuda":
-            self.spread(torch.zeros(1, device=where))  # a communicator is made by its first use, which must not be in a capture
-            torch.cuda.synchronize(where)
+        try:
+            # Not the process's default group: that is a global, of which two engines in one process could not have one each.
+            self._group = _group_on(where, rank, num_ranks, store, timeout_s)
+            if where.type == "cuda":  # a communicator is made by its first use, which must not be in a capture
+                _ask(self._group.broadcast, [torch.zeros(1, device=where)], self._broadcast)
+                torch.cuda.synchronize(where)
+        except RuntimeError as error:
+            if where.type == "cuda":
+                raise ResourceError(f"device {where}: NCCL cannot start: {error}") from error
+            raise RankLost(f"another rank has not come: {error}") from error
 
     def sum(self, x: Tensor) -> Tensor:
         self._do(self._group.allreduce, [x], self._sum)
@@ -144,9 +149,7 @@ class ProcessRanks:
 
     def _do(self, collective: Callable[..., c10d.Work | None], *arguments: object) -> None:
         try:
-            work = collective(*arguments)
-            if work is not None:  # else there is nothing to wait for
-                work.wait()
+            _ask(collective, *arguments)
         except RuntimeError as error:  # the only kind that gloo has, and the base of NCCL's
             raise RankLost(f"another rank has not done its part: {error}") from error
 
@@ -169,6 +172,12 @@ class ProcessRanks:
         thread = threading.Thread(target=self._group.abort, name="abort", daemon=True)
         thread.start()
         return thread
+
+
+def _ask(collective: Callable[..., c10d.Work | None], *arguments: object) -> None:
+    work = collective(*arguments)
+    if work is not None:  # else there is nothing to wait for
+        work.wait()
 
 
 def _group_on(where: torch.device, rank: int, num_ranks: int, store: TCPStore, timeout_s: float) -> c10d.ProcessGroup:

@@ -1,14 +1,17 @@
 """A model that several ranks compute together says what one alone says, whatever does not divide by what."""
 
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggd.errors import ModelError
+from disaggd.errors import ModelError, RankLost, ResourceError
+from disaggd.model import parallel
 from disaggd.model.directory import open_directory
-from disaggd.model.parallel import part_of
+from disaggd.model.parallel import ProcessRanks, meeting_place, part_of
 from disaggd.model.spec import ModelSpec
 from disaggd.model.weights import load_weights
 from disaggd.transfer.reshape import heads_of
@@ -81,3 +84,21 @@ def test_a_rank_holds_its_part_and_no_more(checkpoint):
     assert half.embedding.shape == (151 - 75, 64)
     assert torch.equal(half.embedding, whole.embedding[75:])
     assert half.part == msgspec.structs.replace(half.part, heads=range(2, 4), kv_heads=range(1, 2), neurons=range(64, 128))
+
+
+@pytest.mark.parametrize("when", ["a group is made", "it is used for the first time"])
+def test_that_nccl_cannot_start_is_no_lost_rank(when, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unhandled system error")
+
+    first_use = SimpleNamespace(broadcast=fail)
+    monkeypatch.setattr(parallel, "_group_on", fail if when == "a group is made" else lambda *_: first_use)
+    monkeypatch.setattr(parallel.torch, "zeros", lambda *_, device: None)
+    with pytest.raises(ResourceError, match="device cuda:1: NCCL cannot start: unhandled system error") as raised:
+        ProcessRanks(1, 2, meeting_place(), 1.0, torch.device("cuda:1"))
+    assert not isinstance(raised.value, RankLost)
+
+
+def test_a_rank_that_does_not_come_is_lost():
+    with pytest.raises(RankLost, match="another rank has not come"):
+        ProcessRanks(0, 2, meeting_place(), 0.5, CPU)

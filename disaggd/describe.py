@@ -26,6 +26,7 @@ from disaggd.supervisor import is_local
 from disaggd.tls import mutual_contexts, server_context
 from disaggd.toml_file import naming
 from disaggd.transfer.layout import KVSpec, in_fp8, kv_spec
+from disaggd.transfer.share import block_bytes
 from disaggd.transfer.source import staging_blocks
 
 _COLUMNS = ("node", "role", "listens on", "device", "threads", "pool", "blocks", "tokens")
@@ -131,9 +132,10 @@ def num_blocks(node: NodeConfig, kv: KVSpec) -> int | None:
     pool_bytes = node.kv_cache_bytes
     if pool_bytes is None:
         return None
-    if pool_bytes < kv.bytes_per_block:
-        raise ConfigError(f"node {node.name!r}: kv_cache ({_size(pool_bytes)}) is less than one block ({_size(kv.bytes_per_block)})")
-    return pool_bytes // kv.bytes_per_block
+    num_bytes = block_bytes(kv, node.tp)
+    if pool_bytes < num_bytes:
+        raise ConfigError(f"node {node.name!r}: kv_cache ({_size(pool_bytes)}) is less than one block ({_size(num_bytes)})")
+    return pool_bytes // num_bytes
 
 
 def _staging_blocks(config: Config, node: NodeConfig, spec: ModelSpec) -> int | None:
@@ -146,6 +148,7 @@ def _staging_blocks(config: Config, node: NodeConfig, spec: ModelSpec) -> int | 
     return staging_blocks(
         in_fp8(kv) if lands_in_fp8 else kv,
         config.transfer.staging,
+        num_ranks=node.tp,
         pool_blocks=None,  # a pool that is smaller has a warning of its own
         max_step_tokens=node.max_step_tokens,
         layer_group=config.transfer.layer_group,

@@ -13,6 +13,7 @@ from disaggd.gateway.tokenizer import read_tokenizer
 from disaggd.log import start_progress
 from disaggd.model.directory import open_directory
 from disaggd.transfer.layout import kv_spec
+from disaggd.transfer.share import block_bytes
 
 NUM_TOKENS = 64
 PROMPT = (
@@ -41,7 +42,7 @@ def run(config: Config, node: NodeConfig, tp: int) -> int:
                 dtype=config.model.dtype,
                 weights=config.model.weights,
                 devices=node.rank_devices[:ranks] if node.is_gpu else ("cpu",) * ranks,
-                kv_cache_bytes=kv.blocks_for(len(prompt) + NUM_TOKENS) * kv.bytes_per_block,
+                kv_cache_bytes=kv.blocks_for(len(prompt) + NUM_TOKENS) * block_bytes(kv, ranks),
                 block_size=node.block_size,
                 max_step_tokens=node.max_step_tokens,
                 max_sequences=node.max_sequences,

@@ -134,9 +134,9 @@ def build_engine(
 ) -> LoadedEngine:
     """Load the model at `path` and make an engine for it, ready to serve. `max_model_len` None: the model's own.
 
-    `kv_cache_bytes` None, on GPUs only: what the weights leave free, less a tenth for the work itself. One rank on each of `devices`, or
-    `tp` on `device`, computes it, each but the first in a process of its own. `memory`, `beside`, `on_rank_lost`: see `load_engine`.
-    `clock`: seconds, to time steps by.
+    `kv_cache_bytes` are of all ranks; None, on GPUs only: what the weights leave free, less a tenth for the work itself. One rank on each
+    of `devices`, or `tp` on `device`, computes it, each but the first in a process of its own. `memory`, `beside`, `on_rank_lost`: see
+    `load_engine`. `clock`: seconds, to time steps by.
 
     What cannot be is found before the weights are read: ModelError, ConfigError, or ResourceError for missing memory or
     a missing device.
@@ -161,7 +161,7 @@ def build_engine(
         weights=weights,
         device=str(wheres[0]),
         block_size=block_size,
-        num_blocks=None if kv_cache_bytes is None else num_blocks_in(layout, kv_cache_bytes),
+        num_blocks=None if kv_cache_bytes is None else num_blocks_in(layout, kv_cache_bytes, len(wheres)),
         max_step_tokens=max_step_tokens,
         max_sequences=max_sequences,
         max_model_len=limits.max_model_len,

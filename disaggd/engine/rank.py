@@ -26,6 +26,7 @@ from disaggd.model.spec import ModelSpec
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
 from disaggd.transfer.layout import KVSpec, in_fp8, kv_spec
+from disaggd.transfer.share import block_bytes
 from disaggd.transfer.source import staging_blocks
 
 _POOL_SHARE = 0.9
@@ -128,22 +129,28 @@ def _blocks_that_fit(held: KVSpec, where: torch.device) -> int:
     return num_blocks_in(held, free_bytes)
 
 
-def num_blocks_in(layout: KVSpec, kv_cache_bytes: int) -> int:
-    """Of a pool of so many bytes. Raises ConfigError where there is none."""
-    if kv_cache_bytes < layout.bytes_per_block:
-        raise ConfigError(f"kv_cache: {kv_cache_bytes:,} bytes do not hold one block of {layout.bytes_per_block:,}")
-    return kv_cache_bytes // layout.bytes_per_block
+def num_blocks_in(layout: KVSpec, kv_cache_bytes: int, num_ranks: int = 1) -> int:
+    """Of a pool of so many bytes, on all ranks together. Raises ConfigError where there is none."""
+    num_bytes = block_bytes(layout, num_ranks)
+    if kv_cache_bytes < num_bytes:
+        raise ConfigError(f"kv_cache: {kv_cache_bytes:,} bytes do not hold one block of {num_bytes:,}")
+    return kv_cache_bytes // num_bytes
 
 
 def _landing_blocks(order: RankOrder, spec: ModelSpec, pool_blocks: int) -> tuple[int | None, int | None]:
-    """Of the staging memory, and of that for KV in fp8: the same on every rank, for all hold the same blocks. Raises ConfigError."""
+    """Of the staging memory, and of that for KV in fp8: the same on every rank, for block ids are. Raises ConfigError."""
     whole = kv_spec(spec, order.block_size)
 
     def blocks(layout: KVSpec, num_bytes: int | None) -> int | None:
         if num_bytes is None:
             return None
         return staging_blocks(
-            layout, num_bytes, pool_blocks=pool_blocks, max_step_tokens=order.max_step_tokens, layer_group=order.layer_group
+            layout,
+            num_bytes,
+            num_ranks=order.num_ranks,
+            pool_blocks=pool_blocks,
+            max_step_tokens=order.max_step_tokens,
+            layer_group=order.layer_group,
         )
 
     return blocks(whole, order.memory.staging_bytes), blocks(in_fp8(whole), order.memory.fp8_bytes)

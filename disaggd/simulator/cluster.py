@@ -191,8 +191,9 @@ class SimulatedCluster:
     def _engine(self, node: NodeConfig, kv: KVSpec, runner: SimulatedRunner, clock: NodeClock) -> Engine:
         if node.kv_cache_bytes is None:
             raise ConfigError(f"node {node.name!r}: only its GPU knows how much memory is free: set kv_cache")
-        if not (num_blocks := node.kv_cache_bytes // kv.bytes_per_block):
-            raise ConfigError(f"node {node.name!r}: kv_cache is less than one block of {kv.bytes_per_block:,} bytes")
+        num_bytes = block_bytes(kv, node.tp)
+        if not (num_blocks := node.kv_cache_bytes // num_bytes):
+            raise ConfigError(f"node {node.name!r}: kv_cache is less than one block of {num_bytes:,} bytes")
         limit = self._setup.spec.max_position_embeddings
         limits = Limits(node.max_step_tokens, node.max_sequences, min(self._config.model.max_model_len or limit, limit))
         hasher = PrefixHasher(MODEL_ID, kv.dtype, node.block_size) if node.prefix_cache else None

@@ -16,7 +16,7 @@ from disaggd.transfer.layout import KVPath, KVSpec, PoolPlace, Span, check_pair
 from disaggd.transfer.messages import IsReady, at_once
 from disaggd.transfer.pool import Descriptors, Indices, Pool, Region
 from disaggd.transfer.reshape import HeadCut
-from disaggd.transfer.share import Share
+from disaggd.transfer.share import Share, block_bytes
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -166,15 +166,18 @@ class StagedCut:
         self.load, self.unload = staged.load, staged.unload
 
 
-def staging_blocks(kv: KVSpec, staging_bytes: int, *, pool_blocks: int | None, max_step_tokens: int, layer_group: int) -> int:
-    """How many blocks the staging memory has: what `staging_bytes` hold, and no more than the pool has, where that is known.
+def staging_blocks(
+    kv: KVSpec, staging_bytes: int, *, num_ranks: int, pool_blocks: int | None, max_step_tokens: int, layer_group: int
+) -> int:
+    """How many blocks the staging memory has: what `staging_bytes` of all ranks hold, and no more than the pool has, where that is known.
 
     Raises ConfigError where it does not hold what one write takes: a layer group of what a step computes of one prompt.
     """
-    held = staging_bytes // kv.bytes_per_block
+    num_bytes = block_bytes(kv, num_ranks)
+    held = staging_bytes // num_bytes
     num_blocks = held if pool_blocks is None else min(held, pool_blocks)
     written = min(layer_group, kv.num_layers) * kv.blocks_for(max_step_tokens)
     if num_blocks == pool_blocks or (num_blocks and written <= num_blocks * kv.num_layers):
         return num_blocks
-    least = max(1, -(-written // kv.num_layers)) * kv.bytes_per_block
+    least = max(1, -(-written // kv.num_layers)) * num_bytes
     raise ConfigError(f"transfer.staging: {staging_bytes:,} bytes are less than one write takes; it must have {least:,}")

@@ -4,11 +4,13 @@ import pytest
 
 from disaggd.engine.build import build_engine
 from disaggd.engine.engine import generate
+from disaggd.engine.rank import num_blocks_in
 from disaggd.engine.sequence import Sequence
 from disaggd.errors import ConfigError, ModelError, ResourceError
 from disaggd.ids import SeqId
 from disaggd.log import StartProgress
 from disaggd.sampling import SamplingParams
+from tests.support.endpoints import plain_kv
 
 VALUES = {"path": "builtin:tiny", "kv_cache_bytes": 8 * 2**20, "block_size": 16, "max_step_tokens": 64, "max_sequences": 4}
 
@@ -69,3 +71,12 @@ def test_layers_are_reported_in_groups_of_the_size_asked_for() -> None:
 
 def test_a_shorter_context_is_the_limit() -> None:
     assert build_engine(**VALUES, max_model_len=100).engine.context_limit == 100
+
+
+@pytest.mark.parametrize(("num_ranks", "block_bytes"), [(1, 48), (2, 48), (3, 72), (4, 96)])
+def test_a_pool_has_the_bytes_that_it_is_given_on_all_ranks_together(num_ranks: int, block_bytes: int) -> None:
+    """Two heads of 24 bytes, which several ranks may hold."""
+    kv = plain_kv(1, 48, kv_heads=2)
+    assert num_blocks_in(kv, 3 * block_bytes - 1, num_ranks) == 2
+    with pytest.raises(ConfigError, match=f"do not hold one block of {block_bytes}$"):
+        num_blocks_in(kv, block_bytes - 1, num_ranks)

@@ -57,7 +57,8 @@ def test_a_prompt_longer_than_the_staging_memory_is_prefilled_by_its_decode_node
 @pytest.mark.parametrize(("num_prefill", "num_decode"), [(2, 1), (2, 2), (1, 4)])
 def test_each_rank_has_staging_memory_of_its_own(directory: Path, oracle: Oracle, num_prefill: int, num_decode: int) -> None:
     """Few prompts can land at once; a sequence begins when what it needs is in the pool of every rank."""
-    made = staged(directory, oracle, 13, verify=True)
+    num_copies = max(1, num_decode // oracle.kv_spec.groups[0].kv_heads)
+    made = staged(directory, oracle, 13 * num_copies, verify=True)
     made.nodes["p0"].options["tp"], made.nodes["d0"].options["tp"] = num_prefill, num_decode
     with running(made) as cluster:
         run(cluster, oracle, 16, 8)

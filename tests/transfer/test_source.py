@@ -12,7 +12,7 @@ from disaggd.transfer.reshape import HeadCut
 from disaggd.transfer.share import Share
 from disaggd.transfer.source import InPlace, Load, OutOfReach, Staged, staging_blocks
 from tests.support.copies import LateCopies
-from tests.support.endpoints import span
+from tests.support.endpoints import plain_kv, span
 
 KV = KVSpec(dtype="float32", block_size=4, head_dim=1, groups=(KVGroup(layers=3, kv_heads=1, head_bytes=8),))
 POOL = Pool(PoolPlace(4096, 10), KV)
@@ -106,9 +106,9 @@ def test_more_at_once_than_there_is_altogether_is_a_fault_and_does_not_wait_for_
 
 def test_staging_memory_has_the_blocks_that_its_bytes_hold_and_no_more_than_the_pool() -> None:
     """A block has 24 bytes."""
-    assert staging_blocks(KV, 24 * 7 + 23, pool_blocks=None, max_step_tokens=8, layer_group=1) == 7
-    assert staging_blocks(KV, 24 * 7 + 23, pool_blocks=100, max_step_tokens=8, layer_group=1) == 7
-    assert staging_blocks(KV, 24 * 7 + 23, pool_blocks=5, max_step_tokens=8, layer_group=1) == 5
+    assert staging_blocks(KV, 24 * 7 + 23, num_ranks=1, pool_blocks=None, max_step_tokens=8, layer_group=1) == 7
+    assert staging_blocks(KV, 24 * 7 + 23, num_ranks=1, pool_blocks=100, max_step_tokens=8, layer_group=1) == 7
+    assert staging_blocks(KV, 24 * 7 + 23, num_ranks=1, pool_blocks=5, max_step_tokens=8, layer_group=1) == 5
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,25 @@ def test_staging_memory_has_the_blocks_that_its_bytes_hold_and_no_more_than_the_
 )
 def test_staging_memory_holds_what_one_write_takes(max_step_tokens: int, layer_group: int, least: int) -> None:
     def found(staging_bytes: int) -> int:
-        return staging_blocks(KV, staging_bytes, pool_blocks=None, max_step_tokens=max_step_tokens, layer_group=layer_group)
+        return staging_blocks(KV, staging_bytes, num_ranks=1, pool_blocks=None, max_step_tokens=max_step_tokens, layer_group=layer_group)
 
     assert found(24 * least) == least
     with pytest.raises(ConfigError, match=f"transfer.staging: {24 * least - 1} bytes are less .* must have {24 * least}$"):
         found(24 * least - 1)
 
 
+@pytest.mark.parametrize(("num_ranks", "block_bytes"), [(1, 48), (2, 48), (3, 72), (4, 96)])
+def test_a_head_that_several_ranks_hold_takes_its_bytes_on_each(num_ranks: int, block_bytes: int) -> None:
+    """Two heads of 24 bytes."""
+
+    def found(staging_bytes: int) -> int:
+        kv = plain_kv(1, 48, kv_heads=2)
+        return staging_blocks(kv, staging_bytes, num_ranks=num_ranks, pool_blocks=None, max_step_tokens=1, layer_group=1)
+
+    assert (found(3 * block_bytes - 1), found(3 * block_bytes)) == (2, 3)
+    with pytest.raises(ConfigError, match=f"must have {block_bytes}$"):
+        found(block_bytes - 1)
+
+
 def test_a_pool_that_is_smaller_than_a_step_is_all_that_one_write_can_take() -> None:
-    assert staging_blocks(KV, 2**30, pool_blocks=2, max_step_tokens=1000, layer_group=3) == 2
+    assert staging_blocks(KV, 2**30, num_ranks=1, pool_blocks=2, max_step_tokens=1000, layer_group=3) == 2

@@ -110,7 +110,8 @@ class Followers:
         return agreed
 
     def unless_one_ends(self, make: Callable[[], Made]) -> Made:
-        """What `make` returns, which may wait for them; raises ResourceError as soon as one of them has ended, or has before.
+        """What `make` returns, which may wait for them; raises ResourceError as soon as one of them has ended, or has before, or if it
+        takes longer than they may take to start.
 
         It runs on a thread of its own, which then is left to itself.
         """
@@ -124,10 +125,12 @@ class Followers:
 
         threading.Thread(target=run, name="meeting", daemon=True).start()
         either: list[Future[Any]] = [made, self._death]
-        wait(either, return_when=FIRST_COMPLETED)
-        if not made.done():
+        wait(either, START_TIMEOUT_S, FIRST_COMPLETED)
+        if made.done():
+            return made.result()
+        if self._death.done():
             raise self._death.result()
-        return made.result()
+        raise ResourceError(f"the {self._orders[0].num_ranks} ranks have not met within {START_TIMEOUT_S:g} s")
 
     def trouble(self) -> ResourceError | None:
         """Of the first of them that has ended, or ends soon: what it said of that, or how."""

@@ -216,9 +216,12 @@ def test_what_a_rank_ends_of_is_what_is_said_and_told() -> None:
     followers.close()
 
 
-def test_nobody_waits_for_a_rank_that_ends_before_they_meet_or_meanwhile() -> None:
+def test_nobody_waits_for_a_rank_that_ends_before_they_meet_or_meanwhile_or_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     followers = Followers([ORDER])
     os.kill(followers.pids[0], signal.SIGSTOP)
+    with monkeypatch.context() as patched, pytest.raises(ResourceError, match=r"the 2 ranks have not met within 0\.1 s"):
+        patched.setattr("disaggd.engine.ranks.START_TIMEOUT_S", 0.1)
+        followers.unless_one_ends(threading.Event().wait)
     threading.Timer(0.2, os.kill, (followers.pids[0], signal.SIGKILL)).start()
     for _ in ("meanwhile", "before"):
         began = time.monotonic()

@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 nightly: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 	$(BIN)/pytest -m nightly -o faulthandler_timeout=900

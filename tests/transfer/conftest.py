@@ -84,7 +84,10 @@ class Node:
             self.events.append(message)
 
     def signal(self, number: signal.Signals) -> None:
+        """After SIGSTOP, not one of its threads runs any more when this returns."""
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def kill(self) -> None:
         self.process.kill()

@@ -114,7 +114,8 @@ def test_a_writer_that_was_stopped_for_longer_than_its_lease_posts_nothing_when_
     opened = pair(decode, prefill)
     prefill.call("fill", WRITERS)
     decode.call("fill", OWNER)
-    prefill.submit(m.BeginPush(TOKEN, D, opened.agent_id, 1.0))
+    prefill.submit(m.BeginPush(TOKEN, D, opened.agent_id, 1.0), m.OpenPair(D, Incarnation("one"), 1))
+    prefill.expect(m.PairOpened)  # so the lease runs: commands are obeyed in their order
     prefill.signal(signal.SIGSTOP)
     prefill.ask("submit", m.RenewLease(TOKEN), WRITE, m.FinishPush(TOKEN, None))
     time.sleep(1.1)  # a lease is a time

@@ -59,8 +59,8 @@ class Ours:
         self._engine = loaded.engine
         self._sequences: list[Sequence] = []
         # A prompt of noise is as good as any: what lies in the pool is what `begin` takes for computed.
-        noise = torch.randn(1, 1, *loaded.kv.shape[2:]).to(loaded.kv)
-        loaded.kv.copy_(noise.expand_as(loaded.kv))
+        kv = loaded.rank.kv
+        kv.copy_(torch.randn(1, 1, *kv.shape[2:]).to(kv).expand_as(kv))
 
     def prefill(self, prompt: list[int]) -> None:
         sequence = Sequence(SeqId("prefill"), list(prompt), _greedy(1), num_prompt_tokens=len(prompt))

@@ -8,14 +8,12 @@ from typing import Literal
 
 import msgspec
 import torch
-from torch import Tensor
 
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
 from disaggd.engine.engine import Engine, generate
-from disaggd.engine.kv_staging import KVStaging
 from disaggd.engine.patterns import PatternMemory, RankPatterns
-from disaggd.engine.rank import NoOthers, Others, load_rank, memory_shortage_on, num_blocks_in
+from disaggd.engine.rank import NoOthers, Others, Rank, load_rank, memory_shortage_on, num_blocks_in
 from disaggd.engine.rank_orders import Beside, HostMemory, RankOrder
 from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, RanksLanding
 from disaggd.engine.runner import ModelRunner
@@ -30,7 +28,7 @@ from disaggd.model.spec import Dtype, ModelSpec, Weights
 from disaggd.prefix import PrefixHasher
 from disaggd.sampling import SamplingParams
 from disaggd.transfer.landing_memory import LandingMemory
-from disaggd.transfer.layout import KVSpec, PoolPlace, kv_spec
+from disaggd.transfer.layout import KVSpec, kv_spec
 
 NO_HOST_MEMORY = HostMemory()
 
@@ -48,17 +46,11 @@ class LoadedEngine:
     spec: ModelSpec
     kv_spec: KVSpec
     """Of the KV of all ranks."""
-    kv: Tensor
-    """[layers, num_blocks, kv_heads, 2, block_size, head_dim]: the pool; of several ranks the first one's heads."""
+    rank: Rank
+    """The first one, which is of this process: its pool, and what its KV goes through."""
     stream: DeviceStream
     followers: Followers | None = None
     """The other ranks, if there are any."""
-    staging: KVStaging | None = None
-    """What the KV of this rank goes through, where NIXL is not shown the pool."""
-    fp8_landing: PoolPlace | None = None
-    """Where peers write this rank's KV in fp8, if they do."""
-    landing: LandingMemory | None = None
-    """What peers write in place of the pool, if they do, on all ranks."""
 
     def close(self) -> None:
         """Nothing is computed any more: the other ranks end, and what the ranks have in common. Idempotent."""
@@ -67,12 +59,14 @@ class LoadedEngine:
     @property
     def patterns(self) -> RankPatterns:
         """What the pool is checked with."""
-        return RankPatterns(PatternMemory(self.kv, range(self.kv.shape[2])), self.followers)
+        kv = self.rank.kv
+        return RankPatterns(PatternMemory(kv, range(kv.shape[2])), self.followers)
 
     @property
-    def place(self) -> PoolPlace:
-        """Where `kv` lies."""
-        return PoolPlace(self.kv.data_ptr(), self.engine.pool.num_blocks)
+    def landing(self) -> LandingMemory | None:
+        """What peers write in place of the pool, if they do, on all ranks."""
+        first = self.rank.landing
+        return first if first is None or self.followers is None else RanksLanding(first, self.followers)
 
 
 def load_engine(
@@ -191,12 +185,9 @@ def build_engine(
         directory=directory,
         spec=spec,
         kv_spec=layout,
-        kv=rank.kv,
+        rank=rank,
         stream=stream,
         followers=followers,
-        staging=rank.staging,
-        fp8_landing=None if rank.unpacker is None else rank.unpacker.place,
-        landing=rank.landing if followers is None or rank.landing is None else RanksLanding(rank.landing, followers),
     )
 
 

@@ -29,7 +29,7 @@ from disaggd.errors import EXIT_RESOURCE, DisaggdError, RankLost
 from disaggd.log import StartProgress
 from disaggd.model.directory import open_directory
 from disaggd.model.parallel import ProcessRanks, Ranks, meeting_place
-from disaggd.transfer.layout import PoolPlace, kv_spec
+from disaggd.transfer.layout import kv_spec
 from disaggd.transfer.messages import IsReady
 from disaggd.transfer.rank_kv import RankKV
 
@@ -170,12 +170,12 @@ def _held(order: RankOrder, rank: Rank, stream: DeviceStream) -> RankKV:
         kv=kv_spec(spec, order.block_size),
         rank=order.rank,
         num_ranks=order.num_ranks,
-        place=PoolPlace(rank.kv.data_ptr(), rank.kv.shape[1]),
+        place=rank.place,
         num_bytes=rank.kv.nbytes,
         is_hosts=not rank.kv.is_cuda,
         make_repacker=partial(make_repacker, rank.kv),
         staging=rank.staging,
-        fp8_landing=None if rank.unpacker is None else rank.unpacker.place,
+        fp8_landing=rank.fp8_landing,
         on_start=stream.enter,
     )
 

@@ -25,7 +25,7 @@ from disaggd.model.parallel import Ranks, part_of
 from disaggd.model.spec import ModelSpec
 from disaggd.model.transformer import Transformer
 from disaggd.model.weights import load_weights
-from disaggd.transfer.layout import KVSpec, in_fp8, kv_spec
+from disaggd.transfer.layout import KVSpec, PoolPlace, in_fp8, kv_spec
 from disaggd.transfer.share import block_bytes
 from disaggd.transfer.source import staging_blocks
 
@@ -49,9 +49,19 @@ class Rank:
         return self.forward.kv
 
     @property
+    def place(self) -> PoolPlace:
+        """Where `kv` lies."""
+        return PoolPlace(self.kv.data_ptr(), self.kv.shape[1])
+
+    @property
     def landing(self) -> KVStaging | KVUnpacker | None:
         """What peers write in place of the pool, if they do."""
         return self.unpacker or self.staging
+
+    @property
+    def fp8_landing(self) -> PoolPlace | None:
+        """Where peers write its KV in fp8, if they do."""
+        return None if self.unpacker is None else self.unpacker.place
 
 
 class Others(Protocol):

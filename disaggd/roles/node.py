@@ -253,24 +253,24 @@ def transfers_of(
     config: Config, node: NodeConfig, loaded: LoadedEngine, post: Callable[[TransferEvent], None]
 ) -> TransferThread | JointTransfers:
     """What moves the node's KV: this process's thread, and, if it has more ranks, theirs, spoken to as one."""
-    num_ranks = 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
+    rank, num_ranks = loaded.rank, 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
     held = Share(loaded.kv_spec, 0, num_ranks).held
-    repacking = repack_settings(config, node).made(held, partial(make_repacker, loaded.kv))
+    repacking = repack_settings(config, node).made(held, partial(make_repacker, rank.kv))
 
     def make(post: Callable[[TransferEvent], None]) -> TransferThread:
         return TransferThread(
-            place=loaded.place,
-            pool_bytes=loaded.kv.nbytes,
+            place=rank.place,
+            pool_bytes=rank.kv.nbytes,
             kv=loaded.kv_spec,
             post=post,
             port_range=config.transfer.port_range,
             num_ranks=num_ranks,
             on_start=loaded.stream.enter,
-            staging=loaded.staging,
-            is_hosts=not loaded.kv.is_cuda,
+            staging=rank.staging,
+            is_hosts=not rank.kv.is_cuda,
             push_timeout_s=config.transfer.push_timeout_s,
             repacking=repacking,
-            fp8_landing=loaded.fp8_landing,
+            fp8_landing=rank.fp8_landing,
         )
 
     if loaded.followers is None:

@@ -39,8 +39,8 @@ def test_the_pool_is_as_large_as_the_bytes_allow() -> None:
     num_blocks = loaded.engine.pool.num_blocks
     assert num_blocks == VALUES["kv_cache_bytes"] // loaded.kv_spec.bytes_per_block > 0
     group = loaded.kv_spec.groups[0]
-    assert loaded.kv.shape == (loaded.spec.num_layers, num_blocks, group.kv_heads, 2, 16, loaded.spec.head_dim)
-    assert loaded.kv.nbytes == num_blocks * loaded.kv_spec.bytes_per_block
+    assert loaded.rank.kv.shape == (loaded.spec.num_layers, num_blocks, group.kv_heads, 2, 16, loaded.spec.head_dim)
+    assert loaded.rank.kv.nbytes == num_blocks * loaded.kv_spec.bytes_per_block
     assert loaded.engine.limits.max_model_len == loaded.spec.max_position_embeddings
 
 

@@ -57,10 +57,10 @@ def test_two_gpus_say_what_the_cpu_says(two: LoadedEngine) -> None:
 def test_the_pool_takes_what_the_fuller_gpu_has_free() -> None:
     hog = torch.empty(torch.cuda.mem_get_info(1)[0] // 2, dtype=torch.uint8, device="cuda:1")
     loaded = build_engine(**(VALUES | {"kv_cache_bytes": None}), devices=TWO)
-    assert loaded.kv.nbytes < torch.cuda.mem_get_info(1)[1] / 2
-    last = [BlockId(loaded.kv.shape[1] - 1)]
+    assert loaded.rank.kv.nbytes < torch.cuda.mem_get_info(1)[1] / 2
+    last = [BlockId(loaded.rank.kv.shape[1] - 1)]
     loaded.patterns.fill(last, 1)
-    assert loaded.patterns.compare(last, loaded.kv.shape[4], 1) == [None, None], "it is there on both"
+    assert loaded.patterns.compare(last, loaded.rank.kv.shape[4], 1) == [None, None], "it is there on both"
     loaded.close()
     del hog
 
@@ -69,7 +69,7 @@ def test_what_lands_comes_into_the_pools_of_both(two: LoadedEngine) -> None:
     assert two.landing is not None
     two.patterns.fill([BlockId(6), BlockId(4)], 1)
     wait_until("it is on both", two.landing.copy_in([BlockId(1), BlockId(0)], [BlockId(6), BlockId(4)]), 10)
-    assert None not in two.patterns.compare([BlockId(6), BlockId(4)], 2 * two.kv.shape[4], 1)
+    assert None not in two.patterns.compare([BlockId(6), BlockId(4)], 2 * two.rank.kv.shape[4], 1)
 
 
 def test_a_step_whose_rank_dies_fails_within_a_second(two: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:

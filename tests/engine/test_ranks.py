@@ -70,18 +70,18 @@ def test_a_step_that_is_launched_before_the_host_has_the_last_ones_tokens_says_t
 
 def test_each_rank_holds_its_heads_of_every_block(two: LoadedEngine) -> None:
     one = build_engine(**VALUES)
-    assert two.kv.shape[1] == one.kv.shape[1] == two.engine.pool.num_blocks
-    assert 2 * two.kv.shape[2] == one.kv.shape[2]
+    assert two.rank.kv.shape[1] == one.rank.kv.shape[1] == two.engine.pool.num_blocks
+    assert 2 * two.rank.kv.shape[2] == one.rank.kv.shape[2]
 
 
 def test_patterns_are_filled_and_compared_on_every_rank_in_order_with_its_steps(two: LoadedEngine) -> None:
-    blocks, num_tokens = [BlockId(5), BlockId(2)], 2 * two.kv.shape[4]
+    blocks, num_tokens = [BlockId(5), BlockId(2)], 2 * two.rank.kv.shape[4]
     for salt in range(3):
         two.patterns.fill(blocks, salt)
         assert two.patterns.compare(blocks, num_tokens, salt) == [None, None]
         [mine, theirs] = two.patterns.compare(blocks, num_tokens, salt + 1)
         assert mine is not None and theirs is not None
-        num_heads = two.kv.shape[2]
+        num_heads = two.rank.kv.shape[2]
         assert (mine.heads, theirs.heads) == (tuple(range(num_heads)), tuple(range(num_heads, 2 * num_heads)))
         tokens_of(two, GREEDY)
 
@@ -89,15 +89,15 @@ def test_patterns_are_filled_and_compared_on_every_rank_in_order_with_its_steps(
 def test_what_lands_on_all_ranks_is_there_when_it_is_on_each() -> None:
     """Into the pool from memory that no peer has written: zeros over a pattern."""
     loaded = build_engine(**VALUES, tp=2, memory=HostMemory(staging_bytes=2**20))
-    assert loaded.landing is not None and loaded.staging is not None and loaded.followers is not None
-    assert loaded.landing.place == loaded.staging.place
+    assert loaded.landing is not None and loaded.rank.staging is not None and loaded.followers is not None
+    assert loaded.landing.place == loaded.rank.staging.place
     landed, blocks = [BlockId(1), BlockId(0)], [BlockId(6), BlockId(4)]
     loaded.patterns.fill([BlockId(6), BlockId(4), BlockId(5)], 1)
     is_done = loaded.landing.copy_in(landed, blocks)
     wait_until("it is on all", is_done, 10)
-    num_tokens = loaded.kv.shape[4]
+    num_tokens = loaded.rank.kv.shape[4]
     assert None not in loaded.patterns.compare(blocks, 2 * num_tokens, 1), "the pattern is gone, on both"
-    assert loaded.staging.place.num_blocks == 2**20 // loaded.kv_spec.bytes_per_block
+    assert loaded.rank.staging.place.num_blocks == 2**20 // loaded.kv_spec.bytes_per_block
     loaded.patterns.fill([BlockId(5)], 2)
     assert loaded.patterns.compare([BlockId(5)], num_tokens, 2) == [None, None]
     os.kill(loaded.followers.pids[0], signal.SIGKILL)

@@ -62,7 +62,7 @@ class Oracle:
         self.engine: Engine = loaded.engine
         self.spec = loaded.spec
         self.kv_spec = loaded.kv_spec
-        self.kv = loaded.kv
+        self.kv = loaded.rank.kv
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

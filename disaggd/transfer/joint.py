@@ -315,6 +315,8 @@ class JointTransfers:
     def _hold_back(self, command: m.PushBlocks | m.FinishPush) -> None:
         was_empty = self._held_back.is_empty
         self._held_back.add(command)
+        if command.token in self._ends:  # given up: nobody waits for it to be computed
+            self._held_back.give_up(command.token)
         if was_empty and not self._held_back.is_empty:
             self._heard.put(_only_look)  # the thread may be waiting for what the ranks say, for as long as that takes
 
@@ -348,19 +350,25 @@ class JointTransfers:
         self._post(m.HandleDone(event.token, event.source, sum(done.popleft() for done in ranks)))
         if not any(ranks):
             del self._handles[key]
+            self._end_if_over(event.token)
 
     def _push_ended(self, rank: int, event: m.PushEnded) -> None:
         ends = self._ends[event.token]
         if not ends and not (event.clean and event.finished):
             self._cancel(event.token, but=rank)
         ends[rank] = event
-        if len(ends) < len(self._ranks):
+        self._end_if_over(event.token)
+
+    def _end_if_over(self, token: GrantToken) -> None:
+        """Once all ranks have ended it and answered its writes: the others are told of some after their end, which were held back."""
+        ends = self._ends.get(token, {})
+        if len(ends) < len(self._ranks) or any(written == token for written, _ in self._handles):
             return
-        del self._ends[event.token]
+        del self._ends[token]
         parts = ends.values()
         self._post(
             m.PushEnded(
-                token=event.token,
+                token=token,
                 clean=all(part.clean for part in parts),
                 finished=all(part.finished for part in parts),
                 kv_bytes=sum(part.kv_bytes for part in parts),

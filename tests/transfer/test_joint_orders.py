@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import pytest
@@ -344,11 +345,16 @@ class LateDevice:
         return m.PushBlocks(TOKEN, layers, span(BLOCKS), BLOCKS, lambda: self.is_done)
 
 
+BEGIN, END = m.BeginPush(TOKEN, D0, AgentId("far"), 30.0), m.PushEnded(TOKEN, True, False, 0, None, None)
 CACHED, FINISH = m.PushBlocks(TOKEN, range(2, 3), span(OTHERS), OTHERS), m.FinishPush(TOKEN, None)
 
 
 def ready(write: m.PushBlocks) -> m.PushBlocks:
     return msgspec.structs.replace(write, is_ready=m.at_once)
+
+
+def given_up(write: m.PushBlocks) -> m.PushBlocks:
+    return msgspec.structs.replace(write, is_ready=m.never)
 
 
 def test_what_a_device_has_not_computed_the_other_ranks_are_told_when_it_has_and_the_rest_of_the_push_behind_it(writer: Bench) -> None:
@@ -379,11 +385,108 @@ def test_what_is_held_back_of_a_cancelled_push_is_answered_by_every_rank_and_wri
         writer.joint.submit(cancel)
     else:
         writer.say(1, m.PushEnded(TOKEN, True, False, 0, None, None))
-    given_up = [msgspec.structs.replace(write, is_ready=m.never) for write in (late.write(), CACHED)]
-    assert writer.told() == [[cancel], given_up + [cancel] * (who == "told"), [*given_up, cancel]]
+    answered = [given_up(late.write()), given_up(CACHED)]
+    assert writer.told() == [[cancel], answered + [cancel] * (who == "told"), [*answered, cancel]]
     late.is_done = True
     writer.joint._held_back.look()
     assert writer.told() == [[]] * NUM_RANKS
+
+
+def test_a_push_whose_pair_is_closed_ends_when_what_was_held_back_of_it_is_answered(writer: Bench) -> None:
+    """The first rank knew of it, and answers it before its end; the others end theirs before they hear of it."""
+    write, done = LateDevice().write(), m.HandleDone(TOKEN, BLOCKS, 0)
+    for command in (BEGIN, write, m.ClosePair(D0)):
+        writer.joint.submit(command)
+    assert writer.told() == [[BEGIN, write, m.ClosePair(D0)], *[[BEGIN, m.ClosePair(D0)]] * 2]
+    writer.say(0, done)
+    writer.all_say(END)
+    assert writer.heard() == []
+    assert [commands[0] for commands in writer.told()[1:]] == [given_up(write)] * 2
+    writer.say(1, done)
+    writer.say(2, done)
+    assert writer.heard() == [done, END]
+
+
+def test_what_is_told_of_a_push_that_is_ending_waits_for_no_device(writer: Bench) -> None:
+    """Else what is computed in vain would keep it from its end."""
+    write = LateDevice().write()
+    writer.joint.submit(BEGIN)
+    writer.say(1, END)
+    writer.told()
+    writer.joint.submit(write)
+    assert writer.told() == [[write], [given_up(write)], [given_up(write)]]
+
+
+@dataclass
+class RankPushes:
+    """A rank that writes as `Outgoing` does: it gets to its commands in order, and is heard in order, both some time."""
+
+    rank: ScriptedRank
+    post: Callable[[m.TransferEvent], None]
+    is_pushing: bool = False
+    waiting: list[m.PushBlocks] = field(default_factory=list)
+    said: list[m.TransferEvent] = field(default_factory=list)
+
+    def steps(self) -> list[Callable[[], None]]:
+        """What may happen to it next. A lease runs out when it will."""
+        return [
+            *([self.obey] if self.rank.commands else []),
+            *([self.speak] if self.said else []),
+            *([self.give_up] if self.is_pushing and not self.rank.commands else []),
+        ]
+
+    def obey(self) -> None:
+        match command := self.rank.commands.pop(0):
+            case m.BeginPush():
+                self.is_pushing = True
+            case m.PushBlocks():
+                self.waiting.append(command)
+            case _:
+                self.give_up()
+        self.write()
+
+    def speak(self) -> None:
+        self.post(self.said.pop(0))
+
+    def write(self) -> None:
+        """What is computed, or all for nothing."""
+        while self.waiting and (not self.is_pushing or self.waiting[0].is_ready()):
+            self.said.append(m.HandleDone(TOKEN, self.waiting.pop(0).source.blocks, 0))
+
+    def give_up(self) -> None:
+        if self.is_pushing:
+            self.is_pushing = False
+            self.write()
+            self.said.append(END)
+
+
+ENDINGS = (m.ClosePair(D0), m.CancelPush(TOKEN), m.ConnectPair(D0, TWO, endpoint(AgentId("farther")), plain_kv(1, 8)))
+
+
+@given(st.data(), st.sampled_from(ENDINGS), st.booleans())
+def test_whatever_ends_a_push_while_writes_are_held_back_its_end_is_last(
+    data: st.DataObject, ending: m.TransferCommand, is_computed: bool
+) -> None:
+    bench, late = Bench(), LateDevice()
+    ranks = [RankPushes(rank, partial(bench.say, number)) for number, rank in enumerate(bench.ranks)]
+
+    def compute() -> None:
+        late.is_done = True
+        bench.joint._held_back.look()
+        ranks[0].write()
+
+    for command in (BEGIN, late.write(range(1)), late.write(range(1, 2)), CACHED):
+        bench.joint.submit(command)
+    left = [partial(bench.joint.submit, ending), *([compute] if is_computed else [])]
+    while left or any(rank.rank.commands or rank.said for rank in ranks):
+        step = data.draw(st.sampled_from([*left, *(step for rank in ranks for step in rank.steps())]))
+        step()
+        if step in left:
+            left.remove(step)
+    *done, end = bench.heard()
+    assert end == END
+    assert sorted(event.source for event in done) == [BLOCKS, BLOCKS, OTHERS]  # type: ignore[attr-defined]
+    assert not bench.joint._handles and not bench.joint._ends and bench.joint._held_back.is_empty
 
 
 def test_the_thread_looks_after_what_is_held_back_though_no_rank_says_anything() -> None:

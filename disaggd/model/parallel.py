@@ -25,6 +25,11 @@ TCPStore = c10d.TCPStore
 """Where ranks meet."""
 
 CLOSE_TIMEOUT_S = 1.0
+REACH_TIMEOUT_S = 10.0
+"""For the meeting place, which is on loopback and open before another rank is started. With torch's retries it may take half as long again;
+the first rank, which waits for 30 s on a CPU, is there to hear of it."""
+STORE_TIMEOUT_S = 300.0
+"""For what another rank says at the meeting place, once it has come as far; torch's own."""
 
 UNIT = 64
 """Neurons of an MLP are shared out by so many, as long as there are enough: kernels work in panels of them."""
@@ -193,5 +198,15 @@ def _group_on(where: torch.device, rank: int, num_ranks: int, store: TCPStore, t
 
 
 def meeting_place(port: int | None = None) -> TCPStore:
-    """Where the ranks of one node find each other, on loopback: rank 0 opens it without a port, and tells the others which it got."""
-    return TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)
+    """Where the ranks of one node find each other, on loopback: rank 0 opens it without a port, and tells the others which it got.
+
+    Raises ResourceError if it cannot be opened, or reached.
+    """
+    try:
+        timeout = timedelta(seconds=REACH_TIMEOUT_S)
+        store = TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:  # the base of all that c10d raises
+        trouble = "be opened on 127.0.0.1" if port is None else f"be reached at 127.0.0.1:{port}"
+        raise ResourceError(f"the place where the ranks meet cannot {trouble}: {error}") from error
+    store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+    return store

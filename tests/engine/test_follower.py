@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,10 @@ from disaggd.engine.patterns import CompareBlocks, FillBlocks, PatternMemory
 from disaggd.engine.rank_orders import AreYouThere, CopyIn, RankPipes, rank_pipes
 from disaggd.errors import ResourceError
 from disaggd.ids import BlockId
+from disaggd.model import parallel
 from disaggd.transfer.messages import IsReady, at_once
 from tests.support.copies import Late
+from tests.support.rank_order import ORDER
 
 PATIENT_S = 10.0
 FIRST, SECOND = CopyIn((BlockId(1),), (BlockId(3),)), CopyIn((BlockId(0), BlockId(2)), (BlockId(4), BlockId(5)))
@@ -139,6 +142,18 @@ def test_a_rank_on_a_gpu_waits_for_nothing_on_its_way_out_whatever_ends_it(
         follower.follow(order, theirs, None)
     assert (ours.last_words.recv() if ours.last_words.poll() else None) == last_words
     assert ("RuntimeError: CUDA error" in capsys.readouterr().err) == (exit_code == 1)
+
+
+def test_why_a_rank_cannot_meet_the_others_is_said_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(parallel, "TCPStore", fail)
+    ours, theirs = rank_pipes()
+    follower._be(msgspec.structs.replace(ORDER, port=4321), theirs, None)
+    assert ours.orders.recv() is None, "it has come as far as the meeting"
+    assert ours.last_words.poll()
+    assert ours.last_words.recv() == "the place where the ranks meet cannot be reached at 127.0.0.1:4321: no route to host"
 
 
 @pytest.mark.parametrize("patience", [None, 1])

@@ -15,7 +15,7 @@ import pytest
 
 from disaggd.engine.build import LoadedEngine, build_engine
 from disaggd.engine.engine import generate
-from disaggd.engine.rank_orders import HostMemory, RankOrder
+from disaggd.engine.rank_orders import HostMemory
 from disaggd.engine.ranks import LOST_RANK_TIMEOUT_S, Companions, Followers
 from disaggd.engine.runner import ModelRunner
 from disaggd.engine.stream import DeviceStream
@@ -24,6 +24,7 @@ from disaggd.ids import BlockId
 from disaggd.model.parallel import ProcessRanks, Ranks
 from disaggd.sampling import SamplingParams
 from tests.support.clusters import wait_until
+from tests.support.rank_order import ORDER
 
 VALUES = {
     "path": "builtin:tiny",
@@ -185,25 +186,6 @@ def test_a_rank_is_lost_while_it_is_made_and_that_is_what_is_said(monkeypatch: p
     monkeypatch.setattr("disaggd.engine.build.Companions", Killing)
     with pytest.raises(ResourceError, match=r"rank 1 of 2 has ended \(-9\)"):
         build_engine(**VALUES, tp=2)
-
-
-ORDER = RankOrder(
-    rank=1,
-    num_ranks=2,
-    port=1,
-    path="builtin:tiny",
-    dtype="float32",
-    weights="auto",
-    device="cpu",
-    block_size=16,
-    num_blocks=4,
-    max_step_tokens=64,
-    max_sequences=4,
-    max_model_len=128,
-    layer_group=4,
-    memory=HostMemory(),
-    step_timeout_s=30.0,
-)
 
 
 def test_what_a_rank_ends_of_is_what_is_said_and_told() -> None:

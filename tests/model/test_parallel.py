@@ -102,3 +102,9 @@ def test_that_nccl_cannot_start_is_no_lost_rank(when, monkeypatch):
 def test_a_rank_that_does_not_come_is_lost():
     with pytest.raises(RankLost, match="another rank has not come"):
         ProcessRanks(0, 2, meeting_place(), 0.5, CPU)
+
+
+def test_a_meeting_place_that_nobody_has_opened_is_not_waited_for_and_named(monkeypatch):
+    monkeypatch.setattr(parallel, "REACH_TIMEOUT_S", 0.2)
+    with pytest.raises(ResourceError, match=r"the place where the ranks meet cannot be reached at 127\.0\.0\.1:1: .*timed out"):
+        meeting_place(1)

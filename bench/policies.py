@@ -36,6 +36,8 @@ _ITL_STEPS = 5.0
 """and every other one so many times the step of eight decodes."""
 _FAST = "10gbit"
 _NUM_WARMUP = 4
+_IN_A_ROW = 10
+"""Requests, by whose median a break-even has moved for good: it differs from one to the next with what runs and waits."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -312,40 +314,45 @@ def table(replays: list[Replay], *, halves: bool) -> Table:
 
 
 def verdicts(replays: list[Replay], *, halves: bool) -> list[str]:
-    """`adaptive` against the best of the others, of each half where the link changes; and how well it foretold."""
+    """`adaptive` against the best of the others, of each half where the link changes; how its break-even moved; how well it foretold."""
     mine = [one for one in replays if one.policy == "adaptive"]
-    others = {one.policy for one in replays} - {"adaptive"}
-    if not mine or not others:
-        return []
-    lines = []
-    parts: dict[str, Callable[[Replay], Part]] = {"": lambda one: one.whole}
-    if halves:
-        parts |= {" of the first half": lambda one: one.before, " of the second half": lambda one: one.after}
-    for which, part in parts.items():
-        best, share = max(
-            ((name, _good([one for one in replays if one.policy == name], part)) for name in others), key=lambda pair: pair[1]
-        )
-        ours = _good(mine, part)
-        ratio = f"{ours / share:.3f} of it" if share else "nobody kept any"
-        lines.append(f"adaptive{which}: {ours:.1%} good; the best fixed policy is {best} with {share:.1%}: {ratio} (asked: ≥ 0.92)")
+    lines = _ranks([one for one in replays if one.policy != "adaptive"], mine, halves=halves)
     if halves:
         lines += [_moved(one) for one in mine]
     if errors := sorted(abs(error) for one in mine for error in one.errors):
         middle, most = percentile(errors, 50), percentile(errors, 90)
         lines.append(f"TTFT foretold: off by {middle:.0%} in the middle, {most:.0%} at p90, of {len(errors)} (asked: ≤ 20 %, ≤ 50 %)")
-    else:
+    elif mine:
         lines.append("TTFT was not foretold: no receipt has a prediction")
     return lines
 
 
+def _ranks(others: list[Replay], mine: list[Replay], *, halves: bool) -> list[str]:
+    if not mine or not others:
+        return []
+    parts: dict[str, Callable[[Replay], Part]] = {"": lambda one: one.whole}
+    if halves:
+        parts |= {" of the first half": lambda one: one.before, " of the second half": lambda one: one.after}
+    lines = []
+    for which, part in parts.items():
+        names = {one.policy for one in others}
+        best, share = max(((name, _good([one for one in others if one.policy == name], part)) for name in names), key=lambda pair: pair[1])
+        ours = _good(mine, part)
+        ratio = f"{ours / share:.3f} of it" if share else "nobody kept any"
+        lines.append(f"adaptive{which}: {ours:.1%} good; the best fixed policy is {best} with {share:.1%}: {ratio} (asked: ≥ 0.92)")
+    return lines
+
+
 def _moved(replay: Replay) -> str:
-    """How the break-even went: in the first half, and over the twenties of requests after the link had slowed down."""
-    middle_s = replay.slowed_s
-    before = [tokens for at, tokens in replay.breakeven if at < middle_s]
-    after = [tokens for at, tokens in replay.breakeven if at >= middle_s]
-    steps = [f"{median(after[i : i + 10]):,.0f}" for i in range(0, len(after), 10)]
-    first = f"{median(before):,.0f}" if before else "unknown"
-    return f"break-even, seed {replay.seed}: {first} tokens, and from the slowdown on by tens of requests {', '.join(steps) or 'unknown'}"
+    """The break-even in the first half, in the second, and how many requests of the second had come when it was twice what it had been."""
+    before = [tokens for at, tokens in replay.breakeven if at < replay.slowed_s]
+    after = [tokens for at, tokens in replay.breakeven if at >= replay.slowed_s]
+    if not before or not after:
+        return f"break-even, seed {replay.seed}: unknown"
+    usual = median(before)
+    moved = next((i for i, one in enumerate(after) if min(one, median(after[i : i + _IN_A_ROW])) >= 2 * usual), None)
+    when = "never twice as many" if moved is None else f"twice as many after {moved} requests (asked: ≤ 20)"
+    return f"break-even, seed {replay.seed}: {usual:,.0f} tokens, {median(after):,.0f} in the second half, {when}"
 
 
 def _good(replays: list[Replay], part: Callable[[Replay], Part]) -> float:

@@ -7,7 +7,8 @@ What counts is whom the choice makes late. `adaptive` compares two costs in seco
     elsewhere   time to first token + the part of the transfer that outlasts it + price of the targets that either puts at risk
 
 A target that is surely met costs nothing and one that is surely missed costs `RISK_PRICE` times the target, so that seconds decide only
-between ways that are as good for those who wait. Knows no node, no link and no clock.
+between ways that are as good for those who wait. Seconds after a target that is surely missed count little: whoever is late anyway is to
+make nobody else late. Knows no node, no link and no clock.
 """
 
 from math import ceil
@@ -25,6 +26,10 @@ RISK_PRICE = 4.0
 
 SURELY_MET, SURELY_MISSED = 0.7, 1.2
 """Shares of the TTFT target between which it is more and more at risk: predictions err by a tenth or two, and the queue is overtaken."""
+
+LATE_SHARE = 0.25
+"""Of a second to the first token after its target is surely missed, what counts. At 1, both ways of an overloaded cluster would be filled
+alike with prompts that are late; at 0, nobody would care how late they are."""
 
 CROWDED = 0.5
 """With work for such a part of the TTFT target, a node makes whoever comes next as late as the new prompt takes, at full price. With
@@ -172,6 +177,8 @@ class Way(msgspec.Struct, frozen=True):
     """Done to others, or to what follows the first token."""
     price_s: float
     """Of the targets that it puts at risk."""
+    late_s: float
+    """Of `ttft_s`, what is after a target that is surely missed."""
     crowding_s: float = 0.0
     """The same, of prompts to come."""
 
@@ -181,7 +188,7 @@ class Way(msgspec.Struct, frozen=True):
 
     @property
     def cost_s(self) -> float:
-        return self.seconds + self.price_s + self.crowding_s
+        return self.seconds - (1 - LATE_SHARE) * self.late_s + self.price_s + self.crowding_s
 
 
 def decide(rule: DecisionRule, situation: Situation) -> Decision:
@@ -234,9 +241,14 @@ def _here(situation: Situation) -> Way | None:
         return None
     ttft_s = local.ttft_s(situation.num_uncached, situation.num_cached)
     misses = _risk(ttft_s, situation.ttft_target_s) + (local.num_decodes if local.breaks_itl else 0)
-    damage_s = local.damage_s(situation.num_uncached, situation.num_cached)
     work_s = local.prefill_cost.seconds(situation.num_uncached, situation.num_cached)
-    return Way(ttft_s, damage_s, misses * _price_s(situation), _crowding_s(local.backlog_s, work_s, situation.ttft_target_s))
+    return Way(
+        ttft_s=ttft_s,
+        harm_s=local.damage_s(situation.num_uncached, situation.num_cached),
+        price_s=misses * _price_s(situation),
+        late_s=_late_s(ttft_s, situation.ttft_target_s),
+        crowding_s=_crowding_s(local.backlog_s, work_s, situation.ttft_target_s),
+    )
 
 
 def _there(situation: Situation) -> Way | None:
@@ -248,7 +260,7 @@ def _there(situation: Situation) -> Way | None:
     num_pushed = -(-situation.num_uncached // situation.block_size) * situation.block_size
     exposed_s = remote.exposed_s(num_pushed, *prompt)
     misses = _either(_risk(ttft_s, situation.ttft_target_s), _second_token_risk(situation, exposed_s))
-    return Way(ttft_s, exposed_s, misses * _price_s(situation))
+    return Way(ttft_s=ttft_s, harm_s=exposed_s, price_s=misses * _price_s(situation), late_s=_late_s(ttft_s, situation.ttft_target_s))
 
 
 def _crowding_s(backlog_s: float, work_s: float, target_s: float) -> float:
@@ -277,6 +289,10 @@ def _risk(seconds: float, target_s: float) -> float:
     if target_s <= 0:
         return 1.0
     return min(1.0, max(0.0, (seconds / target_s - SURELY_MET) / (SURELY_MISSED - SURELY_MET)))
+
+
+def _late_s(ttft_s: float, target_s: float) -> float:
+    return max(0.0, ttft_s - SURELY_MISSED * max(0.0, target_s))
 
 
 def _price_s(situation: Situation) -> float:

@@ -198,6 +198,15 @@ def test_a_request_that_misses_both_targets_is_lost_once() -> None:
     assert verdict("adaptive", lost) == (True, "cheaper")
 
 
+def test_a_prompt_that_is_late_on_both_ways_waits_where_it_makes_nobody_late() -> None:
+    late = situation(4000, local=busy(0, backlog_s=2.5, wait_s=2.5), offer=offer(wait=20.0))
+    assert verdict("adaptive", late) == (True, "target"), "others come, and are in time if it is not in their way"
+    soon = situation(200, local=busy(0, backlog_s=0.5, wait_s=0.5), offer=offer(wait=20.0))
+    assert verdict("adaptive", soon) == (False, "cheaper"), "they are"
+    hours = situation(4000, local=busy(0, backlog_s=2.5, wait_s=2.5), offer=offer(wait=60.0))
+    assert verdict("adaptive", hours) == (False, "cheaper"), "how late it is still counts"
+
+
 def test_the_risk_grows_before_the_target_is_missed() -> None:
     at_risk = situation(1000, offer=offer(wait=1.4), local=busy(4))  # 1.8 s there: might be late; 0.8 s and 1.6 s of delay here
     assert verdict("adaptive", at_risk) == (False, "target")
@@ -262,6 +271,6 @@ def test_a_longer_wait_and_a_slower_wire_move_it_up() -> None:
 
 
 def test_what_never_pays_is_told_by_the_longest_and_what_is_unknown_not_at_all() -> None:
-    assert breakeven_tokens(situation(1000, offer=offer(wait=1000.0))) == MAX_TOKENS
+    assert breakeven_tokens(situation(1000, offer=offer(wait=10_000.0))) == MAX_TOKENS
     assert breakeven_tokens(situation(1000, local=None)) is None
     assert breakeven_tokens(situation(1000, offer=None)) is None

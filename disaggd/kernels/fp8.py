@@ -30,7 +30,8 @@ def quantize(heads: Tensor) -> Tensor:
     """`heads` [..., 2, block_size, head_dim], floats → uint8 [..., head_bytes]."""
     x = heads.float().flatten(-2)  # [..., 2, block_size · head_dim]
     is_finite = x.isfinite()
-    scale = (x.where(is_finite, 0).abs().amax(-1) / LARGEST).clamp(min=LEAST_SCALE)
+    largest = x.new_tensor(LARGEST)  # on the same device: by a number a GPU divides as it multiplies by the reciprocal, a last bit off
+    scale = (x.where(is_finite, 0).abs().amax(-1) / largest).clamp(min=LEAST_SCALE)
     q = (x * scale.reciprocal()[..., None]).where(is_finite, torch.nan).to(torch.float8_e4m3fn)
     header = torch.zeros(*scale.shape[:-1], HEADER_BYTES, dtype=torch.uint8, device=x.device)
     header.view(torch.float32)[..., :2] = scale

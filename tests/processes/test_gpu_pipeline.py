@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_other_blocks_come_out_of_a_gpu_and_into_one(
     made.nodes["p0"].options["block_size"], made.nodes["d0"].options["device"] = prefill_size, decode_device
     prompt = prompt_of(700, gpu_oracle)
     with running(made) as cluster:
+        ready = re.search("p0 → d0: KV path is ready: checked .*, repacked,", cluster.log("router").read_text())
+        assert ready, "a pattern comes as it was"
         reply = cluster.complete(prompt, **OPTIONS, logprobs=0, headers={"x-disaggd-policy": "remote"})
         receipt = cluster.receipt(reply["id"])
         assert receipt["decision"] == "remote"

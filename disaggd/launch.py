@@ -29,8 +29,15 @@ _MALLOC = {
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 # The ranks of a node are on one host, and what they say is nobody else's: NCCL, which knows no authentication, would listen on the first
-# network interface that it finds. A lost rank is the node's to notice and to name: torch would end the process by a signal, without a word.
-_NCCL = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+# network interface that it finds. A lost rank is the node's to notice and to name: torch would end the process by a signal, without a word;
+# one that was stopped for minutes, too, in which its watchdog did nothing. Nor does anybody read what torch records of each call.
+NCCL = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
+}
 
 _STRAY = ("UCX_TCP_PORT_RANGE",)
 """Would override the port that each NIXL agent is given."""
@@ -40,7 +47,7 @@ Execve = Callable[[str, list[str], dict[str, str]], object]
 
 def compute_environment(node: NodeConfig) -> dict[str, str]:
     """What a process that computes needs."""
-    nccl = _NCCL if node.is_gpu and node.tp > 1 else {}
+    nccl = NCCL if node.is_gpu and node.tp > 1 else {}
     return {**_MALLOC, **_OPENMP, "OMP_NUM_THREADS": str(node.threads), **nccl}
 
 

@@ -11,16 +11,18 @@ import torch
 
 from disaggd.config import Config, NodeConfig
 from disaggd.engine.blocks import BlockPool
-from disaggd.engine.engine import Engine, generate
+from disaggd.engine.engine import Engine
 from disaggd.engine.patterns import PatternMemory, RankPatterns
 from disaggd.engine.rank import NoOthers, Others, Rank, load_rank, memory_shortage_on, num_blocks_in
 from disaggd.engine.rank_orders import Beside, HostMemory, RankOrder
 from disaggd.engine.ranks import STEP_TIMEOUT_S, Companions, Followers, RanksLanding
 from disaggd.engine.runner import ModelRunner
-from disaggd.engine.scheduler import Limits
+from disaggd.engine.scheduler import Chunk, Limits, StepPlan
+from disaggd.engine.sequence import Sequence
 from disaggd.engine.step_cost import StepPace
 from disaggd.engine.stream import DeviceStream
 from disaggd.errors import ConfigError, ResourceError
+from disaggd.ids import SeqId
 from disaggd.log import StartProgress, start_progress
 from disaggd.model.directory import ModelDirectory, open_directory
 from disaggd.model.parallel import meeting_place, part_of
@@ -33,6 +35,15 @@ from disaggd.transfer.layout import KVSpec, kv_spec
 NO_HOST_MEMORY = HostMemory()
 
 OnRankLost = Callable[[ResourceError], None]
+
+WAYS_TO_SAMPLE = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(top_k=20),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_k=20, top_p=0.9, top_logprobs=5, presence_penalty=0.1),
+)
+"""A kernel is compiled for each mixture of top-k and top-p."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +218,26 @@ def _ended_by_trouble(followers: Followers | None) -> Iterator[None]:
 
 
 def warm_up(engine: Engine, where: torch.device) -> None:
-    """Run the longest prefill step and each way to sample once: kernels are compiled, and memory is found missing, before requests come."""
+    """Compute what requests will ask for, so that kernels are compiled, and memory is found missing, before they come.
+
+    That is the longest prefill step, one of a context too short to be split, and a decode step with each way to sample. Nothing is learned
+    of what they take, which is what compiling takes.
+    """
     longest = min(engine.limits.max_step_tokens, engine.context_limit - 2)
-    ways = (SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.9, top_logprobs=5, presence_penalty=0.1))
+    blocks = engine.pool.allocate(engine.pool.blocks_for(longest + 1))
+    assert blocks is not None, "the pool is empty at the start"
+
+    def rehearse(num_prompt_tokens: int, start: int, end: int, sampling: SamplingParams) -> None:
+        sequence = Sequence(SeqId("warm-up"), [0] * (longest + 1), sampling, num_prompt_tokens=num_prompt_tokens)
+        sequence.block_table = blocks[: engine.pool.blocks_for(end)]
+        engine.rehearse(StepPlan((Chunk(sequence, start, end, samples=True),)), 1, learns=False)
+
     with memory_shortage_on(where, "a step's work: lower kv_cache or max_step_tokens"):
-        for sampling in ways:
-            limited = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
-            for _ in generate(engine, [0] * longest, limited):
-                pass
-            engine.pool.clear()  # else the next has nothing to compute
+        for length in (longest, 2):
+            rehearse(length, 0, length, WAYS_TO_SAMPLE[0])
+        for sampling in WAYS_TO_SAMPLE:
+            rehearse(longest, longest, longest + 1, sampling)
+    engine.pool.release(blocks)
 
 
 def _model_len(spec: ModelSpec, wanted: int | None) -> int:

@@ -1,11 +1,13 @@
 """An engine from a config's values, over the model that ships with disaggd."""
 
 import pytest
+import torch
 
-from disaggd.engine.build import build_engine
+from disaggd.engine.build import build_engine, warm_up
 from disaggd.engine.engine import generate
 from disaggd.engine.rank import num_blocks_in
 from disaggd.engine.sequence import Sequence
+from disaggd.engine.step_cost import ENOUGH
 from disaggd.errors import ConfigError, ModelError, ResourceError
 from disaggd.ids import SeqId
 from disaggd.log import StartProgress
@@ -80,3 +82,22 @@ def test_a_pool_has_the_bytes_that_it_is_given_on_all_ranks_together(num_ranks: 
     assert num_blocks_in(kv, 3 * block_bytes - 1, num_ranks) == 2
     with pytest.raises(ConfigError, match=f"do not hold one block of {block_bytes}$"):
         num_blocks_in(kv, block_bytes - 1, num_ranks)
+
+
+def test_a_warm_up_teaches_the_pace_of_steps_nothing_and_leaves_nothing_behind() -> None:
+    """On a GPU its steps take what compiling their kernels takes."""
+    now, tick_s = 0.0, 5.0
+
+    def clock() -> float:
+        nonlocal now
+        now += tick_s
+        return now
+
+    engine = build_engine(**VALUES, clock=clock).engine
+    warm_up(engine, torch.device("cpu"))
+    assert engine.pool.num_free == engine.pool.num_blocks and engine.prefilled_tokens == 0
+    tick_s = 0.001
+    for _ in generate(engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=ENOUGH, ignore_eos=True)):
+        pass
+    assert engine.pace.cost is not None
+    assert engine.pace.cost.decode_step_s(1, 8) == pytest.approx(tick_s, rel=0.5)

@@ -255,7 +255,8 @@ def transfers_of(
     """What moves the node's KV: this process's thread, and, if it has more ranks, theirs, spoken to as one."""
     rank, num_ranks = loaded.rank, 1 if loaded.followers is None else 1 + len(loaded.followers.side_pipes)
     held = Share(loaded.kv_spec, 0, num_ranks).held
-    repacking = repack_settings(config, node).made(held, partial(make_repacker, rank.kv))
+    settings = repack_settings(config, node)
+    repacking = None if settings is None else settings.made(held, partial(make_repacker, rank.kv))
 
     def make(post: Callable[[TransferEvent], None]) -> TransferThread:
         return TransferThread(

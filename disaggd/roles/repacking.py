@@ -9,8 +9,10 @@ from disaggd.transfer.layout import KVSpec, in_fp8, kv_spec
 from disaggd.transfer.path import RepackSettings
 
 
-def repack_settings(config: Config, node: NodeConfig) -> RepackSettings:
-    """No write has more blocks than a step can fill."""
+def repack_settings(config: Config, node: NodeConfig) -> RepackSettings | None:
+    """No write has more blocks than a step can fill. None: the node writes to nobody, and wants no memory for it, which a GPU's pins."""
+    if node.role == "decode" and not config.pushes_prefixes(node):
+        return None
     return RepackSettings(
         staging_bytes=config.transfer.staging,
         direct_slice_bytes=config.transfer.direct_slice_bytes,
@@ -22,6 +24,8 @@ def repack_settings(config: Config, node: NodeConfig) -> RepackSettings:
 def check_repacking(config: Config, node: NodeConfig, spec: ModelSpec) -> None:
     """Raises ConfigError where a write to one of the file's nodes does not fit: the two could never hand over."""
     settings, kv = repack_settings(config, node), kv_spec(spec, node.block_size)
+    if settings is None:
+        return
     for target in _targets(config, node):
         try:
             settings.check(kv, node.tp, _landing_kv(config, target, spec), target.tp)

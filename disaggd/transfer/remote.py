@@ -89,7 +89,8 @@ class RankSettings(msgspec.Struct, frozen=True):
     """A thread that has not got on for so long ends its process, and the node with it."""
     switch_interval_s: float
     """Of the GIL, which the thread shares with the rank's computing."""
-    repack: RepackSettings
+    repack: RepackSettings | None
+    """None: nobody is written to."""
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def rank_transfers(settings: RankSettings, held: RankKV, pipe: Connection) -> It
         is_hosts=held.is_hosts,
         push_timeout_s=settings.push_timeout_s,
         inbox=PipeInbox(pipe),
-        repacking=settings.repack.made(held.share.held, held.make_repacker),
+        repacking=None if settings.repack is None else settings.repack.made(held.share.held, held.make_repacker),
         fp8_landing=held.fp8_landing,
     )
     sys.setswitchinterval(settings.switch_interval_s)

@@ -111,6 +111,9 @@ VOCABULARY = RowTile(2048, 4)
 
 COUNT = RowTile(512, 8)  # of those, entries whose digits are counted at a time, each against all 16: 32 64-bit sums a thread
 
+LEAST_ENTRIES = 32
+"""Of a row of logits, looked up by one warp: more than a request may ask for, so that one kernel serves them all."""
+
 MOST_ROWS = 16
 """Rows that our projections take; more are the vendor's library's."""
 

@@ -91,7 +91,8 @@ def _one_row(
     tl.store(out + rows, sums.to(out.dtype.element_ty), mask=rows < outputs)
 
 
-@triton.jit
+# What changes from step to step is not specialized on: a new parity of it would compile anew, under a request.
+@triton.jit(do_not_specialize=["num_rows"])
 def _few_rows(
     out,  # float32 [splits, num_rows, outputs] where the inputs are split
     x,

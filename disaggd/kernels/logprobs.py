@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disaggd.kernels.configurations import VOCABULARY
+from disaggd.kernels.configurations import LEAST_ENTRIES, VOCABULARY
 from disaggd.kernels.pool import FLOATS
 
 
@@ -64,7 +64,7 @@ def logprobs(logits: Tensor, entries: Tensor) -> Tensor:
         count,
         parts,
         logits.stride(0),
-        COUNT=triton.next_power_of_2(count),
+        COUNT=max(LEAST_ENTRIES, triton.next_power_of_2(count)),
         PARTS=triton.next_power_of_2(parts),
         num_warps=1,
     )

@@ -51,7 +51,8 @@ def _read(part, block_ids, within, tokens, columns, start, num_tokens, stride_bl
     return tl.load(part + within + rows[:, None] + columns[None, :], mask=real[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit
+# What differs between a pair's writes is not specialized on: what its check has compiled serves it, and nothing is compiled amid transfers.
+@triton.jit(do_not_specialize=["start", "num_tokens", "num_blocks", "heads"])
 def _repack(
     out,
     part,
@@ -83,7 +84,7 @@ def _repack(
     tl.store(to, x.to(out.dtype.element_ty), mask=(in_target < TARGET_SIZE)[:, None] & (columns < HEAD_DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "num_tokens", "num_blocks", "heads"])
 def _repack_fp8(
     out,
     scales,  # the same memory, as float32
@@ -132,7 +133,7 @@ def _repack_fp8(
         tl.store(to, q, mask=(in_target < TARGET_SIZE)[:, None] & (columns < HEAD_DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "heads", "wire_blocks"])
 def _unpack_fp8(
     kv,
     wire,

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for sm_90, in every configuration of its table, on a machine without a GPU.
 
-    python -m tests.kernels.compile_sm90            prints what each takes; exits 1 if one spills registers or cannot fit in an SM
+    python -m tests.kernels.compile_sm90            prints what each takes; exits 1 if one spills registers, cannot fit in an SM,
+                                                    or is compiled anew for what differs from step to step, or write to write
 
 Must run in a process of its own: not in one that interprets Triton's kernels. The launchers themselves are called, with tensors that have
 shapes but no memory, and a driver that has a target but no device. So what is compiled is what they would launch, with the alignments and
@@ -13,8 +14,10 @@ import os
 import re
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -79,26 +82,43 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention_batch(blocks: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+def attention_batch(sequences: int = 8, blocks: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     int32 = torch.int32
-    return tensor(9, dtype=int32), tensor(8, dtype=int32), tensor(8, blocks, dtype=int32)
+    return tensor(sequences + 1, dtype=int32), tensor(sequences, dtype=int32), tensor(sequences, blocks, dtype=int32)
 
 
 def pool(head_dim: int, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> Tensor:
     return tensor(1024, 8, 2, block_size, head_dim, dtype=dtype)
 
 
-def decode(head_dim: int, itemsize: int, *, group: int = 4, block_size: int = BLOCK_SIZE, window: int | None = None, processors: int = 132):
+def decode(
+    head_dim: int,
+    itemsize: int,
+    *,
+    group: int = 4,
+    block_size: int = BLOCK_SIZE,
+    window: int | None = None,
+    processors: int = 132,
+    batch: tuple[int, int] = (8, 128),
+):
     dtype = DTYPES[itemsize]
     queries = tensor(8, 8 * group, head_dim, dtype=dtype)
     kv = pool(head_dim, dtype, block_size)
-    decode_attention(torch.empty_like(queries), queries, kv, *attention_batch(), window=window, processors=processors)
+    decode_attention(torch.empty_like(queries), queries, kv, *attention_batch(*batch), window=window, processors=processors)
 
 
-def prefill(head_dim: int, itemsize: int, *, group: int = 4, block_size: int = BLOCK_SIZE, window: int | None = None):
+def prefill(
+    head_dim: int,
+    itemsize: int,
+    *,
+    group: int = 4,
+    block_size: int = BLOCK_SIZE,
+    window: int | None = None,
+    batch: tuple[int, int] = (8, 128),
+):
     dtype = DTYPES[itemsize]
     queries = tensor(2048, 8 * group, head_dim, dtype=dtype)
-    prefill_attention(torch.empty_like(queries), queries, pool(head_dim, dtype, block_size), *attention_batch(), window=window)
+    prefill_attention(torch.empty_like(queries), queries, pool(head_dim, dtype, block_size), *attention_batch(*batch), window=window)
 
 
 def rotate(head_dim: int, *, normalized: bool):
@@ -130,16 +150,17 @@ def copy():
     scatter_blocks(kv, staging, ids, layers=range(36), heads=range(4, 8))
 
 
-def repacked(block_size: int, target_size: int, target: torch.dtype, head_dim: int = 128):
-    kv, ids = tensor(36, 1024, 8, 2, block_size, head_dim), tensor(-(-1024 // block_size), dtype=torch.int64)
+def repacked(block_size: int, target_size: int, target: torch.dtype, head_dim: int = 128, *, span: tuple[int, int] = (0, 1024)):
+    start, num_tokens = span
+    kv, ids = tensor(36, 1024, 8, 2, block_size, head_dim), tensor(-(-(start + num_tokens) // block_size), dtype=torch.int64)
     in_head = (fp8.head_bytes(target_size, head_dim),) if target == torch.uint8 else (2, target_size, head_dim)
-    out = tensor(36, 1024 // target_size, 4, *in_head, dtype=target)
-    repack(out, kv, ids, layers=range(36), heads=range(4, 8), start=0, num_tokens=1024)
+    out = tensor(36, -(-num_tokens // target_size), 4, *in_head, dtype=target)
+    repack(out, kv, ids, layers=range(36), heads=range(4, 8), start=start, num_tokens=num_tokens)
 
 
-def unpacked(dtype: torch.dtype):
-    kv, wire = tensor(36, 1024, 8, 2, 64, 128, dtype=dtype), tensor(36, 32, 8, fp8.head_bytes(64, 128), dtype=torch.uint8)
-    ids = tensor(16, dtype=torch.int64)
+def unpacked(dtype: torch.dtype, *, count: int = 16, wire_blocks: int = 32):
+    kv, wire = tensor(36, 1024, 8, 2, 64, 128, dtype=dtype), tensor(36, wire_blocks, 8, fp8.head_bytes(64, 128), dtype=torch.uint8)
+    ids = tensor(count, dtype=torch.int64)
     unpack_fp8(kv, wire, ids, ids)
 
 
@@ -195,34 +216,57 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "log-probabilities", lambda: logprobs(tensor(16, VOCAB_SIZE, dtype=torch.float32), tensor(16, 21, dtype=torch.int64))
 
 
-def compile_all() -> list[Compiled]:
+def served() -> Iterator[tuple[str, list[Callable[[], None]]]]:
+    """(what a node does, launches of it that differ as its steps or writes do): of each kernel one is compiled, before requests come."""
+    for target in (torch.bfloat16, torch.uint8):
+        spans = ((0, 1024), (5, 1), (48, 999), (0, 16))  # from which token of a block on, how many
+        yield f"repack to {target}", [partial(repacked, 64, 16, target, span=span) for span in spans]
+    yield "unpack", [partial(unpacked, torch.bfloat16, count=count, wire_blocks=blocks) for count, blocks in ((16, 32), (1, 33), (5, 48))]
+    batches = ((8, 128), (1, 127), (16, 97))  # sequences, blocks of the longest
+    yield "decode", [partial(decode, 128, 2, batch=batch) for batch in batches]
+    yield "prefill", [partial(prefill, 128, 2, batch=batch) for batch in (*batches, (1, 1))]
+    yield "linear", [partial(linear, tensor(rows, 4096), tensor(4096, 4096), None) for rows in (2, 5, 16)]
+    logits = tensor(16, VOCAB_SIZE, dtype=torch.float32)
+    yield "log-probabilities", [partial(logprobs, logits, tensor(16, count, dtype=torch.int64)) for count in (1, 6, 16, 21)]
+
+
+def compile_all() -> tuple[list[Compiled], list[str]]:
+    """What each takes, and what of `served` is compiled more than once."""
     triton.runtime.driver.set_active(_NoDevice())
     triton.knobs.nvidia.dump_ptxas_log = True
     found: list[Compiled] = []
+    anew: list[str] = []
     with tempfile.TemporaryDirectory() as cache:  # a kernel from a cache has no log
         triton.knobs.cache.dir = cache
         for case, launch in cases():
             with _launches_compiled(case, found):
                 launch()
-    return found
+        for what, launches in served():
+            with _launches_compiled(what, found) as hashes:
+                for launch in launches:
+                    launch()
+            anew += [f"{what}: {kernel} is compiled {len(each)} times" for kernel, each in hashes.items() if len(each) > 1]
+    return found, anew
 
 
 @contextlib.contextmanager
-def _launches_compiled(case: str, found: list[Compiled]) -> Iterator[None]:
-    """Within, a launch compiles, and adds a row to `found` if it had not been compiled before."""
+def _launches_compiled(case: str, found: list[Compiled]) -> Iterator[dict[str, set[str]]]:
+    """Within, a launch compiles, and adds a row to `found` if it had not been compiled before. By kernel: hashes of what is launched."""
+    hashes: dict[str, set[str]] = defaultdict(set)
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
                 compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            hashes[kernel.__name__].add(compiled.hash)
             if log.getvalue():
                 found.append(_row(case, kernel.__name__, compiled, log.getvalue()))
 
         return launch
 
     with patch.object(triton.runtime.JITFunction, "__getitem__", launcher):
-        yield
+        yield hashes
 
 
 def _row(case: str, kernel: str, compiled: Any, log: str) -> Compiled:
@@ -252,9 +296,9 @@ def table(rows: list[Compiled]) -> str:
 
 def main() -> int:
     assert "TRITON_INTERPRET" not in os.environ, "an interpreted kernel cannot be compiled"
-    rows = compile_all()
-    print(f"triton {triton.__version__}, sm_90\n{table(rows)}")
-    return 0 if rows and all(row.fits for row in rows) else 1
+    rows, anew = compile_all()
+    print(f"triton {triton.__version__}, sm_90\n{table(rows)}", *anew, sep="\n")
+    return 0 if rows and all(row.fits for row in rows) and not anew else 1
 
 
 if __name__ == "__main__":

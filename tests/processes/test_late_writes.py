@@ -1,4 +1,7 @@
-"""A prefill node that wakes up with writes for blocks that others compute in by now: every token is the oracle's."""
+"""A prefill node that wakes up with writes for blocks that others compute in by now: every token is the oracle's.
+
+By night: by day `tests/transfer/test_late_writes.py` shows the same of the bytes, with both roles and real NIXL.
+"""
 
 import signal
 from pathlib import Path
@@ -10,7 +13,7 @@ from tests.support.clusters import Cluster, running, wait_until
 from tests.support.completions import InBackground, Work, check
 from tests.support.oracle import Oracle, prompt_of
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.nightly]
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 LONG = {"temperature": 0.0, "max_tokens": 60, "ignore_eos": True}

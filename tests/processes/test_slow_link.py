@@ -1,4 +1,7 @@
-"""KV over a link of 20 Mbit/s: the client has its first token long before the transfer ends."""
+"""KV over a link of 20 Mbit/s: the client has its first token long before the transfer ends.
+
+By night: by day the scenes of `test_failure_matrix` have a client whose first token is there while nobody reads its KV.
+"""
 
 import ctypes
 import os
@@ -17,6 +20,7 @@ from tests.support.oracle import Oracle, prompt_of
 
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.nightly,
     pytest.mark.skipif(not is_root() or shutil.which("tc") is None, reason="network namespaces want root, ip and tc"),
 ]
 

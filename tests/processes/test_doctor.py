@@ -74,8 +74,8 @@ def ended(cluster: Cluster) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Nodes of one and of two ranks, one of which has blocks of its own size. The model has two KV heads."""
-    cluster = Cluster(tmp_path_factory.mktemp("whole"), prefill=2, decode=2)
-    cluster.nodes["p0"].options["tp"] = cluster.nodes["d1"].options["tp"] = 2
+    cluster = Cluster(tmp_path_factory.mktemp("whole"), prefill=2)
+    cluster.nodes["p0"].options["tp"] = cluster.nodes["d0"].options["tp"] = 2
     cluster.nodes["p1"].options["block_size"] = 16
     with running(cluster):
         yield cluster
@@ -91,7 +91,7 @@ def legs(cluster: Cluster, writer: str, target: str) -> set[tuple[str, str, str]
 def test_a_healthy_cluster_is_shown_way_by_way_within_ten_seconds(whole: Cluster) -> None:
     examined = doctor(whole)
     assert examined.code == 0 and "all is well" in examined.text
-    ways = [(p, d) for p in ("p0", "p1") for d in ("d0", "d1")]
+    ways = [("p0", "d0"), ("p1", "d0")]
     ways += [(d, p) for p, d in ways]
     assert {(row[0], row[1], row[2], row[4], row[8]) for row in examined.rows} == {
         (*way, *leg) for way in ways for leg in legs(whole, *way)
@@ -112,13 +112,13 @@ def test_it_harms_no_request_and_no_request_harms_it(whole: Cluster, oracle: Ora
         assert process.stdout is not None
         checkup = msgspec.json.decode(process.stdout.read(), type=Checkup)
     assert {way.verdict for way in checkup.ways} <= {"ok", "unchecked"}
-    assert len(checkup.ways) == 8
+    assert len(checkup.ways) == 4
     whole.wait_idle()
 
 
 def test_new_pairs_were_checked_before_they_were_used(whole: Cluster) -> None:
     log = whole.log("router").read_text()
-    assert log.count("KV path is ready: checked ") == 8
+    assert log.count("KV path is ready: checked ") == 4
 
 
 def test_without_a_router_it_says_so(directory: Path) -> None:

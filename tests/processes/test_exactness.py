@@ -40,20 +40,13 @@ def run(cluster: Cluster, oracle: Oracle, count: int, num_tokens: int) -> list[d
 
 
 def test_64_concurrent_requests_equal_the_oracle(cluster: Cluster, oracle: Oracle) -> None:
-    receipts = run(cluster, oracle, 64, 24)
+    receipts = run(cluster, oracle, 64, 12)
     assert {receipt["decision"] for receipt in receipts} == {"local", "remote"}
-
-
-def test_2p2d_equals_the_oracle(directory: Path, oracle: Oracle) -> None:
-    with running(Cluster(directory, prefill=2, decode=2)) as cluster:
-        receipts = run(cluster, oracle, 32, 16)
-    assert {receipt["prefill_node"] for receipt in receipts} == {None, "p0", "p1"}
-    assert {receipt["decode_node"] for receipt in receipts} == {"d0", "d1"}
 
 
 def test_preemption_by_a_small_pool_changes_no_token(directory: Path, oracle: Oracle) -> None:
     """40 blocks hold two or three of the longer sequences: decode preempts, grants wait for room."""
     small = {"kv_cache": 40 * oracle.kv_spec.bytes_per_block}
     with running(Cluster(directory, nodes=small, router={"kv_overcommit": 100})) as cluster:
-        run(cluster, oracle, 32, 80)
+        run(cluster, oracle, 16, 80)
         assert cluster.metric("disaggd_num_preemptions_total")["d0",] > 0, "the pool was not small enough"

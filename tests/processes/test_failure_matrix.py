@@ -34,8 +34,8 @@ QUICK_ONES: set[tuple[Blow, Act]] = {
     (Blow("link_to_prefill", "killed"), "late"),
     (Blow("link_to_decode", "restarted"), "early"),
 }
-"""With all deadlines scaled down: each victim, each kind of loss, each phase. The rest of the matrix, and these once more with the deadlines that
-users have, is for the night."""
+"""With all deadlines scaled down: each victim, each kind of loss, each phase. The rest of the matrix is for the night, and so are these
+with the deadlines that users have."""
 
 
 @dataclass

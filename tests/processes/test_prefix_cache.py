@@ -1,13 +1,13 @@
 """What was computed once is not computed again, on either side, and no token changes for it."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from disaggd.roles.compute import GAUGES_PERIOD_S
 from disaggd.sampling import SamplingParams
-from tests.support.clusters import Cluster, running, wait_until
+from tests.support.clusters import Cluster, wait_until
 from tests.support.completions import check, complete_all
 from tests.support.oracle import Oracle, prompt_of
 
@@ -25,33 +25,45 @@ def serve(cluster: Cluster, oracle: Oracle, prompt: list[int], **options: Any) -
     return cluster.receipt(reply["id"])
 
 
-def computed(cluster: Cluster, sought: dict[str, float]) -> dict[str, float]:
-    """Tokens that each node has computed of those that it `sought` in its cache since its start, once its gauges tell of them."""
+class Computed:
+    """Tokens that each node has computed of those that it sought in its cache since this was made, by its gauges."""
 
-    def counted(what: str) -> dict[str, float]:
-        return {node: value for (node,), value in cluster.metric(f"disaggd_prefix_cache_{what}_total").items()}
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._before: tuple[dict[str, float], ...] = ()
+        wait_until("gauges have told of all that was before", self._stays, deadline_s=10.0, every_s=5 * GAUGES_PERIOD_S)
 
-    wait_until(f"gauges tell of {sought}", lambda: counted("queries") == sought, deadline_s=5.0)
-    hits = counted("hits")
-    return {node: tokens - hits[node] for node, tokens in sought.items()}
+    def of(self, sought: dict[str, float]) -> dict[str, float]:
+        """Once they tell of so many."""
+        wait_until(f"gauges tell of {sought}", lambda: self._since()[0] == sought, deadline_s=5.0)
+        _, hits = self._since()
+        return {node: tokens - hits[node] for node, tokens in sought.items()}
+
+    def _stays(self) -> bool:
+        before, self._before = self._before, self._counted()
+        return before == self._before
+
+    def _since(self) -> tuple[dict[str, float], ...]:
+        pairs = zip(self._before, self._counted(), strict=True)
+        return tuple({node: value - before.get(node, 0.0) for node, value in now.items()} for before, now in pairs)
+
+    def _counted(self) -> tuple[dict[str, float], ...]:
+        """Tokens sought, and those of them that were found."""
+        metrics = (self._cluster.metric(f"disaggd_prefix_cache_{what}_total") for what in ("queries", "hits"))
+        return tuple({node: value for (node,), value in metric.items()} for metric in metrics)
 
 
-def test_a_repeated_prompt_computes_less_than_a_block_and_its_tail_on_either_side(directory: Path, oracle: Oracle) -> None:
-    prompt = prompt_of(2000, oracle)
-    with running(Cluster(directory)) as cluster:
-        first = serve(cluster, oracle, prompt)
-        assert (first["decision"], first["cached_tokens"], first["kv_bytes"]) == (
-            "remote",
-            {"decode": 0, "prefill": 0},
-            oracle.kv_bytes(2000),
-        )
-        assert computed(cluster, {"d0": 2000, "p0": 2000}) == {"d0": 2000, "p0": 2000}  # to decode they came by the wire
-        again = serve(cluster, oracle, prompt)
-        assert (again["decision"], again["cached_tokens"], again["kv_bytes"]) == ("local", {"decode": 1984, "prefill": 0}, 0)
-        elsewhere = serve(cluster, oracle, prompt, headers={"x-disaggd-policy": "remote"})
-        assert (elsewhere["decision"], elsewhere["cached_tokens"]) == ("remote", {"decode": 1984, "prefill": 1984})
-        assert elsewhere["kv_bytes"] == oracle.kv_bytes(2000 - 1984)
-        assert computed(cluster, {"d0": 6000, "p0": 4000}) == {"d0": 2000 + 2 * 16, "p0": 2000 + 16}
+def test_a_repeated_prompt_computes_less_than_a_block_and_its_tail_on_either_side(cluster: Cluster, oracle: Oracle) -> None:
+    prompt, computed = prompt_of(2000, oracle), Computed(cluster)
+    first = serve(cluster, oracle, prompt)
+    assert (first["decision"], first["cached_tokens"], first["kv_bytes"]) == ("remote", {"decode": 0, "prefill": 0}, oracle.kv_bytes(2000))
+    assert computed.of({"d0": 2000, "p0": 2000}) == {"d0": 2000, "p0": 2000}  # to decode they came by the wire
+    again = serve(cluster, oracle, prompt)
+    assert (again["decision"], again["cached_tokens"], again["kv_bytes"]) == ("local", {"decode": 1984, "prefill": 0}, 0)
+    elsewhere = serve(cluster, oracle, prompt, headers={"x-disaggd-policy": "remote"})
+    assert (elsewhere["decision"], elsewhere["cached_tokens"]) == ("remote", {"decode": 1984, "prefill": 1984})
+    assert elsewhere["kv_bytes"] == oracle.kv_bytes(2000 - 1984)
+    assert computed.of({"d0": 6000, "p0": 4000}) == {"d0": 2000 + 2 * 16, "p0": 2000 + 16}
 
 
 def test_a_prompt_of_whole_blocks_computes_its_last_one_again(cluster: Cluster, oracle: Oracle) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.processes.test_exactness import run
 from tests.support.clusters import STOP_S, Cluster, running, wait_until
 from tests.support.completions import InBackground, check
 from tests.support.oracle import Oracle, prompt_of
@@ -34,9 +35,15 @@ def exit_code(cluster: Cluster, name: str) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """2P2D, and the tests below, in their order, stop one node after the other. Links outlast a node that is stopped for a while."""
+    """2P2D, whose nodes the tests below, in their order, stop one after the other. Links outlast a node that is stopped for a while."""
     with running(Cluster(tmp_path_factory.mktemp("cluster"), prefill=2, decode=2, cluster={"heartbeat_s": 5.0})) as cluster:
         yield cluster
+
+
+def test_2p2d_equals_the_oracle_as_long_as_all_are_there(cluster: Cluster, oracle: Oracle) -> None:
+    receipts = run(cluster, oracle, 32, 8)
+    assert {receipt["prefill_node"] for receipt in receipts} == {None, "p0", "p1"}
+    assert {receipt["decode_node"] for receipt in receipts} == {"d0", "d1"}
 
 
 def test_a_second_signal_ends_an_engine_node_that_cannot_drain(cluster: Cluster) -> None:

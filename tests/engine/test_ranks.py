@@ -229,9 +229,10 @@ def test_on_gpus_a_lost_rank_is_logged_and_sets_the_alarm(
         followers.close()
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_a_rank_that_stands_still_is_named_when_its_time_is_up(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disaggd.engine.build.STEP_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("disaggd.engine.ranks.STOP_TIMEOUT_S", 0.5)  # it does not end by itself
     loaded = build_engine(**VALUES, tp=tp)
     assert loaded.followers is not None
     os.kill(loaded.followers.pids[0], signal.SIGSTOP)

@@ -461,7 +461,7 @@ def test_a_client_is_cut_by_what_it_reads_and_not_by_when_the_kernel_says_so(
     call: Any, backend: Any, bytes_per_s: int, is_cut: bool
 ) -> None:
     """The kernel has room again when a third of its buffer is free: after some looks, at the quicker of these rates."""
-    stall_s, looks = 1.5, 4
+    stall_s, looks = 1.2, 3
 
     async def scenario() -> None:
         backend.script, backend.max_model_len = chatter, 2 * MUCH
@@ -482,7 +482,7 @@ def test_a_reply_that_is_over_but_not_read_does_not_keep_the_connection(call: An
 
     async def scenario() -> None:
         backend.script, backend.max_model_len = chatter, 2 * MUCH
-        async with serving(call, limits(stall_s=2.0), keep_alive_s=1) as front:
+        async with serving(call, limits(stall_s=1.3), keep_alive_s=1) as front:
             await front.connect(post(max_tokens=MUCH))
             await until(lambda: front.cut("stalled") == 1)
             await until(lambda: not front.server.server_state.connections)

@@ -20,6 +20,13 @@ pytestmark = pytest.mark.process
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
+by_day_in_one_memory = pytest.mark.parametrize(
+    "start_node",
+    ["cpu", pytest.param("staged", marks=pytest.mark.nightly), pytest.param("cuda:0", marks=[needs_gpu, pytest.mark.nightly])],
+    indirect=True,
+)
+"""What agents, ports and deaths come to is the same in all."""
+
 P, D = NodeName("p0"), NodeName("d0")
 TOKEN = GrantToken(b"0123456789abcdef")
 FIRST = FirstToken(42, TokenLogprob(-0.5, ((42, -0.5), (7, -1.5))))
@@ -170,6 +177,7 @@ def test_killed_reader_fails_the_pair_and_its_pushes_and_not_the_process(start_n
     assert prefill.stop() == 0
 
 
+@by_day_in_one_memory
 def test_peer_that_died_while_idle_is_noticed_at_the_next_push(start_node: Callable[..., Any]) -> None:
     decode, prefill = start_node(), start_node()
     agent_id = pair(decode, prefill)
@@ -192,6 +200,7 @@ def test_stop_ends_with_writes_in_flight(start_node: Callable[..., Any]) -> None
     assert decode.stop() == 0
 
 
+@by_day_in_one_memory
 def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]) -> None:
     decode, prefill = start_node(), start_node()
     old = open_pair(decode)
@@ -207,6 +216,7 @@ def test_metadata_of_a_fenced_agent_leads_nowhere(start_node: Callable[..., Any]
     assert decode.expect(m.PairProbed).agent_id == new.agent_id
 
 
+@by_day_in_one_memory
 def test_garbage_for_metadata_fails_the_pair(start_node: Callable[..., Any]) -> None:
     decode, prefill = start_node(), start_node()
     opened = open_pair(decode)
@@ -217,6 +227,7 @@ def test_garbage_for_metadata_fails_the_pair(start_node: Callable[..., Any]) -> 
     assert prefill.stop() == 0
 
 
+@by_day_in_one_memory
 def test_fenced_port_stays_bound_until_the_new_agent_is_reached(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
     def taken() -> set[int]:
         return {port for port in range(port_range[0], port_range[1] + 1) if not is_free(port)}
@@ -233,6 +244,7 @@ def test_fenced_port_stays_bound_until_the_new_agent_is_reached(start_node: Call
     assert taken().isdisjoint(burnt)
 
 
+@by_day_in_one_memory
 def test_a_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
     with socket.create_server(("127.0.0.1", port_range[0])):
         decode = start_node(ports=(port_range[0], port_range[0]))
@@ -242,6 +254,7 @@ def test_a_range_without_a_free_port_ends_the_thread_and_says_so(start_node: Cal
     assert decode.stop() == 0
 
 
+@by_day_in_one_memory
 def test_a_range_that_is_used_up_costs_the_next_pair_and_not_the_node(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
     """Routers name the peers: whoever names many must not end the node."""
     node = start_node(ports=(port_range[0], port_range[0]))
@@ -253,6 +266,7 @@ def test_a_range_that_is_used_up_costs_the_next_pair_and_not_the_node(start_node
     assert node.stop() == 0
 
 
+@by_day_in_one_memory
 def test_processes_that_race_for_ports_share_the_range(start_node: Callable[..., Any], port_range: tuple[int, int]) -> None:
     nodes = [start_node(ports=(port_range[0], port_range[0] + 5)) for _ in range(2)]
     for peer in ("p0", "p1", "p2"):
@@ -262,6 +276,7 @@ def test_processes_that_race_for_ports_share_the_range(start_node: Callable[...,
         assert {node.expect(m.PairOpened).peer for _ in range(3)} == {"p0", "p1", "p2"}
 
 
+@by_day_in_one_memory
 def test_quiesced_reaches_the_peer_without_a_router(start_node: Callable[..., Any]) -> None:
     decode, prefill = start_node(), start_node()
     pair(decode, prefill)

@@ -8,8 +8,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALL := $(PIP) install --constraint constraints.txt
+# Uncompiled: Python compiles what it imports, a part of all that torch and transformers bring, when it first does. What it has compiled it must
+# keep then, whatever the environment says, or every process would do it again.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # The oldest triton that pyproject.toml allows: the kernels are tested with it as well. Its interpreter wants numpy before 2.4.
 OLDEST_TRITON := triton==3.6.0 numpy==2.3.5
@@ -18,21 +20,25 @@ ifeq ($(TORCH),cpu)
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: run test nightly clean
+.PHONY: run test nightly clean ready
 
 run: $(VENV)/.installed
 	@exec $(BIN)/python tools/run.py
 
-test: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
+test: ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-nightly: $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
+nightly: ready
 	$(BIN)/pytest -m nightly -o faulthandler_timeout=900
 	$(BIN)/python -m tests.chaos --faults 500 --requests 5000 --json $(VENV)/chaos.json
 	$(BIN)/python -m tests.chaos --soak 30 --load 0.8 --json $(VENV)/soak.json
+
+# Both at once: pip keeps one processor busy, and most of the time none.
+ready:
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.installed-dev $(VENV)/triton-3.6/.installed
 
 clean:
 	rm -rf $(VENV)
@@ -43,19 +49,19 @@ $(BIN)/python:
 
 # torch first, and alone: it is the one package that comes in builds.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(INSTALL) $(TORCH_INDEX) torch
+	$(INSTALL) --constraint constraints.txt $(TORCH_INDEX) torch
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
-	$(INSTALL) --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 # What runs is among it: so that the kernels are compiled once, not twice.
 $(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/triton-3.6/.installed: Makefile | $(BIN)/python
 	rm -rf $(@D)
-	$(PIP) install --no-deps --target $(@D) $(OLDEST_TRITON)
+	$(INSTALL) --no-deps --target $(@D) $(OLDEST_TRITON)
 	@touch $@

@@ -2,6 +2,7 @@
 
     python -m tests.kernels.compile_sm90            prints what each takes; exits 1 if one spills registers, cannot fit in an SM,
                                                     or is compiled anew for what differs from step to step, or write to write
+    … --first           of each kernel, with each of its switches, only the first configuration: does this triton compile it at all?
 
 Must run in a process of its own: not in one that interprets Triton's kernels. The launchers themselves are called, with tensors that have
 shapes but no memory, and a driver that has a target but no device. So what is compiled is what they would launch, with the alignments and
@@ -230,32 +231,59 @@ def served() -> Iterator[tuple[str, list[Callable[[], None]]]]:
     yield "log-probabilities", [partial(logprobs, logits, tensor(16, count, dtype=torch.int64)) for count in (1, 6, 16, 21)]
 
 
-def compile_all() -> tuple[list[Compiled], list[str]]:
-    """What each takes, and what of `served` is compiled more than once."""
+def compile_all(only_first: bool = False) -> tuple[list[Compiled], list[str]]:
+    """What each takes, and what of `served` is compiled more than once.
+
+    `only_first`: of each kernel, for each setting of its switches, only the configuration that is launched first, and nothing of `served`.
+    """
     triton.runtime.driver.set_active(_NoDevice())
     triton.knobs.nvidia.dump_ptxas_log = True
     found: list[Compiled] = []
     anew: list[str] = []
+    wanted = _Firsts() if only_first else _every
     with tempfile.TemporaryDirectory() as cache:  # a kernel from a cache has no log
         triton.knobs.cache.dir = cache
         for case, launch in cases():
-            with _launches_compiled(case, found):
+            with _launches_compiled(case, found, wanted):
                 launch()
-        for what, launches in served():
-            with _launches_compiled(what, found) as hashes:
+        for what, launches in () if only_first else served():
+            with _launches_compiled(what, found, _every) as hashes:
                 for launch in launches:
                     launch()
             anew += [f"{what}: {kernel} is compiled {len(each)} times" for kernel, each in hashes.items() if len(each) > 1]
     return found, anew
 
 
+def _every(kernel: Any, options: dict[str, Any]) -> bool:
+    return True
+
+
+class _Firsts:
+    """Whether a kernel has not been launched yet with these values of its switches, which decide what of it is compiled."""
+
+    def __init__(self) -> None:
+        self._launched: set[tuple[object, ...]] = set()
+
+    def __call__(self, kernel: Any, options: dict[str, Any]) -> bool:
+        switches = ((name, value) for name, value in sorted(options.items()) if isinstance(value, bool))
+        one = (kernel.fn, *switches)
+        is_first = one not in self._launched
+        self._launched.add(one)
+        return is_first
+
+
 @contextlib.contextmanager
-def _launches_compiled(case: str, found: list[Compiled]) -> Iterator[dict[str, set[str]]]:
-    """Within, a launch compiles, and adds a row to `found` if it had not been compiled before. By kernel: hashes of what is launched."""
+def _launches_compiled(case: str, found: list[Compiled], wanted: Callable[[Any, dict[str, Any]], bool]) -> Iterator[dict[str, set[str]]]:
+    """Within, a launch that is wanted compiles, and adds a row to `found` if it had not been compiled before.
+
+    By kernel: hashes of what is launched.
+    """
     hashes: dict[str, set[str]] = defaultdict(set)
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
+            if not wanted(kernel, options):
+                return
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
                 compiled = kernel.run(*args, grid=grid, warmup=True, **options)
@@ -296,7 +324,7 @@ def table(rows: list[Compiled]) -> str:
 
 def main() -> int:
     assert "TRITON_INTERPRET" not in os.environ, "an interpreted kernel cannot be compiled"
-    rows, anew = compile_all()
+    rows, anew = compile_all(only_first="--first" in sys.argv[1:])
     print(f"triton {triton.__version__}, sm_90\n{table(rows)}", *anew, sep="\n")
     return 0 if rows and all(row.fits for row in rows) and not anew else 1
 

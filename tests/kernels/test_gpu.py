@@ -77,7 +77,16 @@ def test_every_case_of_the_kernels_passes_in_the_oldest_interpreter(oldest: Trit
     interpret(oldest)
 
 
-@pytest.mark.parametrize("version", ["installed", "oldest"])
-def test_the_kernels_compile_for_sm_90(version: str, request: pytest.FixtureRequest) -> None:
-    """Takes 30 s: 60 kernels at half a second. Its output is the table of what each takes."""
-    request.getfixturevalue(version).run("tests.kernels.compile_sm90")
+def test_the_kernels_compile_for_sm_90(installed: Triton) -> None:
+    """In every configuration: a hundred kernels at half a second each. Its output is the table of what each takes."""
+    installed.run("tests.kernels.compile_sm90")
+
+
+def test_the_oldest_triton_compiles_each_kernel(oldest: Triton) -> None:
+    """With each of its switches; for the reason above not in every configuration, which is for the night."""
+    oldest.run("tests.kernels.compile_sm90", "--first")
+
+
+@pytest.mark.nightly
+def test_every_configuration_compiles_with_the_oldest_triton(oldest: Triton) -> None:
+    oldest.run("tests.kernels.compile_sm90")

@@ -11,10 +11,10 @@ from disaggd.kernels.linear import linear, linear_silu_mul
 def small_tiles(monkeypatch):
     """Shapes of a hundred take several programs and several steps, as those of thousands do of the tiles that serve."""
     small = {
-        "LINEAR_ROW": LinearTile(outputs=4, depth=32, warps=1),
+        "LINEAR_ROW": LinearTile(outputs=16, depth=32, warps=1),
         "LINEAR_ROWS": dict.fromkeys((2, 4), LinearTile(outputs=64, depth=32, warps=4, stages=3)),
         "LINEAR_ROWS_WIDE": dict.fromkeys((2, 4), LinearTile(outputs=128, depth=16, warps=4, stages=3)),
-        "LINEAR_ROW_GATED": LinearTile(outputs=2, depth=32, warps=1),
+        "LINEAR_ROW_GATED": LinearTile(outputs=8, depth=32, warps=1),
         "LINEAR_ROWS_GATED": dict.fromkeys((2, 4), LinearTile(outputs=64, depth=32, warps=4, stages=3)),
         "_ENOUGH_PROGRAMS": 3,
         "_WIDE": 200,

@@ -63,7 +63,7 @@ def interpret(triton: Triton, *options: str) -> None:
 
 
 def test_the_kernels_pass_in_the_interpreter(installed: Triton) -> None:
-    """Takes a minute and a half: tests/kernels/gpu has 280 tests, of programs interpreted at 5–9 ms each."""
+    """Takes 40 s, or more beside others: tests/kernels/gpu has 280 tests, of programs interpreted at 5–9 ms each."""
     interpret(installed)
 
 

@@ -8,9 +8,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Uncompiled: Python compiles what it imports, a part of all that torch and transformers bring, when it first does. What it has compiled it must
-# keep then, whatever the environment says, or every process would do it again.
+# Uncompiled: of all that torch and transformers bring, only what is imported is compiled, when it first is, and kept whatever the environment
+# says. Most of it is what a node imports (COMPILE), so that no node has to.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
+COMPILE := @$(BIN)/python -c 'import disaggd.roles.decode, disaggd.roles.prefill, disaggd.roles.router'
 unexport PYTHONDONTWRITEBYTECODE
 
 # The oldest triton that pyproject.toml allows: the kernels are tested with it as well. Its interpreter wants numpy before 2.4.
@@ -54,11 +55,13 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
 	$(INSTALL) --constraint constraints.txt --editable .
+	$(COMPILE)
 	@touch $@
 
 # What runs is among it: so that the kernels are compiled once, not twice.
 $(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt $(wildcard disaggd/kernels/native/*) $(VENV)/.torch
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(COMPILE)
 	@touch $(VENV)/.installed $@
 
 $(VENV)/triton-3.6/.installed: Makefile | $(BIN)/python

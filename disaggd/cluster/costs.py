@@ -7,6 +7,8 @@ takes a lone stall for one, and believes a change when several samples agree. Kn
 from collections import deque
 from statistics import median
 
+import msgspec
+
 from disaggd.cluster.offer import PrefillCost, PrefillWork, TransferCost
 from disaggd.least_squares import LeastSquares
 
@@ -31,6 +33,10 @@ _HIDDEN = 0.7
 """A wire that was thought slower than the prompt and was hidden behind it takes less than the prompt did; nobody knows how much less."""
 
 DELAYS_IN_MIND, ENOUGH_DELAYS = 24, 6
+
+FRESH_S = 30.0
+"""How late things were before that says nothing of now. Who waited in a burst would else keep all others from a way that they then never
+try, so that nothing newer is learned of it."""
 
 
 class PrefillFit:
@@ -82,26 +88,34 @@ class TransferFit:
         return self._tail.learn((1.0,), exposed_s)
 
 
+class Delay(msgspec.Struct, frozen=True):
+    """What is predicted by arithmetic comes after `overhead_s + slowness · predicted`."""
+
+    overhead_s: float = 0.0
+    slowness: float = 1.0
+
+
 class DelayFit:
-    """How late things are against the arithmetic: `overhead + slowness · predicted`. Hops, steps under way, and a machine that is shared.
+    """How late things are against the arithmetic. Hops, steps under way, and a machine that is shared.
 
     Medians, the factor of the longest third of the last few, the constant of the shortest: some are late by any measure, because of what
-    came in between and nobody could foresee, and that is no reason to predict the others later.
+    came in between and nobody could foresee, and that is no reason to predict the others later. Times are seconds on any one clock.
     """
 
     def __init__(self) -> None:
-        self.overhead_s = 0.0
-        self.slowness = 1.0
-        self._recent = deque[tuple[float, float]](maxlen=DELAYS_IN_MIND)
-        """Predicted and actual seconds."""
+        self._recent = deque[tuple[float, float, float]](maxlen=DELAYS_IN_MIND)
+        """When; predicted and actual seconds."""
 
-    def learn(self, predicted_s: float, actual_s: float) -> None:
+    def learn(self, predicted_s: float, actual_s: float, now: float) -> None:
         """The arithmetic had said `predicted_s`."""
-        self._recent.append((predicted_s, actual_s))
-        if len(self._recent) < ENOUGH_DELAYS:
-            return
-        by_length = sorted(self._recent)
+        self._recent.append((now, predicted_s, actual_s))
+
+    def delay(self, now: float) -> Delay:
+        """By what was learned of late; none where that is too little."""
+        by_length = sorted((predicted, actual) for at, predicted, actual in self._recent if now - at <= FRESH_S)
+        if len(by_length) < ENOUGH_DELAYS:
+            return Delay()
         third = len(by_length) // 3
         shorter, longer = by_length[:third], by_length[-third:]
-        self.slowness = median(actual / max(predicted, LEAST_S) for predicted, actual in longer)
-        self.overhead_s = max(0.0, median(actual - self.slowness * predicted for predicted, actual in shorter))
+        slowness = median(actual / max(predicted, LEAST_S) for predicted, actual in longer)
+        return Delay(max(0.0, median(actual - slowness * predicted for predicted, actual in shorter)), slowness)

@@ -24,7 +24,7 @@ class Learning:
         peer.prefills.learn(frame.computed, frame.prefill_ms / 1e3)
         predicted_s = None if record.predicted is None else record.predicted.remote_plain_s
         if predicted_s is not None and times.prefilled is not None and times.queued is not None:
-            self.delays.learn(predicted_s, times.prefilled - times.queued)
+            self.delays.learn(predicted_s, times.prefilled - times.queued, times.prefilled)
 
     def pushed(self, peer: PrefillPeer, record: RoutedSequence, frame: JobEnded, times: Timeline) -> None:
         """The last handle of a job's push has ended."""

@@ -82,6 +82,7 @@ class Placement:
         if likely is None or pair is None:
             return None
         others = {name: peer.remote_share for name, peer in self._decodes.items() if peer is not decode}
+        delay = self._learning.delays.delay(now)
         backlog_s = likely.backlog_s(now, lambda node: others.get(node, 0.0))  # `decode` knows what it has decided; a lost one will not
         return RemoteOffer(
             likely.name,
@@ -94,8 +95,8 @@ class Placement:
             transfer_cost=pair.transfers.cost,
             may_grant=bool(able),
             num_decisions=decode.num_decisions,
-            overhead_s=self._learning.delays.overhead_s,
-            slowness=self._learning.delays.slowness,
+            overhead_s=delay.overhead_s,
+            slowness=delay.slowness,
         )
 
     def job(self, record: RoutedSequence, cached: Cached, ttft_target_s: float) -> Job:

@@ -55,10 +55,10 @@ class Decider:
         self._since_local = 0
         self._since_remote = 0
 
-    def decide(self, sequence: Sequence, num_cached: int, frame: Generate, link: LinkId) -> tuple[Decision, float | None]:
+    def decide(self, sequence: Sequence, num_cached: int, frame: Generate, link: LinkId, now: float) -> tuple[Decision, float | None]:
         """The decision; and what arithmetic alone says of a first token here, for `first_token_came`."""
         num_tokens = len(sequence.tokens)
-        local = self._local(num_cached)
+        local = self._local(num_cached, now)
         decision = decide(
             self._rule,
             Situation(
@@ -89,16 +89,16 @@ class Decider:
     def link_down(self, link: LinkId) -> None:
         self._unheard.pop(link, None)
 
-    def first_token_came(self, plain_ttft_s: float, actual_s: float) -> None:
+    def first_token_came(self, plain_ttft_s: float, actual_s: float, now: float) -> None:
         """Of a prompt that was prefilled here, and not preempted meanwhile."""
-        self._delays.learn(plain_ttft_s, actual_s)
+        self._delays.learn(plain_ttft_s, actual_s, now)
 
-    def _local(self, num_cached: int) -> LocalSide | None:
+    def _local(self, num_cached: int, now: float) -> LocalSide | None:
         """What a prompt would meet here that begins behind `num_cached` tokens; None until prefills have been measured."""
         cost, pace = self._engine.pace.cost, self._engine.pace
         if cost is None or not cost.prefill_s(GRAIN, num_cached):  # steps may have been measured all of which only decoded
             return None
-        load, target_s = self._engine.load(), pace.itl_target_s
+        load, target_s, delay = self._engine.load(), pace.itl_target_s, self._delays.delay(now)
         now_s = cost.decode_step_s(load.decodes, load.decode_context)
         now_share_s = self._share_s(cost, load.decodes, load.decode_context, num_cached)
         decodes, context, wait_s = load.decodes, load.decode_context, 0.0
@@ -115,8 +115,8 @@ class Decider:
             step_s=cost.decode_step_s(decodes, context),
             share_s=self._share_s(cost, decodes, context, num_cached),
             breaks_itl=target_s is not None and now_s <= target_s < now_s + now_share_s,
-            overhead_s=self._delays.overhead_s,
-            slowness=self._delays.slowness,
+            overhead_s=delay.overhead_s,
+            slowness=delay.slowness,
         )
 
     def _share_s(self, cost: StepCost, decodes: int, context: int, start: int) -> float:

@@ -147,7 +147,7 @@ class DecodeRole:
         """Decide. Raises InvalidRequest when the pool could never hold the sequence."""
         sequence = placed.sequence
         num_cached = len(self._engine.cache.find(sequence)) * self._pool.block_size
-        decision, plain_ttft_s = self._decider.decide(sequence, num_cached, frame, placed.link)
+        decision, plain_ttft_s = self._decider.decide(sequence, num_cached, frame, placed.link, self._clock())
         if not decision.remote:
             self._engine.add(sequence)
             self._placed[placed.seq] = placed

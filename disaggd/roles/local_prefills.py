@@ -51,7 +51,7 @@ class LocalPrefills:
             return
         now = self._clock()
         if span.plain_ttft_s is not None and not sequence.num_preemptions:
-            self._decider.first_token_came(span.plain_ttft_s, now - span.arrived)
+            self._decider.first_token_came(span.plain_ttft_s, now - span.arrived, now)
         wait_ms, prefill_ms = (span.begun - span.arrived) * 1e3, (now - span.begun) * 1e3
         self._outbox.send(link, LocalPrefill(sequence.seq_id, sequence.attempt, sequence.num_cached, wait_ms, prefill_ms))
 

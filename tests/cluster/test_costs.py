@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from disaggd.cluster.costs import ENOUGH, DelayFit, PrefillFit, TransferFit
+from disaggd.cluster.costs import ENOUGH, FRESH_S, DelayFit, PrefillFit, TransferFit
 from disaggd.cluster.offer import PrefillCost, PrefillWork
 
 TRUTH = PrefillCost(0.004, 0.43e-3, 2e-8)
@@ -81,16 +81,17 @@ def test_a_wire_slower_than_the_prompt_is_seen_within_twenty_pushes_and_its_reco
     assert exposed(fit, 2000) < 0.02
 
 
-def corrected(fit: DelayFit, predicted_s: float) -> float:
-    return fit.overhead_s + fit.slowness * predicted_s
+def corrected(fit: DelayFit, predicted_s: float, now: float = 0.0) -> float:
+    delay = fit.delay(now)
+    return delay.overhead_s + delay.slowness * predicted_s
 
 
 def delays(fit: DelayFit, count: int, slowness: float, draw: random.Random, *, late: int = 0) -> None:
-    """First tokens at 8 ms and a factor; every `late`-th has others come in between, for ten times as long."""
+    """At 0 s, first tokens at 8 ms and a factor; every `late`-th has others come in between, for ten times as long."""
     for i in range(count):
         predicted = draw.choice((0.01, draw.uniform(0.1, 2.0)))
         actual = (0.008 + slowness * predicted) * draw.gauss(1, 0.03)
-        fit.learn(predicted, 10 * actual if late and i % late == 0 else actual)
+        fit.learn(predicted, 10 * actual if late and i % late == 0 else actual, 0.0)
 
 
 @pytest.mark.parametrize("late", [0, 6])
@@ -106,3 +107,10 @@ def test_a_node_that_becomes_slow_is_believed_within_twenty_delays() -> None:
     delays(fit, 60, 1.0, draw)
     delays(fit, 20, 2.0, draw)
     assert corrected(fit, 1.0) == pytest.approx(2.008, rel=0.15)
+
+
+def test_how_late_a_burst_was_is_forgotten_though_nothing_newer_is_learned() -> None:
+    fit = DelayFit()
+    delays(fit, 60, 50.0, random.Random(0))
+    assert corrected(fit, 1.0, FRESH_S) > 40.0
+    assert corrected(fit, 1.0, FRESH_S + 0.1) == 1.0

@@ -35,13 +35,13 @@ class Node:
     def breaks_itl(self, itl_target_s: float) -> bool:
         """Whether a prompt here would make the steps of the running sequence too long."""
         self.engine.pace.itl_target_s = itl_target_s
-        local = self.decider._local(0)
+        local = self.decider._local(0, now=0.0)
         assert local is not None
         return local.breaks_itl
 
     def predicts(self) -> float | None:
         frame = Generate(S, 0, pack_tokens(prompt(8)), 8, GREEDY, "", "auto", 1.0, None)
-        return self.decider.decide(Sequence(S, prompt(8), GREEDY, 8), 0, frame, LINK)[1]
+        return self.decider.decide(Sequence(S, prompt(8), GREEDY, 8), 0, frame, LINK, 0.0)[1]
 
 
 def test_a_node_that_has_only_decoded_does_not_say_what_a_prefill_takes() -> None:

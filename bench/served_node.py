@@ -21,7 +21,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
     """Sequences that the next step computes."""
 
 
-class NotingThread(compute.ComputeThread):
+class NotingCompute(compute.Compute):
     """Between two ends lies all that a client waits for: the step, and whatever else kept the thread from the next."""
 
     turns: ClassVar[list[Turn]] = []
@@ -37,8 +37,8 @@ def read_turns(path: Path) -> list[Turn]:
 
 if __name__ == "__main__":
     notes = Path(sys.argv.pop(1))
-    compute.ComputeThread = NotingThread  # type: ignore[misc]  # before `roles.node` takes it from there
+    compute.Compute = NotingCompute  # type: ignore[misc]  # the thread takes it from there
     try:
         cli.main()
     finally:
-        notes.write_bytes(msgspec.msgpack.encode(NotingThread.turns))
+        notes.write_bytes(msgspec.msgpack.encode(NotingCompute.turns))

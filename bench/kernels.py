@@ -259,6 +259,8 @@ def main(repeats: int, quick: bool, json_path: Path | None, markdown: Path | Non
 
     Projections and prefill attention also against the vendor's: torch's linear and scaled_dot_product_attention as torch chooses.
     """
+    if not torch.cuda.is_available():
+        raise click.UsageError("wants a GPU")
     torch.set_grad_enabled(False)
     load, limits = LoadMeter(), measure_roofline("cuda", quick=quick)
     figures = [

@@ -75,8 +75,8 @@ def spec(model: str) -> KVSpec:
 # ── the wire alone ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_wire(model: str, num_tokens: int, rate: str, repeats: int) -> list[Wire]:
-    """By turns: all of the prompt, a write for each layer, from a pool into another or into memory in fp8."""
+def measure_wire(model: str, num_tokens: int, rate: str | None, repeats: int) -> list[Wire]:
+    """By turns: all of the prompt, a write for each layer, from a pool into another or into memory in fp8. Without a rate on loopback."""
     kv = spec(model)
     found: dict[WireDtype, list[tuple[float, float]]] = {wire: [] for wire in WIRES}
     cells = {wire: _cell(kv, kv if wire == "auto" else in_fp8(kv), num_tokens) for wire in WIRES}
@@ -182,7 +182,7 @@ def _answer(cluster: Running, wire: WireDtype, num_tokens: int, seed: int, is_ca
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tables(wires: list[Wire], answers: list[Answer], wire_rate: str, answer_rate: str) -> list[Table]:
+def tables(wires: list[Wire], answers: list[Answer], wire_rate: str | None, answer_rate: str) -> list[Table]:
     found = []
     if wires:
         plain = wires[0]
@@ -198,7 +198,7 @@ def tables(wires: list[Wire], answers: list[Answer], wire_rate: str, answer_rate
             for one in wires
         ]
         header = ("KV", "MB", "of bfloat16's", "on the wire, ms", "faster", "sender's CPU, ms")
-        found.append(Table(f"The wire alone, {wire_rate}", header, tuple(rows)))
+        found.append(Table(f"The wire alone, {wire_rate or 'loopback'}", header, tuple(rows)))
     if answers:
         of = {
             (is_cached, wire): [one for one in answers if (one.is_cached, one.wire) == (is_cached, wire)]
@@ -236,16 +236,18 @@ def _name(wire: WireDtype) -> str:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns on the wire; figures are their medians.")
 @click.option("--turns", type=click.IntRange(min=0), default=2, show_default=True, help="Clusters of each kind; 0: the wire alone.")
 @click.option("--requests", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts to each cluster, one after another.")
+@click.option("--quick", is_flag=True, help="A small prompt over loopback, no clusters, no root: shows that it runs, not what is saved.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Append the section to this file.")
 def main(
     model: str,
     num_tokens: int,
-    wire_rate: str,
+    wire_rate: str | None,
     answer_rate: str,
     repeats: int,
     turns: int,
     requests: int,
+    quick: bool,
     json_path: Path | None,
     markdown: Path | None,
 ) -> None:
@@ -255,7 +257,9 @@ def main(
     between them, and when their clients have the second token, which needs the KV: of prompts that are computed, behind which the wire
     hides as far as computing takes, and of the same once more, which the prefill node has cached.
     """
-    if os.geteuid() != 0:
+    if quick:
+        model, num_tokens, wire_rate, repeats, turns = "S", 512, None, 1, 0
+    elif os.geteuid() != 0:
         raise click.UsageError("namespaces want root")
     load = LoadMeter()
     wires = measure_wire(model, num_tokens, wire_rate, repeats)

@@ -117,7 +117,7 @@ def summarize(policy: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         policy=policy,
         requests=len(outcomes),
         failed=sum(one.error is not None for one in outcomes),
-        failures=dict(Counter(_NUMBER.sub("N", one.why or one.error) for one in outcomes if one.error is not None).most_common()),
+        failures=dict(Counter(_NUMBER.sub("…", one.why or one.error) for one in outcomes if one.error is not None).most_common()),
         seconds=seconds,
         good_share=num_good / len(outcomes),
         goodput_per_s=num_good / seconds if seconds else 0.0,

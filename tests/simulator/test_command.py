@@ -42,7 +42,7 @@ def test_it_says_why_requests_failed_and_each_warning_once(trace: Path, capsys: 
     shown = capsys.readouterr()
     always, never = [line for line in shown.out.splitlines() if line.startswith("failed under ")]
     assert (
-        always.startswith("failed under always: ") and "the prompt has N tokens, but the KV pool less one token of output holds N" in always
+        always.startswith("failed under always: ") and "the prompt has … tokens, but the KV pool less one token of output holds …" in always
     )
     assert never.startswith("failed under never: ")
     warnings = [line for line in shown.err.splitlines() if line.startswith("warning: ")]

@@ -70,4 +70,4 @@ def test_a_summary_counts_what_became_of_all() -> None:
 def test_failures_are_counted_by_what_clients_were_told_whatever_its_numbers() -> None:
     full = [outcome(None, error="rate_limit_exceeded", why=f"the queue is full: {n} waiting, {n},000 tokens in all") for n in (7, 12, 130)]
     found = summarize("p", [outcome(None, error="timeout"), *full, outcome(None, error="timeout", why="no end within 2.5 s")], Slo())
-    assert list(found.failures.items()) == [("the queue is full: N waiting, N tokens in all", 3), ("timeout", 1), ("no end within N s", 1)]
+    assert list(found.failures.items()) == [("the queue is full: … waiting, … tokens in all", 3), ("timeout", 1), ("no end within … s", 1)]

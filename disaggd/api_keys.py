@@ -67,7 +67,9 @@ def digest_of(key: str) -> bytes:
 
 def key_table(name: str, key: str) -> str:
     """What is to be added to the file for `key`. Raises ConfigError for a bad name."""
-    text = f'[[key]]\nname = "{name}"\nhash = "{_SCHEME}{digest_of(key).hex()}"\n'
+    hashed = f"{_SCHEME}{digest_of(key).hex()}"
+    convert({"key": [{"name": name, "hash": hashed}]}, _KeyTables)  # of a quotation mark TOML would say something else
+    text = f'[[key]]\nname = "{name}"\nhash = "{hashed}"\n'
     parse_keys(text)
     return text
 

@@ -55,7 +55,7 @@ def cli(context: click.Context, role: Role | None, name: str | None, config_path
     context.obj = config_path
     if context.invoked_subcommand is None:
         if role is None and name is None:
-            raise click.UsageError("give --role or --name to be one node, or a command: up, check, doctor, generate, trace, key")
+            raise click.UsageError(f"give --role or --name to be one node, or a command: {', '.join(cli.commands)}")
         _serve(role, name, config_path)
     elif role is not None or name is not None:
         raise click.UsageError(f"--role and --name mean one node; they do not go with {context.invoked_subcommand!r}")

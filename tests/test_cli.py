@@ -62,7 +62,7 @@ def test_a_role_serves_its_node(config: Path, roles: list[tuple[str, str]]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --role or --name"),
+        ([], "give --role or --name to be one node, or a command: up, check, doctor, generate, key, trace, simulate"),
         (["--role", "judge"], "'judge' is not one of 'router', 'prefill', 'decode'"),
         (["--role", "prefill"], "disaggd: the file has no prefill node"),
         (["--name", "d9"], "disaggd: no node 'd9'; the file has router, d0"),
@@ -305,8 +305,9 @@ def test_a_key_is_shown_once_and_its_table_can_be_appended_to_the_file(config: P
     shown = capsys.readouterr()
     key = next(word for word in shown.err.split() if word.startswith("sk-disaggd-"))
     assert shown.out == key_table("alice", key)
-    assert run("key", "no name") == 2
-    assert "key[0] (no name).name: expected up to 63" in capsys.readouterr().err
+    for name in ("no name", 'bad "name', "", "a\\nb"):
+        assert run("key", name) == 2
+        assert f"key[0] ({name}).name: expected up to 63" in capsys.readouterr().err
     (config.parent / "keys.toml").write_text(shown.out)
     config.write_text('[router]\napi_keys = "keys.toml"\n' + config.read_text())
     assert run("check", "--config", str(config)) == 0

@@ -76,13 +76,13 @@ class Fields:
             raise self.refusal(name, f"must be a string, not {shown(value)}")
         return value
 
-    def array(self, name: str, longest: int) -> list[Any]:
-        """Empty when absent."""
+    def array(self, name: str, longest: int, items: str) -> list[Any]:
+        """Of what a refusal calls `items`; empty when absent."""
         value = self.get(name)
         if value is None:
             return []
         if type(value) is not list or len(value) > longest:
-            raise self.refusal(name, f"must be a list of at most {longest}")
+            raise self.refusal(name, f"must be a list of at most {longest} {items}")
         return value
 
     def section(self, name: str) -> "Fields":

@@ -168,7 +168,7 @@ def _sampling(fields: Fields, top_logprobs: int | None, vocab_size: int) -> Samp
         top_p=_positive(fields, "top_p", 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
         seed=fields.integer("seed", 0, -(2**63), 2**64 - 1) % 2**64,
-        stop_token_ids=_token_ids(fields, "stop_token_ids", fields.array("stop_token_ids", MAX_STOP_TOKENS), vocab_size),
+        stop_token_ids=_token_ids(fields, "stop_token_ids", fields.array("stop_token_ids", MAX_STOP_TOKENS, "token ids"), vocab_size),
         ignore_eos=fields.boolean("ignore_eos", False),
         presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
@@ -271,7 +271,7 @@ def _prompts(fields: Fields, vocab_size: int, max_prompts: int) -> list[Prompt]:
 
 
 def _messages(fields: Fields) -> list[dict[str, str]]:
-    messages = fields.array("messages", MAX_MESSAGES)
+    messages = fields.array("messages", MAX_MESSAGES, "messages")
     if not messages:
         raise fields.refusal("messages", "must be a list of at least one message")
     return [_message(fields.nested(f"messages[{i}]", message)) for i, message in enumerate(messages)]

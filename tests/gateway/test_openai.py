@@ -192,6 +192,11 @@ def test_a_bad_chat_field_is_refused_by_name(field: str, value: object) -> None:
     assert refused.value.param == field
 
 
+def test_what_is_no_list_is_told_of_what_and_how_long_one_may_be() -> None:
+    with pytest.raises(InvalidRequest, match="messages: must be a list of at most 4096 messages"):
+        chat(messages="hi")
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [

@@ -129,15 +129,16 @@ class DisaggregationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`[routing]`: which decode node takes a request. The cheapest, in units of a block's prefill."""
+    """`[routing]`: which decode node takes a request. The cheapest, in units of a token's prefill."""
 
     decode: DecodeOrder = "cost"
     """round_robin: each in its turn, whatever it has cached: a baseline to compare with."""
     prefill_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    """Of each block of the prompt that the node does not have cached, and of the prompts that it has to prefill before it."""
+    """Of each token of the prompt that the node does not have cached, and of the prompts that it has to prefill before it."""
     load_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.1
-    """Of each block of the sequences that run there: it is read in every step, and not computed. Reading a token takes about a
-    five-hundredth of computing it, so that this is a block read for fifty steps: outputs of usual length."""
+    """Of each token of the sequences that run there: it is read in every step, and not computed. Reading a token takes about a
+    five-hundredth of computing it, so that this is a token read for fifty steps: outputs of usual length. A node whose steps are more than
+    twice as long as the fastest one's counts as loaded by as much as they are longer."""
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):

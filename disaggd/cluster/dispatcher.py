@@ -242,7 +242,8 @@ class Dispatcher:
 
     @_from_decode.register
     def _(self, frame: protocol.Measured, peer: DecodePeer) -> None:
-        """A decode node knows itself; what it would take is in its decisions."""
+        """What a prefill would take there is in its decisions."""
+        peer.step_s = frame.decode_base_s
 
     # ── frames of prefill nodes ──────────────────────────────────────────────────────────────────────────────────────
 

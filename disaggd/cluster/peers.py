@@ -164,6 +164,8 @@ class DecodePeer:
     """It answered `NoRoom`, and no `Room` since."""
     load_tokens: int = 0
     """Context tokens of the sequences placed there."""
+    step_s: float | None = None
+    """What a step of one sequence took when it measured itself; None if it told nothing."""
     earmarks: dict[SeqId, None] = field(default_factory=dict)
     """Sequences that wait for a grant, and for which it keeps what comes free: for the first of them first."""
     num_decisions: int = 0

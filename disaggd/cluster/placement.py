@@ -19,6 +19,7 @@ from disaggd.cluster.routing import (
     SessionTable,
     choose_decode,
     choose_prefill,
+    slowness,
 )
 from disaggd.ids import NodeName
 
@@ -55,7 +56,9 @@ class Placement:
     def decode_for(self, record: RoutedSequence, cached: Cached) -> DecodePeer:
         """The cheapest decode node, or the conversation's own. One must be able to (`able_to_decode`)."""
         session = record.request.session
-        candidates = [_decode_candidate(peer, record, cached[name]) for name, peer in able_to_decode(self._decodes).items()]
+        able = able_to_decode(self._decodes)
+        slow = slowness({name: peer.step_s for name, peer in able.items()})
+        candidates = [_decode_candidate(peer, record, cached[name], slow[name]) for name, peer in able.items()]
         if self._turns is not None:
             return self._decodes[self._turns.choose(candidates)]
         name = choose_decode(candidates, self._weights, self._sessions.node_of(session))
@@ -131,13 +134,13 @@ def prefill_s(peer: PrefillPeer, record: RoutedSequence, cached: Cached) -> floa
     return peer.prefill_s(record.num_tokens - cached[peer.name], cached[peer.name])
 
 
-def _decode_candidate(peer: DecodePeer, record: RoutedSequence, num_cached: int) -> DecodeCandidate:
-    block_size = peer.hello.kv.block_size
+def _decode_candidate(peer: DecodePeer, record: RoutedSequence, num_cached: int, slow: float) -> DecodeCandidate:
     return DecodeCandidate(
         name=peer.name,
         is_full=peer.lacks_room(record.num_tokens),
-        uncached_blocks=-(-(record.num_tokens - num_cached) // block_size),
+        uncached_tokens=record.num_tokens - num_cached,
         backlog_tokens=0 if peer.gauges is None else peer.gauges.prefill_backlog_tokens,
         load_tokens=peer.load_tokens,
-        block_size=block_size,
+        block_size=peer.hello.kv.block_size,
+        slowness=slow,
     )

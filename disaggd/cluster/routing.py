@@ -1,13 +1,13 @@
 """Which decode node gets a request, and which prefill node a job. Pure: knows no link and no clock, only what it is told.
 
-A request costs a decode node what it has to prefill and what its batch then carries, both in whole blocks: each running
-sequence's blocks are read again in every step, so a crowded node is slower for all. Blocks are counted by the tokens that they have
-room for, since one node's may be larger than another's. A job costs a prefill node the time
-until it is through with what it has and with the job.
+A request costs a decode node what it has to prefill and what its steps then take: the KV of each running sequence is read again
+in every step, so a crowded node is slower for all, and one whose steps are long by themselves is as if it were crowded. Both are counted
+in tokens, not in blocks, since one node's blocks may be larger than another's. A job costs a prefill node the time until it is through
+with what it has and with the job.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -17,6 +17,17 @@ TIE_BLOCKS = 1
 TIE_SHARE = 0.05
 """A conversation stays on its node while that costs at most a block and 5 % more than the best: events of caches are on
 their way for some milliseconds, and a load changes with every request."""
+
+STEP_TOKENS = 4096
+"""Reading the weights for a step takes as long as the KV of so many tokens: of eight sequences on a core with an 88 M model. More on a
+GPU, where a slow node therefore gets more than its share, but no more than if speeds were not known."""
+
+LEAST_STEP_S = 2e-3
+"""Nobody tells shorter steps apart."""
+
+ALIKE = 2.0
+"""Nodes whose steps differ by no larger factor count as equally fast: equal ones that start side by side on a busy machine measure
+themselves so far apart, and rarely further."""
 
 
 class RoutingWeights(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,18 +43,31 @@ class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     name: NodeName
     is_full: bool
     """It had no room for its last grant."""
-    uncached_blocks: int
-    """Of the request's prompt, the blocks that the node does not hold."""
+    uncached_tokens: int
+    """Of the request's prompt, the tokens that the node does not hold."""
     backlog_tokens: int = 0
     """Of prompts that the node itself has yet to prefill, when it last told: they are before this one."""
     load_tokens: int
     """Context tokens of all sequences placed there, whether they run, wait, or are prefilled elsewhere."""
     block_size: int
+    slowness: float = 1.0
+    """So many times longer than the fastest node's its steps take (`slowness`)."""
 
     def cost(self, weights: RoutingWeights) -> float:
-        """In weighted tokens, of whole blocks."""
-        to_prefill = self.uncached_blocks + -(-self.backlog_tokens // self.block_size)
-        return self.block_size * (weights.prefill * to_prefill + weights.load * -(-self.load_tokens // self.block_size))
+        """In weighted tokens. The load is what the fastest node would have to carry for its steps to be as long as here."""
+        load_tokens = self.slowness * (STEP_TOKENS + self.load_tokens) - STEP_TOKENS
+        return weights.prefill * (self.uncached_tokens + self.backlog_tokens) + weights.load * load_tokens
+
+
+def slowness(step_s: Mapping[NodeName, float | None]) -> dict[NodeName, float]:
+    """Against the fastest node, from what each measured a step of one sequence to take.
+
+    Who has not (None) is taken for the slowest of those who have: a node that is very slow does not get to the end of its measurement.
+    """
+    known = {name: max(seconds, LEAST_STEP_S) for name, seconds in step_s.items() if seconds is not None}
+    fastest_s, slowest_s = min(known.values(), default=1.0), max(known.values(), default=1.0)
+    ratios = {name: known.get(name, slowest_s) / fastest_s for name in step_s}
+    return {name: ratio if ratio > ALIKE else 1.0 for name, ratio in ratios.items()}
 
 
 def choose_decode(candidates: Iterable[DecodeCandidate], weights: RoutingWeights, session_node: NodeName | None = None) -> NodeName:

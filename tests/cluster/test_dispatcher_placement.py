@@ -98,6 +98,27 @@ def test_a_node_without_blocks_for_the_prompt_comes_last() -> None:
     assert placed(routing, 39) == D0
 
 
+def test_a_node_that_measured_itself_far_slower_gets_nothing_while_another_is_idle() -> None:
+    routing = Routing(decodes=(D0, D1))
+    cost = PrefillCost(0.0, 1e-4, 0.0)
+    routing.say(D0, Measured(cost, 0.0348, 0.0))
+    routing.say(D1, Measured(cost, 0.0027, 0.0003))
+    assert [placed(routing, 40) for _ in range(4)] == [D1, D1, D1, D1]
+    routing.say(D1, gauges(blocks_free=1))
+    assert placed(routing, 40) == D0
+
+
+def test_a_node_that_comes_back_faster_is_known_by_its_new_speed() -> None:
+    routing = Routing(decodes=(D0, D1))
+    routing.say(D0, Measured(PrefillCost(0.0, 1e-4, 0.0), 0.04, 0.0))
+    routing.say(D1, Measured(PrefillCost(0.0, 1e-4, 0.0), 0.01, 0.0))
+    assert placed(routing, 40) == D1
+    routing.down(D0)
+    routing.decode_up(D0, "second")
+    routing.say(D0, Measured(PrefillCost(0.0, 1e-4, 0.0), 0.01, 0.0))
+    assert placed(routing, 40) == D0
+
+
 # ── conversations ──
 
 

@@ -1,8 +1,10 @@
 """Which decode node gets a request, and which prefill node a job."""
 
 import msgspec
+import pytest
 
 from disaggd.cluster.routing import (
+    STEP_TOKENS,
     DecodeCandidate,
     PrefillCandidate,
     RoundRobin,
@@ -10,6 +12,7 @@ from disaggd.cluster.routing import (
     SessionTable,
     choose_decode,
     choose_prefill,
+    slowness,
 )
 from disaggd.ids import NodeName
 
@@ -19,7 +22,8 @@ EVEN = RoutingWeights(prefill=1.0, load=1.0)
 
 
 def decode(name: NodeName, uncached: int = 0, load_blocks: float = 0, *, is_full: bool = False) -> DecodeCandidate:
-    return DecodeCandidate(name=name, is_full=is_full, uncached_blocks=uncached, load_tokens=int(16 * load_blocks), block_size=16)
+    """Of blocks of 16 tokens."""
+    return DecodeCandidate(name=name, is_full=is_full, uncached_tokens=16 * uncached, load_tokens=int(16 * load_blocks), block_size=16)
 
 
 def prefill(name: NodeName, backlog_s: float, prefill_s: float) -> PrefillCandidate:
@@ -42,7 +46,7 @@ def test_the_weights_say_what_load_is_worth() -> None:
 
 
 def test_prompts_that_a_node_has_yet_to_prefill_come_before_the_request() -> None:
-    busy = DecodeCandidate(name=A, is_full=False, uncached_blocks=2, backlog_tokens=16 * 30, load_tokens=0, block_size=16)
+    busy = DecodeCandidate(name=A, is_full=False, uncached_tokens=32, backlog_tokens=16 * 30, load_tokens=0, block_size=16)
     assert choose_decode([busy, decode(B, 20, 0)], EVEN) == B
     assert choose_decode([busy, decode(B, 40, 0)], EVEN) == A
 
@@ -54,7 +58,7 @@ def test_a_full_node_comes_last_however_cheap() -> None:
 
 def test_equals_are_chosen_by_load_then_by_name() -> None:
     assert choose_decode([decode(C), decode(B), decode(A)], EVEN) == A
-    assert choose_decode([decode(A, 1, 0.9), decode(B, 1, 0.6)], EVEN) == B, "both have a block of load"
+    assert choose_decode([decode(A, 0, 1), decode(B, 1, 0)], EVEN) == B
 
 
 def test_a_conversation_stays_while_the_costs_are_about_the_same() -> None:
@@ -81,13 +85,66 @@ def test_in_turns_a_full_node_is_left_out_if_not_all_are() -> None:
     assert [turns.choose([decode(A, is_full=True), decode(B, is_full=True)]) for _ in range(2)] == [B, A]
 
 
-def test_blocks_of_nodes_count_by_what_they_hold() -> None:
-    """A prompt of 640 tokens is 40 blocks here and 10 there; what decides is the rest."""
-    small = DecodeCandidate(name=A, is_full=False, uncached_blocks=40, load_tokens=640, block_size=16)
-    large = DecodeCandidate(name=B, is_full=False, uncached_blocks=10, load_tokens=1280, block_size=64)
+def test_a_block_size_decides_nothing() -> None:
+    """A prompt of 30 tokens leaves less of a block of 48 empty than of one of 64."""
+    large = DecodeCandidate(name=A, is_full=False, uncached_tokens=30, load_tokens=0, block_size=64)
+    small = DecodeCandidate(name=B, is_full=False, uncached_tokens=30, load_tokens=0, block_size=48)
+    assert choose_decode([large, small], EVEN) == A
+    assert choose_decode([large, msgspec.structs.replace(small, load_tokens=1)], EVEN) == A
+    assert choose_decode([msgspec.structs.replace(large, load_tokens=1), small], EVEN) == B
+    assert choose_decode([msgspec.structs.replace(large, backlog_tokens=1), small], EVEN) == B
+
+
+def test_a_conversation_stays_within_a_block_of_its_own_node() -> None:
+    small = DecodeCandidate(name=A, is_full=False, uncached_tokens=640, load_tokens=640, block_size=16)
+    large = DecodeCandidate(name=B, is_full=False, uncached_tokens=640, load_tokens=1280, block_size=64)
     assert choose_decode([small, large], EVEN) == A
     assert choose_decode([small, msgspec.structs.replace(large, load_tokens=0)], EVEN) == B
     assert choose_decode([small, msgspec.structs.replace(large, load_tokens=700)], EVEN, session_node=B) == B, "within a block of its own"
+
+
+# ── speeds ──
+
+
+def slow(name: NodeName, times: float, uncached_tokens: int = 100, load_tokens: int = 0) -> DecodeCandidate:
+    return DecodeCandidate(
+        name=name, is_full=False, uncached_tokens=uncached_tokens, load_tokens=load_tokens, block_size=16, slowness=times
+    )
+
+
+def test_a_slow_node_gets_a_request_when_the_fast_one_is_that_much_busier() -> None:
+    """Ten steps of the fast node's, which reads as much as `STEP_TOKENS` of KV in one: it may have nine times that besides."""
+    assert choose_decode([slow(A, 10), slow(B, 1)], EVEN) == B
+    assert choose_decode([slow(A, 10), slow(B, 1, load_tokens=9 * STEP_TOKENS - 1)], EVEN) == B
+    assert choose_decode([slow(A, 10), slow(B, 1, load_tokens=9 * STEP_TOKENS + 1)], EVEN) == A
+
+
+def test_what_a_slow_node_carries_slows_it_down_the_more() -> None:
+    assert choose_decode([slow(A, 10, load_tokens=100), slow(B, 1, load_tokens=9 * STEP_TOKENS + 999)], EVEN) == B
+    assert choose_decode([slow(A, 10, load_tokens=100), slow(B, 1, load_tokens=9 * STEP_TOKENS + 1001)], EVEN) == A
+
+
+def test_a_long_prompt_goes_where_it_is_cached_even_if_that_is_slow() -> None:
+    weights = RoutingWeights(prefill=1.0, load=0.1)
+    assert choose_decode([slow(A, 3, 0), slow(B, 1, 800)], weights) == B
+    assert choose_decode([slow(A, 3, 0), slow(B, 1, 840)], weights) == A, "more than 0.1 · 2 · STEP_TOKENS"
+
+
+def test_a_conversation_leaves_a_slow_node_for_an_idle_fast_one() -> None:
+    weights = RoutingWeights(prefill=1.0, load=0.1)
+    assert choose_decode([slow(A, 10, 10), slow(B, 1, 200)], weights, session_node=A) == B
+
+
+def test_nodes_of_one_speed_are_told_apart_by_nothing_of_it() -> None:
+    assert slowness({A: 0.010, B: 0.0199}) == {A: 1.0, B: 1.0}, "measurements differ"
+    assert slowness({A: 0.0003, B: 0.0039}) == {A: 1.0, B: 1.0}, "nobody tells such steps apart"
+    assert slowness({A: None, B: None}) == {A: 1.0, B: 1.0}
+    assert slowness({A: 0.3, B: None}) == {A: 1.0, B: 1.0}
+
+
+def test_a_node_is_as_slow_as_its_steps_are_longer_than_the_fastest_nodes() -> None:
+    assert slowness({A: 0.030, B: 0.010, C: 0.015}) == {A: pytest.approx(3.0), B: 1.0, C: 1.0}
+    assert slowness({A: 0.030, B: 0.010, C: None}) == {A: pytest.approx(3.0), B: 1.0, C: pytest.approx(3.0)}, "it got to no end"
 
 
 # ── prefill ──

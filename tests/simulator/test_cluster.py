@@ -2,14 +2,16 @@
 
 import random
 
+import msgspec
 import pytest
 
 from disaggd.errors import Overloaded
 from disaggd.simulator.cluster import Client, SimulatedCluster, prompt
+from disaggd.simulator.costs import Costs
 from disaggd.simulator.summary import outcome_of
 from disaggd.simulator.traces import Lengths
 from disaggd.simulator.wire import Rate
-from tests.support.simulations import felt_ms, replay, small_setup, with_costs
+from tests.support.simulations import COSTS, felt_ms, replay, small_setup, with_costs
 
 ONE = [Lengths(num_input=8, num_output=3)]
 
@@ -92,6 +94,26 @@ def at_rest(cluster: SimulatedCluster) -> bool:
         and all(pool.num_available == pool.num_blocks for pool in pools)
         and all(not peer.jobs for peer in cluster.dispatcher.prefills.values())
     )
+
+
+def decode_nodes(costs: Costs, block_sizes: dict[str, int]) -> list[str | None]:
+    """Of two, who served each of six short prompts that came one after another."""
+    setup = small_setup("never", decodes=2, num_blocks=256, costs=costs)
+    nodes = tuple(msgspec.structs.replace(node, block_size=block_sizes.get(node.name, 4)) for node in setup.config.nodes)
+    setup = msgspec.structs.replace(setup, config=msgspec.structs.replace(setup.config, nodes=nodes))
+    clients, _ = replay(setup, [Lengths(arrival_s=float(i), num_input=5, num_output=4) for i in range(6)])
+    return [client.record.decode for client in clients if client.record is not None]
+
+
+def test_in_an_idle_cluster_no_block_size_decides() -> None:
+    """Five tokens leave less of a block of 12 empty than of one of 16; the first by name has them all the same."""
+    assert decode_nodes(COSTS, {"d0": 16, "d1": 12}) == ["d0"] * 6
+
+
+@pytest.mark.parametrize("block_sizes", [{}, {"d0": 12, "d1": 16}])
+def test_an_idle_cluster_serves_short_prompts_on_its_fast_decode_node(block_sizes: dict[str, int]) -> None:
+    """A step of d0 takes 50 ms, of d1 10."""
+    assert decode_nodes(msgspec.structs.replace(COSTS, by_node={"d0": {"base_ms": 50.0}}), block_sizes) == ["d1"] * 6
 
 
 LONG_QUEUE = "[disaggregation]\nmax_prefill_queue = 1000"

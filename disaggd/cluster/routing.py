@@ -22,8 +22,8 @@ STEP_TOKENS = 4096
 """Reading the weights for a step takes as long as the KV of so many tokens: of eight sequences on a core with an 88 M model. More on a
 GPU, where a slow node therefore gets more than its share, but no more than if speeds were not known."""
 
-LEAST_STEP_S = 2e-3
-"""Nobody tells shorter steps apart."""
+LEAST_STEP_S = 5e-3
+"""Shorter steps, of tiny models, count as this: beside others that start on the machine they measure themselves anything up to it."""
 
 ALIKE = 2.0
 """Nodes whose steps differ by no larger factor count as equally fast: equal ones that start side by side on a busy machine measure

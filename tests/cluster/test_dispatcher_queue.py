@@ -401,7 +401,7 @@ def retry_after_s(routing: Routing) -> int:
 def test_retry_after_is_not_stretched_by_how_late_short_prompts_were() -> None:
     routing = loaded(P0, prefill_s=5.0)
     for _ in range(ENOUGH_DELAYS):
-        routing.dispatcher._moves.learning.delays.learn(0.01, 0.05)
+        routing.dispatcher._moves.learning.delays.learn(0.01, 0.05, routing.now)
     assert retry_after_s(routing) == 15
 
 

@@ -35,8 +35,8 @@ _HIDDEN = 0.7
 DELAYS_IN_MIND, ENOUGH_DELAYS = 24, 6
 
 FRESH_S = 30.0
-"""How late things were before that says nothing of now. Who waited in a burst would else keep all others from a way that they then never
-try, so that nothing newer is learned of it."""
+"""Delays older than this are forgotten. Those of a burst would else keep everybody from a way that then nobody tries, so that nothing newer
+is learned of it."""
 
 
 class PrefillFit:

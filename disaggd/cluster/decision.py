@@ -173,12 +173,12 @@ class Way(msgspec.Struct, frozen=True):
     """One of the two, in seconds."""
 
     ttft_s: float
+    late_s: float
+    """Of `ttft_s`, what is after a target that is surely missed."""
     harm_s: float
     """Done to others, or to what follows the first token."""
     price_s: float
     """Of the targets that it puts at risk."""
-    late_s: float
-    """Of `ttft_s`, what is after a target that is surely missed."""
     crowding_s: float = 0.0
     """The same, of prompts to come."""
 
